@@ -1,0 +1,1 @@
+"""The one-machine mesh: supervisor, embedded PostgreSQL and NATS, topologies, keys."""
