@@ -1,0 +1,1 @@
+"""What a device-owning process needs to hold models: families, hooks, loading, quantising, lenses and the pool."""

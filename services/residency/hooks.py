@@ -1,0 +1,170 @@
+"""Read activations of a Hugging Face model at hook points, paying only for the layers that are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from services.residency.families import Family, Side, locate
+
+Take = Callable[[Tensor], Tensor]
+
+
+class _Enough(Exception):  # noqa: N818 - it is control flow, not an error
+    """Every wanted tensor of this forward pass is recorded."""
+
+
+def normalize(norm: nn.Module, x: Tensor) -> Tensor:
+    """x/rms(x) of an RMS norm, (x-mean)/std of a LayerNorm, without gain and bias.
+
+    Computed in float32 as the norm itself does, so that `normalize(norm, x) * gain` is bit for bit the RMS norm's
+    output in float32. x: [..., d]; returns x's dtype.
+    """
+    eps = next(value for name in ("variance_epsilon", "eps") if (value := getattr(norm, name, None)) is not None)
+    wide = x.float()
+    if isinstance(norm, nn.LayerNorm):
+        return nn.functional.layer_norm(wide, wide.shape[-1:], eps=eps).to(x.dtype)
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def first_tensor(value: object) -> Tensor:
+    """The hidden states in a module's output or arguments, which may be a tuple that starts with them."""
+    while isinstance(value, tuple | list):
+        value = value[0]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected hidden states, got {type(value).__name__}")
+    return value
+
+
+def on_input(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> torch.utils.hooks.RemovableHandle:
+    """Call `see` with the hidden states that `module` is given; a tensor it returns takes their place."""
+
+    def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        changed = see(first_tensor(args) if args else kwargs["hidden_states"])
+        if changed is None:
+            return None
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def on_output(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> torch.utils.hooks.RemovableHandle:
+    """Call `see` with the hidden states that `module` returns; a tensor it returns takes their place."""
+
+    def hook(_: nn.Module, __: tuple, output: object) -> object:
+        changed = see(first_tensor(output))
+        if changed is None:
+            return None
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return module.register_forward_hook(hook)
+
+
+def attach(module: nn.Module, side: Side, see: Callable[[Tensor], Tensor | None]) -> torch.utils.hooks.RemovableHandle:
+    """Hook the given side of a module. A normalized tensor exists nowhere in the model and can only be read.
+
+    Raises:
+        ValueError: `see` wants to replace a normalized tensor.
+    """
+    if side == "output":
+        return on_output(module, see)
+    if side == "input":
+        return on_input(module, see)
+
+    def read_only(x: Tensor) -> None:
+        if see(normalize(module, x)) is not None:
+            raise ValueError("the site ln2_normalized can be read, not replaced")
+
+    return on_input(module, read_only)
+
+
+def position_ids(attention_mask: Tensor) -> Tensor | None:
+    """Positions that count from each row's first real token, or None where rows start with one (right padding).
+
+    A left-padded row without them is silently wrong on models with learned positions. Both [B, S], int64.
+    """
+    if bool(attention_mask[:, 0].all()):
+        return None
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def forward_arguments(input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor | bool]:
+    """Keyword arguments of a plain forward pass: no KV cache, no mask where nothing is masked."""
+    arguments: dict[str, Tensor | bool] = {"input_ids": input_ids, "use_cache": False}
+    if attention_mask is not None and not bool(attention_mask.all()):
+        arguments["attention_mask"] = attention_mask
+        positions = position_ids(attention_mask)
+        if positions is not None:
+            arguments["position_ids"] = positions
+    return arguments
+
+
+class Capture:
+    """The open hooks of one `capture_hooks` block."""
+
+    def __init__(self, model: nn.Module, hook_points: Sequence[str]) -> None:
+        self._model = model
+        self._hook_points = tuple(dict.fromkeys(hook_points))
+        self._stop = False
+        self.tensors: dict[str, Tensor] = {}
+        """What the latest forward pass left, by hook point, [B, S, d]; whoever runs the model itself reads this."""
+
+    def _record(self, hook_point: str, tensor: Tensor) -> None:
+        self.tensors[hook_point] = tensor
+        if self._stop and len(self.tensors) == len(self._hook_points):
+            raise _Enough
+
+    def run(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, take: Take = torch.clone
+    ) -> dict[str, Tensor]:
+        """Forward one batch up to the deepest hook point.
+
+        Args:
+            input_ids: [B, S] int64.
+            attention_mask: [B, S], 1 on real tokens; None when all are.
+            take: makes of each [B, S, d] tensor what is handed out, and must copy; for example a selection by mask. It
+                runs outside inference mode, so that what it returns may be saved for a backward pass.
+
+        Returns:
+            Hook point to tensor, in the order they were asked for; the model's dtype and device.
+        """
+        self.tensors.clear()
+        self._stop = True
+        try:
+            with torch.inference_mode():
+                self._model(**forward_arguments(input_ids, attention_mask))
+        except _Enough:
+            pass
+        finally:
+            self._stop = False
+        try:
+            return {hook_point: take(self.tensors[hook_point]) for hook_point in self._hook_points}
+        finally:
+            self.tensors.clear()
+
+
+@contextmanager
+def capture_hooks(model: nn.Module, family: Family, hook_points: Sequence[str]) -> Iterator[Capture]:
+    """Hook a model for reading; on the way out, also by an exception, every hook is gone again.
+
+    Use `capture.run(ids, mask)`, which stops behind the deepest hook point (no further layers, no unembedding, no KV
+    cache), or run the model oneself and read `capture.tensors`.
+
+    Raises:
+        UnknownHookPoint: a name does not exist in this model; nothing was hooked.
+    """
+    places = {hook_point: locate(model, family, hook_point) for hook_point in hook_points}
+    capture = Capture(model, hook_points)
+    handles = [
+        attach(module, side, partial(capture._record, hook_point)) for hook_point, (module, side) in places.items()
+    ]
+    try:
+        yield capture
+    finally:
+        for handle in handles:
+            handle.remove()
+        capture.tensors.clear()
