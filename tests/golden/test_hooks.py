@@ -17,7 +17,7 @@ READABLE = [site for site in SITES if site != "ln2_normalized"]
 
 @pytest.fixture(scope="module", params=models.FAMILIES)
 def reference(request):
-    """(family, model, TransformerLens' cache, our capture of that same forward, our capture of a forward by HF alone)."""
+    """Family, model, ids, TransformerLens' cache, our capture of that same forward, and of a forward by HF alone."""
     from transformer_lens.model_bridge import TransformerBridge
 
     torch.set_num_threads(2)
@@ -69,9 +69,7 @@ def test_sites_are_the_inputs_and_outputs_of_the_hugging_face_modules(reference)
         block.mlp.register_forward_pre_hook(lambda _, args: seen.update(mlp_in=args[0])),
         block.mlp.register_forward_hook(lambda _, __, out: seen.update(mlp_out_raw=out)),
         contribution.register_forward_hook(lambda _, __, out: seen.update(mlp_out=out)),
-        getattr(block, norm.get(name, "ln_2")).register_forward_hook(
-            lambda _, args, out: seen.update(mid=args[0], normed=out)
-        ),
+        getattr(block, norm).register_forward_hook(lambda _, args, out: seen.update(mid=args[0], normed=out)),
     ]
     with torch.no_grad():
         hidden = model(ids, use_cache=False, output_hidden_states=True).hidden_states
