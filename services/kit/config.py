@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     log_level: str = "INFO"
     """Least severe level that is logged: DEBUG, INFO, WARNING, ERROR."""
     jwt_key_file: Path | None = None
-    """File with the keys that verify user tokens (JWK set, or a raw HS256 secret); default `<state_dir>/keys/jwt.jwks`."""
+    """Keys that verify user tokens (a JWK set, or a raw HS256 secret); default `<state_dir>/keys/jwt.jwks`."""
     jwt_issuer: str = "lensmesh"
     """Required `iss` claim of user tokens."""
     jwt_audience: str = "lensmesh"
@@ -77,6 +77,10 @@ class Settings(BaseSettings):
     """Connections a process keeps open."""
     db_pool_max: Annotated[int, Field(ge=2)] = 5
     """Most connections a process opens; the local mesh's processes together stay near 20."""
+    host_id: str = ""
+    """Stable name of this process in the mesh; default the machine's name and the gRPC port."""
+    job_slots: Annotated[int, Field(ge=1)] = 4
+    """Jobs that this process runs side by side; they take turns on the device, batch by batch."""
     drain_seconds: Annotated[float, Field(ge=0)] = 10.0
     """How long running calls and jobs may finish after a stop was asked for, in seconds."""
     model_roots: PathList = Field(default_factory=list)
