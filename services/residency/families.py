@@ -73,8 +73,6 @@ class Family:
     gain_offset: float = 0.0
     """What the norm adds to its stored weight to get the gain: 1 in the Gemma families."""
     rms_norm: bool = True
-    attention_implementation: str | None = None
-    """What `attn_implementation` must be set to; None leaves the choice to transformers."""
     model_batch_size: int = 8
     """Default rows of a forward pass (spec/002: 32 for GPT-2, 4 for Gemma-2)."""
     default_dtype: str | None = None
@@ -141,7 +139,6 @@ GEMMA2 = Family(
         "down_proj",
     ),
     gain_offset=1.0,
-    attention_implementation="eager",
     model_batch_size=4,
     default_dtype="bfloat16",
 )

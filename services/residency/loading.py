@@ -1,0 +1,207 @@
+"""Bring a model from a directory of safetensors into memory, tensor by tensor; a failure leaves nothing behind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from services.residency.checkpoint import Entry, read_headers, read_tensors
+from services.residency.families import UnsupportedModel
+from services.residency.quantize import CAST, linear_modules, replace_linear
+
+_LEGACY_NAMES = {"gamma": "weight", "beta": "bias"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+Progress = Callable[[int, int], None]
+"""Told (bytes read, bytes in all); what it raises ends the load."""
+
+
+class LoadFailed(ValueError):
+    """The model cannot be loaded from these files; nothing of it stays in memory."""
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """The model's configuration. Code that comes with a checkpoint is never run.
+
+    Raises:
+        LoadFailed: there is none, or transformers does not know its `model_type`.
+    """
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadFailed("config.json is missing, not valid, or of a type that transformers does not know") from error
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The module tree on the meta device: no memory for parameters; buffers are real.
+
+    Raises:
+        UnsupportedModel: transformers has no language model of this type.
+    """
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        with init_empty_weights(include_buffers=False):
+            return auto.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    except (ValueError, TypeError) as error:
+        raise UnsupportedModel(f"transformers has no language model of type {config.model_type!r}") from error
+
+
+def stored_dtype(entries: list[Entry]) -> torch.dtype:
+    """The floating dtype that holds most of the checkpoint's elements; float32 if it holds none."""
+    numel: dict[torch.dtype, int] = {torch.float32: 0}
+    for entry in entries:
+        if entry.dtype.is_floating_point:
+            numel[entry.dtype] = numel.get(entry.dtype, 0) + entry.numel
+    return max(numel, key=lambda dtype: numel[dtype])
+
+
+def target_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """Parameter name to dtype: float32 where transformers says that half precision overflows (T5's `wo`)."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype in CAST.values() else set()
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if not kept:
+        return lambda _: dtype
+    pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in sorted(kept)))
+    return lambda name: torch.float32 if pattern.search(name) else dtype
+
+
+def assign_names(model: PreTrainedModel, entries: list[Entry]) -> dict[str, Entry]:
+    """Which stored tensor is which parameter or persistent buffer.
+
+    Checkpoints of the bare transformer lack the base model's prefix, old ones call norm weights gamma and beta; tensors
+    that the model has no place for (GPT-2's saved causal masks) are left out.
+
+    Raises:
+        LoadFailed: a shape differs.
+    """
+    wanted: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
+    prefix = f"{model.base_model_prefix}."
+    assigned: dict[str, Entry] = {}
+    for entry in entries:
+        head, _, leaf = entry.name.rpartition(".")
+        name = f"{head}.{_LEGACY_NAMES[leaf]}" if leaf in _LEGACY_NAMES and entry.name not in wanted else entry.name
+        place = next((key for key in (name, prefix + name, name.removeprefix(prefix)) if key in wanted), None)
+        if place is None:
+            continue
+        if tuple(wanted[place].shape) != entry.shape:
+            raise LoadFailed(f"{place} is {list(wanted[place].shape)} by the config, {list(entry.shape)} in the file")
+        assigned[place] = entry
+    return assigned
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[f"{path}.{name}" if path else name] = buffer
+    return found
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    parent_path, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    if leaf in parent._parameters:
+        parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        parent._buffers[leaf] = tensor
+
+
+def _fill(
+    model: PreTrainedModel,
+    directory: Path,
+    assigned: Mapping[str, Entry],
+    *,
+    quantization: str,
+    dtype: torch.dtype,
+    device: str,
+    progress: Progress,
+) -> None:
+    """Read every assigned tensor in the order of the files, converted or quantised and placed before the next is read."""
+    quantized = linear_modules(model) if quantization in ("int8", "int4") else {}
+    dtype_of = target_dtypes(model, dtype)
+    names: dict[str, list[str]] = {}
+    for name, entry in assigned.items():
+        names.setdefault(entry.name, []).append(name)
+    entries = list({entry.name: entry for entry in assigned.values()}.values())
+    done, total = 0, sum(entry.nbytes for entry in entries)
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    for entry, tensor in read_tensors(directory, entries, count):
+        for name in names[entry.name]:
+            path, _, leaf = name.rpartition(".")
+            if leaf == "weight" and path in quantized:
+                replace_linear(model, path, tensor, quantization=quantization, dtype=dtype, device=device)
+            else:
+                wanted = dtype_of(name) if tensor.is_floating_point() else tensor.dtype
+                _place(model, name, tensor.to(device=device, dtype=wanted))
+
+
+def load_model(
+    directory: Path, quantization: str, device: str = "cpu", progress: Progress = lambda done, total: None
+) -> PreTrainedModel:
+    """Load a model from a local directory.
+
+    Args:
+        directory: config.json and safetensors files.
+        quantization: `none` keeps the checkpoint's dtype, `fp16` and `bf16` convert, `int8` and `int4` quantise.
+        device: torch device of the weights.
+        progress: see `Progress`; called at least every 5 % of the bytes.
+
+    Raises:
+        LoadFailed, CheckpointError, UnsupportedModel: the files or the model are not right.
+        OSError: a file cannot be read.
+        MemoryError, torch.OutOfMemoryError: it does not fit.
+    """
+    config = read_config(directory)
+    entries = read_headers(directory)
+    dtype = CAST.get(quantization) or stored_dtype(entries)
+    model = skeleton(config, dtype)
+    assigned = assign_names(model, entries)
+    missing = {name for name, _ in model.named_parameters(remove_duplicate=False) if name not in assigned}
+    _fill(model, directory, assigned, quantization=quantization, dtype=dtype, device=device, progress=progress)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    _require_complete(model)
+    for path, buffer in list(model.named_buffers()):
+        if buffer.device != torch.device(device):
+            _place(model, path, buffer.to(device))
+    for parameter in model.parameters():
+        parameter.requires_grad_(requires_grad=False)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return model.eval()
+
+
+def _require_complete(model: nn.Module) -> None:
+    empty = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if empty:
+        raise LoadFailed(f"{len(empty)} tensors are not in the files, the first is {empty[0]}")
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model, or None where there is none. Code that comes with it is never run."""
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadFailed("the tokenizer's files are not valid") from error

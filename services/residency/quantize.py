@@ -1,0 +1,133 @@
+"""Turn the linear maps of a model into bitsandbytes' int8 or int4 modules, one weight at a time.
+
+Everything else (embeddings, norms, the unembedding) keeps its dtype. Two settings are measured necessities: int8
+without outlier decomposition (`llm_int8_threshold` 0.0), since with the default a row's result depends on its batch;
+int4 without the repacking for avx512_bf16, which is lossy, changes the weights at the first forward and leaves LoRA
+without gradients.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+Quantization = Literal["none", "fp16", "bf16", "int8", "int4"]
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
+
+CAST: dict[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""dtype that a quantization converts to; the others keep the checkpoint's for what they do not quantise."""
+
+INT8_THRESHOLD = 0.0
+INT4_BLOCK = 64
+INT4_NESTED_BLOCK = 256
+_INT4_TABLES = (16 + 256 + 1) * 4
+"""bitsandbytes keeps per weight: the 16 values of nf4, the 256 of the nested code and the offset, float32."""
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """The modules that int8 and int4 replace, by path: every linear map but the unembedding."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+
+
+def state_bytes(quantization: str, out_features: int, in_features: int) -> int:
+    """Bytes of scales and tables beside one quantised weight."""
+    if quantization == "int8":
+        return 4 * out_features
+    blocks = math.ceil(out_features * in_features / INT4_BLOCK)
+    return blocks + 4 * math.ceil(blocks / INT4_NESTED_BLOCK) + _INT4_TABLES
+
+
+def weight_bytes(quantization: str, numel: int) -> int:
+    """Bytes of one quantised weight without its scales."""
+    return numel if quantization == "int8" else math.ceil(numel / 2)
+
+
+def quantized_linear(weight: Tensor, bias: bool, quantization: str, dtype: torch.dtype, device: str) -> nn.Module:
+    """A bitsandbytes module with the given weight; its bias, where there is one, is on the meta device still.
+
+    Args:
+        weight: [out, in] on the CPU, floating point.
+        bias: whether the module adds one.
+        quantization: int8 or int4 (nf4 with double quantisation).
+        dtype: what int4 computes in; int8 follows its input.
+        device: where the quantised weight goes.
+    """
+    import bitsandbytes as bnb  # noqa: PLC0415 - seconds to import, and only two quantizations need it
+
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # warns at every float32 forward
+
+    out_features, in_features = weight.shape
+    module: nn.Module
+    if quantization == "int8":
+        module = bnb.nn.Linear8bitLt(
+            in_features, out_features, bias=bias, has_fp16_weights=False, threshold=INT8_THRESHOLD, device="meta"
+        )
+        module.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+        return module
+    module = bnb.nn.Linear4bit(
+        in_features, out_features, bias=bias, compute_dtype=dtype, quant_type="nf4", device="meta"
+    )
+    module.support_avx512bf16_for_cpu = False
+    parameter = bnb.nn.Params4bit(weight.to(dtype), requires_grad=False, quant_type="nf4", module=module)
+    module.weight = parameter.to(device)
+    return module
+
+
+def replace_linear(
+    model: nn.Module, path: str, stored: Tensor, *, quantization: str, dtype: torch.dtype, device: str
+) -> None:
+    """Put a quantised module in the place of the linear map at `path`, keeping its bias parameter.
+
+    `stored` is the weight as the checkpoint holds it: [out, in], or [in, out] for GPT-2's Conv1D.
+    """
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    old = parent.get_submodule(name)
+    weight = stored.T.contiguous() if isinstance(old, Conv1D) else stored
+    new = quantized_linear(weight, old.bias is not None, quantization, dtype, device)
+    new.bias = old.bias
+    new.train(old.training)
+    setattr(parent, name, new)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that holds the model's memory, by name: parameters, buffers and bitsandbytes' scales and tables."""
+    found = dict(model.named_parameters(remove_duplicate=False))
+    found.update(model.named_buffers(remove_duplicate=False))
+    for path, module in model.named_modules():
+        state = getattr(module, "state", None)
+        weight = getattr(module, "weight", None)
+        scales = getattr(state, "SCB", None) if state is not None else None
+        scales = scales if scales is not None else getattr(weight, "SCB", None)
+        if isinstance(scales, Tensor):
+            found[f"{path}.SCB"] = scales
+        found.update(_quant_state(f"{path}.quant_state", getattr(weight, "quant_state", None)))
+    return found
+
+
+def _quant_state(prefix: str, state: object) -> dict[str, Tensor]:
+    if state is None:
+        return {}
+    found = {f"{prefix}.{key}": value for key, value in vars(state).items() if isinstance(value, Tensor)}
+    found.update(_quant_state(f"{prefix}.nested", getattr(state, "state2", None)))
+    return found
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of memory that the model's tensors hold; a tied or shared tensor counts once."""
+    storages = {
+        (tensor.device, tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes()
+        for tensor in tensors_of(model).values()
+        if tensor.device.type != "meta"
+    }
+    return sum(storages.values())
