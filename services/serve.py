@@ -45,7 +45,7 @@ async def serve(names: list[str], device: str, listen: str, metrics: str) -> Non
     async with AsyncExitStack() as stack:
         database = await Database.open(settings.database_url, settings.db_pool_min, settings.db_pool_max)
         stack.push_async_callback(database.close)
-        await migrate.check(settings.database_url)
+        await migrate.require_head(database)
         context = Context(
             settings=settings,
             database=database,

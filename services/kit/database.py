@@ -63,6 +63,15 @@ class Database:
         assert self._pool is not None, "Database.open was not awaited"
         return self._pool
 
+    async def ping(self) -> None:
+        """Make one round trip.
+
+        Raises:
+            errors.Unavailable: the database does not answer.
+        """
+        async with self.connection() as conn:
+            await conn.fetchval("SELECT 1")
+
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[asyncpg.Connection]:
         """A pooled connection outside of a transaction; driver errors are translated."""

@@ -15,7 +15,7 @@ LensmeshError
 ├── Unsupported             UNIMPLEMENTED        this build or device cannot do it
 └── Failed                  INTERNAL             work was tried and failed for a known reason
 
-`reason` is a value name of lensmesh.common.v1.ErrorReason; `metadata` (string to string on the wire) carries the numbers
+`reason` is a value name of lensmesh.common.v1.ErrorReason; `metadata` (text to text on the wire) carries the numbers
 a client needs; neither ever holds a path, a traceback or a secret.
 """
 
