@@ -1,0 +1,219 @@
+"""Datasets of every source become the same rows, and rows become the same token sequences and batches each time."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.residency.texts import (
+    DatasetError,
+    DatasetRecord,
+    content_digest,
+    open_rows,
+    plan_batches,
+    special_ids,
+    tokenize,
+    tokenizer_digest,
+)
+from tests import models
+
+TEXTS = ["def add(left, right):", "the quick brown fox", "x = 1"]
+
+
+def inline(*texts: str) -> DatasetRecord:
+    return DatasetRecord("ds_1", "inline", texts=texts or tuple(TEXTS))
+
+
+def local(identifier: str, **fields: str) -> DatasetRecord:
+    return DatasetRecord("ds_1", "local", identifier=identifier, **fields)
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "root"
+    folder.mkdir()
+    (folder / "a.txt").write_text("\n".join(TEXTS))
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in TEXTS))
+    (folder / "a.csv").write_text("text,n\n" + "".join(f'"{text}",1\n' for text in TEXTS))
+    datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(str(folder / "a.parquet"))
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(folder / "saved"))
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": TEXTS})}).save_to_disk(str(folder / "dict"))
+    (folder / "many").mkdir()
+    for split in ("train", "test"):
+        (folder / "many" / f"{split}.jsonl").write_text(json.dumps({"text": split}) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet", "saved"])
+def test_every_kind_of_local_file_gives_the_same_rows(root, tmp_path, name):
+    rows = open_rows(local(name), [tmp_path / "nowhere", root], tmp_path / "cache")
+    assert len(rows) == 3
+    assert list(rows.texts()) == TEXTS
+    assert list(rows.texts(1, 2)) == TEXTS[1:2]
+
+
+def test_a_split_is_chosen_in_directories(root, tmp_path):
+    assert list(open_rows(local("many", split="test"), [root], tmp_path / "cache").texts()) == ["test"]
+    assert list(open_rows(local("dict", split="test"), [root]).texts()) == TEXTS
+    with pytest.raises(DatasetError) as caught:
+        open_rows(local("dict", split="validation"), [root])
+    assert str(root) not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../secret.txt", "/etc/passwd", "link.txt", "a%2e", "a\\b", "a\0b", "", "gone.txt"])
+def test_only_files_below_a_root_are_read(root, tmp_path, name):
+    (tmp_path / "secret.txt").write_text("secret")
+    os.symlink(tmp_path / "secret.txt", root / "link.txt")
+    with pytest.raises(DatasetError) as caught:
+        open_rows(local(name), [root])
+    assert caught.value.field == "identifier"
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_hub_identifier_never_reads_the_local_file_system(root, monkeypatch):
+    monkeypatch.chdir(root)
+    with pytest.raises(DatasetError, match="local path"):
+        open_rows(DatasetRecord("ds_1", "huggingface", identifier="many"))
+
+
+def test_a_file_that_cannot_be_parsed_and_one_of_an_unknown_kind(root, tmp_path):
+    (root / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (root / "weights.pt").write_bytes(b"\x80\x04")
+    for name, field in [("bad.jsonl", "dataset_id"), ("weights.pt", "identifier")]:
+        with pytest.raises(DatasetError) as caught:
+            open_rows(local(name), [root], tmp_path / "cache")
+        assert caught.value.field == field
+        assert str(root) not in str(caught.value)
+
+
+def test_columns_that_are_not_there_are_named(root, tmp_path):
+    with pytest.raises(DatasetError, match="no column 'body'"):
+        open_rows(local("a.jsonl", text_field="body"), [root], tmp_path / "cache")
+    with pytest.raises(DatasetError, match="no column 'answer'"):
+        open_rows(local("a.jsonl", prompt_field="text", target_field="answer"), [root], tmp_path / "cache")
+
+
+def test_pairs_of_prompt_and_target(root, tmp_path):
+    (root / "pairs.jsonl").write_text(
+        '{"q": "2+2=", "a": "4"}\n{"q": "3+3=", "a": null}\n{"q": "", "a": "x"}\n{"q": "5+5=", "a": "10"}\n'
+    )
+    rows = open_rows(local("pairs.jsonl", prompt_field="q", target_field="a"), [root], tmp_path / "cache")
+    assert list(rows.pairs()) == [("2+2=", "4"), None, None, ("5+5=", "10")]
+    assert list(rows.texts()) == ["2+2=4", None, None, "5+5=10"]
+
+
+def test_bad_rows_are_counted_and_the_others_keep_their_number(root, tmp_path):
+    (root / "holes.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": ""}\n{"text": "two"}\n')
+    rows = open_rows(local("holes.jsonl"), [root], tmp_path / "cache")
+    found = tokenize(rows, models.tokenizer(), 64)
+    assert (found.rows.tolist(), found.bad_rows, found.rows_read) == ([0, 3], 2, 4)
+    assert [models.tokenizer().decode(found.sequence(i)) for i in range(2)] == ["one", "two"]
+
+
+def test_a_dataset_without_one_good_row_is_refused(root, tmp_path):
+    (root / "none.jsonl").write_text('{"text": null}\n{"text": ""}\n')
+    rows = open_rows(local("none.jsonl", text_field="text"), [root], tmp_path / "cache")
+    with pytest.raises(DatasetError, match="none of the dataset's 2 rows"):
+        tokenize(rows, models.tokenizer(), 64)
+    with pytest.raises(DatasetError, match="no rows"):
+        open_rows(DatasetRecord("ds_1", "inline"))
+
+
+def test_long_rows_are_cut_and_the_cut_is_recorded():
+    tokenizer = models.tokenizer()
+    full = [tokenizer(text)["input_ids"] for text in TEXTS]
+    found = tokenize(open_rows(inline()), tokenizer, 4)
+    assert found.lengths.tolist() == [min(4, len(ids)) for ids in full]
+    assert found.truncated_tokens == sum(max(0, len(ids) - 4) for ids in full) > 0
+    assert found.truncated_rows == sum(len(ids) > 4 for ids in full)
+    for index, ids in enumerate(full):
+        assert found.sequence(index).tolist() == ids[:4]
+
+
+def test_more_rows_than_there_are():
+    with pytest.raises(DatasetError) as caught:
+        tokenize(open_rows(inline()), models.tokenizer(), 64, row_limit=4)
+    assert caught.value.field == "sample_count"
+    assert len(tokenize(open_rows(inline()), models.tokenizer(), 64, row_limit=2)) == 2
+
+
+def test_tokenised_datasets_are_taken_as_they_are(root):
+    ids = [[5, 6, 7], [], [9, 600], [-1], [3, 4]]
+    datasets.Dataset.from_dict({"input_ids": ids}).save_to_disk(str(root / "ids"))
+    rows = open_rows(local("ids"), [root])
+    assert rows.tokenized
+    found = tokenize(rows, None, 2, vocab_size=models.VOCAB)
+    assert (found.rows.tolist(), found.bad_rows, found.truncated_rows) == ([0, 4], 3, 1)
+    assert found.ids.tolist() == [5, 6, 3, 4]
+
+
+@pytest.mark.parametrize("limit", [1, 3, 4, 5, 7, 100])
+def test_a_token_limit_is_exact(root, limit):
+    datasets.Dataset.from_dict({"input_ids": [[3, 4, 5], [6], [7, 8, 9]]}).save_to_disk(str(root / "ids"))
+    found = tokenize(open_rows(local("ids"), [root]), None, 64).limited(limit)
+    assert found.ids.tolist() == list(range(3, 10))[:limit]
+    assert found.lengths.sum() == min(limit, 7)
+    assert (found.lengths > 0).all()
+    assert len(found.rows) == len(found.lengths)
+
+
+def test_padding_is_on_the_right_and_masked():
+    found = tokenize(open_rows(inline()), models.tokenizer(), 6)
+    ids, mask = found.padded([2, 0], 6)
+    assert mask.sum(1).tolist() == [found.lengths[2], found.lengths[0]]
+    for row, index in enumerate([2, 0]):
+        length = found.lengths[index]
+        assert ids[row, :length].tolist() == found.sequence(index).tolist()
+        assert not ids[row, length:].any()
+        assert not mask[row, length:].any()
+
+
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=60),
+    st.integers(1, 16),
+    st.randoms(use_true_random=False),
+)
+def test_a_batch_plan_holds_every_sequence_once_and_pads_to_the_longest(lengths, batch_size, random):
+    lengths = np.asarray(lengths)
+    indices = np.asarray(random.sample(range(len(lengths)), random.randint(1, len(lengths))))
+    plan = plan_batches(lengths, batch_size, indices)
+    assert sorted(np.concatenate([batch.indices for batch in plan])) == sorted(indices)
+    assert all(batch.length == lengths[batch.indices].max() for batch in plan)
+    assert all(1 <= len(batch.indices) <= batch_size for batch in plan)
+    assert [batch.length for batch in plan] == sorted((batch.length for batch in plan), reverse=True)
+    again = plan_batches(lengths, batch_size, indices)
+    assert [batch.indices.tolist() for batch in plan] == [batch.indices.tolist() for batch in again]
+
+
+def test_digests_follow_the_content(root):
+    assert content_digest(inline()) == content_digest(inline(*TEXTS))
+    assert content_digest(inline("ab", "c")) != content_digest(inline("a", "bc"))
+    before = content_digest(local("many"), [root])
+    (root / "many" / "train.jsonl").write_text('{"text": "other"}\n')
+    assert content_digest(local("many"), [root]) != before
+    with pytest.raises(DatasetError):
+        content_digest(DatasetRecord("ds_1", "huggingface", identifier="org/name"))
+
+
+def test_the_unknown_token_is_text_unless_it_doubles_as_another():
+    tokenizer = models.tokenizer()
+    assert special_ids(tokenizer) == (0, 1, 2)
+    tokenizer.unk_token = "a"
+    assert special_ids(tokenizer) == (0, 1, 2)
+    tokenizer.unk_token = "<eos>"
+    assert special_ids(tokenizer) == (0, 1, 2)
+
+
+def test_a_tokenizers_digest_ignores_how_it_was_last_called():
+    tokenizer = models.tokenizer()
+    before = tokenizer_digest(tokenizer)
+    tokenizer(["a b c d e f"], truncation=True, max_length=2, padding="max_length")
+    assert tokenizer_digest(tokenizer) == before
+    tokenizer.add_tokens(["zebra"])
+    assert tokenizer_digest(tokenizer) != before
