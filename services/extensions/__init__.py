@@ -1,0 +1,1 @@
+"""Extensions of models: LoRA adapters and inserted layers, trained and switched by task."""

@@ -1,0 +1,12 @@
+"""Extensions in pure torch and PEFT, for the service and for notebooks.
+
+model = LoRAExtension(base_model, ExtensionConfig(lora_r=16, lora_alpha=32)).create_adapter("my-task")
+"""
+
+from __future__ import annotations
+
+from services.extensions.compute.config import ConfigInvalid, ExtensionConfig
+from services.extensions.compute.lora_extension import LoRAExtension
+from services.extensions.compute.train import Trainer, TrainSettings, held_out_loss
+
+__all__ = ["ConfigInvalid", "ExtensionConfig", "LoRAExtension", "TrainSettings", "Trainer", "held_out_loss"]

@@ -1,0 +1,115 @@
+"""Token sequences of equal length with their labels, and the order in which training sees them.
+
+Shapes: N examples, S positions, B examples of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from blake3 import blake3
+
+IGNORED = -100
+"""Label of a position that carries no loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """What a causal model is trained or judged on. Padding is on the right, where attention cannot see it."""
+
+    ids: torch.Tensor
+    """Token ids [N, S], int64."""
+    labels: torch.Tensor
+    """[N, S], int64: the ids again, or `IGNORED` where the loss does not look (padding, prompts); not shifted."""
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def digest(self) -> str:
+        """Content digest of ids and labels."""
+        both = torch.stack([self.ids, self.labels]).contiguous()
+        return blake3(str(list(both.shape)).encode() + both.numpy().tobytes()).hexdigest()
+
+    def take(self, rows: torch.Tensor | slice) -> Examples:
+        """Some of the examples."""
+        return Examples(self.ids[rows], self.labels[rows])
+
+    def batches(self, size: int) -> Iterable[Examples]:
+        """All examples in order, `size` at a time."""
+        return (self.take(slice(start, start + size)) for start in range(0, len(self), size))
+
+
+def from_texts(sequences: Iterable[Sequence[int]], length: int, separator: int) -> Examples:
+    """Concatenate token sequences, a separator after each, and cut the stream into rows of `length`.
+
+    Raises:
+        ValueError: there are fewer than two tokens.
+    """
+    stream: list[int] = []
+    for sequence in sequences:
+        stream.extend(sequence)
+        stream.append(separator)
+    if len(stream) <= 2:
+        raise ValueError("the dataset holds no text")
+    rows = [stream[start : start + length] for start in range(0, len(stream), length)]
+    if len(rows) > 1 and len(rows[-1]) < 2:
+        rows.pop()
+    return _padded([(row, row) for row in rows], separator)
+
+
+def from_pairs(pairs: Iterable[tuple[Sequence[int], Sequence[int]]], length: int, separator: int) -> Examples:
+    """One row per (prompt, target), loss on the target and the separator after it; prompts lose their beginning first.
+
+    Raises:
+        ValueError: there is no pair, or a target is empty or leaves no room for a token of its prompt.
+    """
+    rows: list[tuple[list[int], list[int]]] = []
+    for number, (prompt, target) in enumerate(pairs):
+        answer = [*target, separator]
+        room = length - len(answer)
+        if not target or room < 1:
+            raise ValueError(f"row {number} has a target of {len(target)} tokens; 1 to {length - 2} fit")
+        asked = list(prompt[-room:]) or [separator]
+        rows.append(([*asked, *answer], [IGNORED] * len(asked) + answer))
+    if not rows:
+        raise ValueError("the dataset holds no rows")
+    return _padded(rows, separator)
+
+
+def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int) -> Examples:
+    longest = max(len(ids) for ids, _ in rows)
+    ids_NS = torch.full((len(rows), longest), pad, dtype=torch.int64)
+    labels_NS = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
+    for index, (ids, labels) in enumerate(rows):
+        ids_NS[index, : len(ids)] = torch.tensor(ids)
+        labels_NS[index, : len(labels)] = torch.tensor(labels)
+    return Examples(ids_NS, labels_NS)
+
+
+class Order:
+    """Which examples batch number b holds: one permutation an epoch, drawn from seed and epoch alone.
+
+    There is no state to save: a resumed training asks for the same batches by number.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self._count = count
+        self._batch_size = batch_size
+        self._seed = seed
+        self._cached: tuple[int, torch.Tensor] = (-1, torch.empty(0, dtype=torch.int64))
+
+    def batch(self, number: int) -> torch.Tensor:
+        """Rows [B] of batch `number`, which may reach over the end of an epoch."""
+        first = number * self._batch_size
+        rows = [self._row(position) for position in range(first, first + self._batch_size)]
+        return torch.stack(rows)
+
+    def _row(self, position: int) -> torch.Tensor:
+        epoch, index = divmod(position, self._count)
+        if self._cached[0] != epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._cached = (epoch, torch.randperm(self._count, generator=generator))
+        return self._cached[1][index]

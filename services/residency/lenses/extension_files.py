@@ -1,0 +1,153 @@
+"""An extension on disk: `extension.json`, `inserted.safetensors` for layers, and `lora/`, a folder plain PEFT loads.
+
+The files depend on nothing but the extension's content, byte for byte, so that the folder's content digest is its
+identity and its name an alias.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from services.residency.lenses import lora
+from services.residency.lenses.extension import Extension, ExtensionRefused, applied
+
+FORMAT = 1
+LORA_FOLDER = "lora"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What extension.json says."""
+
+    kind: str
+    """lora, layer or hybrid."""
+    task_name: str
+    """Name its owner gave it; an alias, never an identity."""
+    operations: tuple[dict[str, Any], ...]
+    """What to do to the base, in order; each has `op` and what that operation needs."""
+    base_structure: str
+    """`structure` of the base it was made for."""
+    base_digest: str = ""
+    """Content digest of the base's files; empty when it was made from a model in memory."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The configuration it was created with."""
+    parameter_counts: dict[str, float] = field(default_factory=dict)
+    """Exact counts: base, trainable, lora, layer, trainable_over_base, trainable_over_total."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Steps, tokens, held-out loss before and after; empty while it is as it was created."""
+    format: int = FORMAT
+    """Version of this layout."""
+
+
+def structure(model: nn.Module) -> str:
+    """A digest of the shapes of the model's embedding and linear modules; the same for every quantisation of it."""
+    lines = [f"{path} {n_in} {n_out}" for path, (n_in, n_out) in sorted(lora.linear_modules(model).items())]
+    embedding = model.get_input_embeddings()
+    lines.append(f"embedding {embedding.num_embeddings} {embedding.embedding_dim}")
+    return blake3("\n".join(lines).encode()).hexdigest()
+
+
+def write(folder: Path, manifest: Manifest, weights: Mapping[str, torch.Tensor], config: LoraConfig | None) -> None:
+    """Write an extension into an existing empty folder.
+
+    Args:
+        folder: where; a failure may leave files in it.
+        manifest: goes to extension.json.
+        weights: CPU tensors by checkpoint key.
+        config: PEFT's configuration when the extension has an adapter.
+    """
+    adapter = {key: tensor for key, tensor in weights.items() if key.startswith(lora.KEY_PREFIX)}
+    inserted = {key: tensor for key, tensor in weights.items() if key not in adapter}
+    _write_json(folder / "extension.json", asdict(manifest))
+    if config is not None:
+        (folder / LORA_FOLDER).mkdir()
+        _write_json(folder / LORA_FOLDER / "adapter_config.json", lora.config_json(config))
+        _write_tensors(folder / LORA_FOLDER / "adapter_model.safetensors", adapter)
+    if inserted:
+        _write_tensors(folder / "inserted.safetensors", inserted)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an extension's folder.
+
+    Raises:
+        ExtensionRefused: it is missing, is not one of ours, or of a later format.
+    """
+    try:
+        stored = json.loads((folder / "extension.json").read_text())
+        known = {entry.name for entry in fields(Manifest)}
+        if set(stored) - known or stored["format"] != FORMAT:
+            raise ExtensionRefused("extension.json", f"is not of format {FORMAT}")
+        return Manifest(**stored | {"operations": tuple(stored["operations"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ExtensionRefused):
+            raise
+        raise ExtensionRefused("extension.json", "is missing or damaged") from error
+
+
+def attachable(folder: Path, model: nn.Module, *, base_digest: str = "") -> Extension:
+    """Build the extension in a folder for a live base, strictly; the base is left as it was.
+
+    Args:
+        folder: as `write` left it.
+        model: the base; quantised or not.
+        base_digest: content digest of the base's files where it is known.
+
+    Raises:
+        ExtensionRefused: the base is another one, or files are missing, damaged or do not fit.
+    """
+    manifest = read_manifest(folder)
+    if manifest.base_digest and base_digest and manifest.base_digest != base_digest:
+        raise ExtensionRefused("base_digest", f"made for {manifest.base_digest}, this base is {base_digest}")
+    if manifest.base_structure != structure(model):
+        raise ExtensionRefused("base", "has other layers than the model this extension was made for")
+    whole = Extension(edits=(), parameters={})
+    for operation in manifest.operations:
+        if operation.get("op") not in OPERATIONS:
+            raise ExtensionRefused("operations", f"{operation.get('op')!r} is unknown; known are {sorted(OPERATIONS)}")
+        with applied(whole.edits):
+            part = OPERATIONS[operation["op"]](folder, model, operation)
+        whole = Extension(edits=whole.edits + part.edits, parameters={**whole.parameters, **part.parameters})
+    return whole
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file in private memory (a map of the file would fault when it is truncated).
+
+    Raises:
+        ExtensionRefused: the file is missing, truncated or no safetensors file.
+    """
+    try:
+        return load_tensors(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise ExtensionRefused("weights", f"{path.name} is missing or damaged") from error
+
+
+def _attach_lora(folder: Path, model: nn.Module, operation: Mapping[str, Any]) -> Extension:
+    del operation
+    config = lora.read_config(folder / LORA_FOLDER)
+    return lora.build(model, config, read_tensors(folder / LORA_FOLDER / "adapter_model.safetensors"))
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    path.write_bytes(save_tensors({key: tensors[key].contiguous() for key in sorted(tensors)}))
+
+
+OPERATIONS: dict[str, Callable[[Path, nn.Module, Mapping[str, Any]], Extension]] = {"lora": _attach_lora}
+"""How each operation of a manifest becomes edits of a live model."""

@@ -1,0 +1,216 @@
+"""LoRA adapters as PEFT builds and stores them (Hu et al., arXiv:2106.09685), turned into edits of a live base.
+
+PEFT replaces each targeted linear module by a wrapper that holds the original as `base_layer`. Here the wrappers are
+taken out again as soon as PEFT has made them, and become the edits of an `Extension`: PEFT's own "disabled" state,
+which leaves the wrappers in the base's tree and its paths renamed, is never used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from services.residency.lenses.extension import Edit, Extension, ExtensionRefused
+
+ADAPTER = "lensmesh_task"
+"""PEFT's name for the adapter inside its wrappers; a name of the user's could collide with a module path there."""
+KEY_PREFIX = "base_model.model."
+"""What PEFT puts before a module's path in adapter_model.safetensors."""
+MAGNITUDE = "lora_magnitude_vector"
+"""DoRA's norms of the adapted weights; PEFT leaves `.weight` off their keys."""
+READ_FIELDS = frozenset(
+    {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "fan_in_fan_out"}
+)
+"""Fields of an adapter_config.json that change the function and are understood here."""
+IGNORED_FIELDS = frozenset(
+    {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+    | {"init_lora_weights", "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config"}
+)
+"""Fields that say nothing about the trained function."""
+
+
+def linear_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Paths of the modules that LoRA can adapt, each with its (in_features, out_features).
+
+    Every linear projection, quantised or not (GPT-2's Conv1D too); not the output embedding, which may be the input
+    embedding's own tensor.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found: dict[str, tuple[int, int]] = {}
+    for path, module in model.named_modules():
+        if module is head:
+            continue
+        if isinstance(module, nn.Linear):
+            found[path] = (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            found[path] = (module.nx, module.nf)
+    return found
+
+
+def default_targets(model_type: str) -> tuple[str, ...]:
+    """The modules PEFT adapts in this kind of model when none are named (T5: q and v).
+
+    Raises:
+        ExtensionRefused: PEFT has no default for it.
+    """
+    names = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+    if not isinstance(names, list):
+        raise ExtensionRefused("lora.target_modules", f"name them: there is no default for model type {model_type!r}")
+    return tuple(names)
+
+
+def matched(linears: Mapping[str, tuple[int, int]], target_modules: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """The linear modules that the names select, by the last parts of their paths as in PEFT.
+
+    Raises:
+        ExtensionRefused: a name selects none; the description lists the names this model has.
+    """
+    chosen: dict[str, tuple[int, int]] = {}
+    for name in target_modules:
+        hits = {path: shape for path, shape in linears.items() if path == name or path.endswith(f".{name}")}
+        if not hits:
+            known = ", ".join(sorted({path.rpartition(".")[2] for path in linears}))
+            raise ExtensionRefused(
+                "lora.target_modules", f"{name!r} is not a linear module of this model; it has {known}"
+            )
+        chosen |= hits
+    return dict(sorted(chosen.items()))
+
+
+def require_rank(targets: Mapping[str, tuple[int, int]], r: int) -> None:
+    """A rank must be at least 1 and at most that of every adapted matrix.
+
+    Raises:
+        ExtensionRefused: it is not.
+    """
+    if r < 1:
+        raise ExtensionRefused("lora.r", f"must be at least 1, got {r}")
+    for path, (n_in, n_out) in targets.items():
+        if r > min(n_in, n_out):
+            raise ExtensionRefused("lora.r", f"{r} is above the rank of {path}, which is {min(n_in, n_out)}")
+
+
+def fresh_weights(targets: Mapping[str, tuple[int, int]], r: int, seed: int) -> dict[str, torch.Tensor]:
+    """Weights of a new adapter: A uniform in ±1/sqrt(in) as PEFT draws it, B zero, so that it changes nothing yet.
+
+    Returns:
+        float32 tensors by checkpoint key, `lora_A` [r, in] and `lora_B` [out, r]; the same for the same seed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights: dict[str, torch.Tensor] = {}
+    for path, (n_in, n_out) in targets.items():
+        bound = n_in**-0.5
+        uniform = torch.rand(r, n_in, generator=generator)
+        weights[f"{KEY_PREFIX}{path}.lora_A.weight"] = (2 * uniform - 1) * bound
+        weights[f"{KEY_PREFIX}{path}.lora_B.weight"] = torch.zeros(n_out, r)
+    return weights
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The adapter_config.json of a PEFT folder.
+
+    Raises:
+        ExtensionRefused: it is no LoRA, or sets something that is not understood here.
+        OSError: the file cannot be read.
+    """
+    try:
+        stored = json.loads((folder / "adapter_config.json").read_text())
+        peft_type = stored.get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise ExtensionRefused("adapter_config", "is not a JSON object") from error
+    if peft_type != "LORA":
+        raise ExtensionRefused("adapter_config.peft_type", f"must be LORA, got {peft_type!r}")
+    default = LoraConfig()
+    for name, value in stored.items():
+        if name not in READ_FIELDS | IGNORED_FIELDS and value != getattr(default, name, None):
+            raise ExtensionRefused(f"adapter_config.{name}", "is set, but not supported")
+    return LoraConfig(**{name: stored[name] for name in READ_FIELDS & stored.keys()})
+
+
+def config_json(config: LoraConfig) -> dict[str, Any]:
+    """What adapter_config.json holds: plain JSON, in an order that depends on nothing but the values."""
+    stored = config.to_dict() | {"peft_type": "LORA", "inference_mode": True, "peft_version": None}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in sorted(stored.items())}
+
+
+def build(
+    model: nn.Module, config: LoraConfig, weights: Mapping[str, torch.Tensor], *, fresh: bool = False
+) -> Extension:
+    """Make an adapter for a live base, which is left as it was and must have no extension active.
+
+    Args:
+        model: the base; its linear modules may be bitsandbytes' int8 or int4.
+        config: PEFT's configuration with explicit `target_modules`.
+        weights: tensors by checkpoint key, exactly those the configuration asks for; copied.
+        fresh: DoRA's magnitudes may be left out: they begin as the norms of the base's weights.
+
+    Raises:
+        ExtensionRefused: targets, rank, keys or shapes do not fit this model.
+    """
+    _require_trainable_int4(model)
+    require_rank(matched(linear_modules(model), sorted(config.target_modules or ())), config.r)
+    edits, parameters = _inject(model, config)
+    extension = Extension(edits=edits, parameters=parameters)
+    begun = {key: parameter for key, parameter in parameters.items() if fresh and key.endswith(MAGNITUDE)}
+    extension.load({**begun, **weights})
+    return extension
+
+
+def stores_transposed(model: nn.Module, config: LoraConfig) -> bool:
+    """Whether the adapted modules keep their weight as [in, out] (GPT-2's Conv1D; its quantised layers do not)."""
+    targets = matched(linear_modules(model), sorted(config.target_modules or ()))
+    return any(isinstance(model.get_submodule(path), Conv1D) for path in targets)
+
+
+def _require_trainable_int4(model: nn.Module) -> None:
+    """The repacking of bitsandbytes for avx512_bf16 is lossy and gives adapters no gradient, without a word."""
+    for path, module in model.named_modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False) and module.weight.device.type == "cpu":
+            raise ExtensionRefused(
+                "base", f"{path} is int4 with support_avx512bf16_for_cpu set; unset it after loading"
+            )
+
+
+def _inject(model: nn.Module, config: LoraConfig) -> tuple[tuple[Edit, ...], dict[str, nn.Parameter]]:
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    edits: list[Edit] = []
+    parameters: dict[str, nn.Parameter] = {}
+    injected = copy(config)
+    injected.fan_in_fan_out = stores_transposed(model, config)
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        try:
+            inject_adapter_in_model(injected, model, ADAPTER)
+        finally:
+            for path, wrapper in _wrappers(model).items():
+                parent_path, _, name = path.rpartition(".")
+                parent = model.get_submodule(parent_path)
+                edits.append(Edit(parent, name, wrapper))
+                parameters.update(_own_parameters(path, wrapper))
+                setattr(parent, name, wrapper.get_base_layer())
+            if hasattr(model, "peft_config"):
+                del model.peft_config
+            for parameter, flag in trainable:
+                parameter.requires_grad_(flag)
+    return tuple(edits), parameters
+
+
+def _wrappers(model: nn.Module) -> dict[str, LoraLayer]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _own_parameters(path: str, wrapper: LoraLayer) -> Iterator[tuple[str, nn.Parameter]]:
+    """(checkpoint key, parameter) of a wrapper, the key as PEFT writes it: without the adapter's name."""
+    for name, parameter in wrapper.named_parameters():
+        if not name.startswith("base_layer."):
+            key = name.replace(f".{ADAPTER}", "").replace(f"{MAGNITUDE}.weight", MAGNITUDE)
+            yield f"{KEY_PREFIX}{path}.{key}", parameter
