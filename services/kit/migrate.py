@@ -61,14 +61,13 @@ async def require_head(database: Database) -> None:
     """Check that the schema is the one this build was written for; services do this at start and for readiness.
 
     Raises:
-        errors.Conflict: `SCHEMA_VERSION`, with both revisions.
-        errors.Unavailable: the database does not answer.
+        errors.Unavailable: `DATABASE_UNAVAILABLE`: another revision (metadata has both), or no answer at all.
     """
     found = await current(database.dsn)
     if found != head():
-        raise errors.Conflict(
+        raise errors.Unavailable(
             f"The database schema is at {found or 'no revision'}, this build needs {head()}: run `lensmesh migrate up`",
-            reason="SCHEMA_VERSION",
+            reason="DATABASE_UNAVAILABLE",
             metadata={"found": found or "", "needed": head()},
         )
 

@@ -58,9 +58,8 @@ async def test_two_processes_that_migrate_at_once_take_turns(empty_database_url:
 async def test_services_refuse_another_schema(empty_database_url: str) -> None:
     database = await Database.open(empty_database_url)
     try:
-        with pytest.raises(errors.Conflict) as caught:
+        with pytest.raises(errors.Unavailable) as caught:
             await migrate.require_head(database)
-        assert caught.value.reason == "SCHEMA_VERSION"
         assert caught.value.metadata == {"found": "", "needed": migrate.head()}
         await migrate.upgrade(empty_database_url)
         await migrate.require_head(database)
