@@ -82,8 +82,8 @@ class Rows:
         self.record = record
         self._table = table
         columns = set(table.column_names)
-        self.tokenized = record.text_field not in columns and INPUT_IDS in columns
         self.paired = bool(record.prompt_field and record.target_field)
+        self.tokenized = not self.paired and record.text_field not in columns and INPUT_IDS in columns
         wanted = (record.prompt_field, record.target_field) if self.paired else (record.text_field,)
         for name in () if self.tokenized else wanted:
             if name not in columns:
