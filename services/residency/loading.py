@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -122,23 +123,81 @@ def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
         parent._buffers[leaf] = tensor
 
 
-def _fill(
-    model: PreTrainedModel,
-    directory: Path,
-    assigned: Mapping[str, Entry],
-    *,
-    quantization: str,
-    dtype: torch.dtype,
-    device: str,
-    progress: Progress,
-) -> None:
-    """Read every assigned tensor in the order of the files, converted or quantised and placed before the next is read."""
-    quantized = linear_modules(model) if quantization in ("int8", "int4") else {}
-    dtype_of = target_dtypes(model, dtype)
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model that is laid out but holds no weights yet; what `fill` needs."""
+
+    model: PreTrainedModel
+    directory: Path
+    quantization: str
+    dtype: torch.dtype
+    assigned: Mapping[str, Entry]
+
+
+def prepare(directory: Path, quantization: str) -> Prepared:
+    """Read config and headers and lay the modules out on the meta device.
+
+    While this runs, no other thread may make modules: transformers and accelerate set process-wide defaults.
+
+    Args:
+        directory: config.json and safetensors files.
+        quantization: `none` keeps the checkpoint's dtype, `fp16` and `bf16` convert, `int8` and `int4` quantise.
+
+    Raises:
+        LoadFailed, CheckpointError, UnsupportedModel: the files or the model are not right.
+        OSError: a file cannot be read.
+    """
+    config = read_config(directory)
+    entries = read_headers(directory)
+    dtype = CAST.get(quantization) or stored_dtype(entries)
+    model = skeleton(config, dtype)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return Prepared(model, directory, quantization, dtype, assign_names(model, entries))
+
+
+def fill(prepared: Prepared, device: str, progress: Progress) -> PreTrainedModel:
+    """Read the weights; each is converted or quantised and placed before the next is read. Any thread may do this.
+
+    Args:
+        prepared: not used again afterwards.
+        device: torch device of the weights.
+        progress: see `Progress`; called at least every 5 % of the bytes.
+
+    Raises:
+        LoadFailed, CheckpointError: the files are truncated or incomplete.
+        OSError: a file cannot be read.
+        MemoryError, torch.OutOfMemoryError: it does not fit.
+    """
+    model = prepared.model
+    quantized = linear_modules(model) if prepared.quantization in ("int8", "int4") else {}
+    dtype_of = target_dtypes(model, prepared.dtype)
+    for names, tensor in _stored(prepared, progress):
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            if leaf == "weight" and path in quantized:
+                replace_linear(
+                    model, path, tensor, quantization=prepared.quantization, dtype=prepared.dtype, device=device
+                )
+            else:
+                wanted = dtype_of(name) if tensor.is_floating_point() else tensor.dtype
+                _place(model, name, tensor.to(device=device, dtype=wanted))
+    missing = {name for name, _ in model.named_parameters(remove_duplicate=False) if name not in prepared.assigned}
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    _require_complete(model)
+    for path, buffer in list(model.named_buffers()):
+        _place(model, path, buffer.to(device))
+    for parameter in model.parameters():
+        parameter.requires_grad_(requires_grad=False)
+    return model.eval()
+
+
+def _stored(prepared: Prepared, progress: Progress) -> Iterator[tuple[list[str], Tensor]]:
+    """Each stored tensor once, in the order of the files, with the names of the parameters that it is."""
     names: dict[str, list[str]] = {}
-    for name, entry in assigned.items():
+    for name, entry in prepared.assigned.items():
         names.setdefault(entry.name, []).append(name)
-    entries = list({entry.name: entry for entry in assigned.values()}.values())
+    entries = list({entry.name: entry for entry in prepared.assigned.values()}.values())
     done, total = 0, sum(entry.nbytes for entry in entries)
 
     def count(nbytes: int) -> None:
@@ -146,49 +205,21 @@ def _fill(
         done += nbytes
         progress(done, total)
 
-    for entry, tensor in read_tensors(directory, entries, count):
-        for name in names[entry.name]:
-            path, _, leaf = name.rpartition(".")
-            if leaf == "weight" and path in quantized:
-                replace_linear(model, path, tensor, quantization=quantization, dtype=dtype, device=device)
-            else:
-                wanted = dtype_of(name) if tensor.is_floating_point() else tensor.dtype
-                _place(model, name, tensor.to(device=device, dtype=wanted))
+    for entry, tensor in read_tensors(prepared.directory, entries, count):
+        yield names[entry.name], tensor
 
 
 def load_model(
     directory: Path, quantization: str, device: str = "cpu", progress: Progress = lambda done, total: None
 ) -> PreTrainedModel:
-    """Load a model from a local directory.
-
-    Args:
-        directory: config.json and safetensors files.
-        quantization: `none` keeps the checkpoint's dtype, `fp16` and `bf16` convert, `int8` and `int4` quantise.
-        device: torch device of the weights.
-        progress: see `Progress`; called at least every 5 % of the bytes.
+    """`prepare` and `fill` in one: a model from a local directory, in eval mode, every parameter frozen.
 
     Raises:
         LoadFailed, CheckpointError, UnsupportedModel: the files or the model are not right.
         OSError: a file cannot be read.
         MemoryError, torch.OutOfMemoryError: it does not fit.
     """
-    config = read_config(directory)
-    entries = read_headers(directory)
-    dtype = CAST.get(quantization) or stored_dtype(entries)
-    model = skeleton(config, dtype)
-    assigned = assign_names(model, entries)
-    missing = {name for name, _ in model.named_parameters(remove_duplicate=False) if name not in assigned}
-    _fill(model, directory, assigned, quantization=quantization, dtype=dtype, device=device, progress=progress)
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
-    _require_complete(model)
-    for path, buffer in list(model.named_buffers()):
-        if buffer.device != torch.device(device):
-            _place(model, path, buffer.to(device))
-    for parameter in model.parameters():
-        parameter.requires_grad_(requires_grad=False)
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
-    return model.eval()
+    return fill(prepare(directory, quantization), device, progress)
 
 
 def _require_complete(model: nn.Module) -> None:
