@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from joserfc import jwk, jwt
+from joserfc import jwk
+
+from services.kit import auth
 
 SCOPES = ("model:read", "model:write", "model:admin")
 ISSUER = AUDIENCE = "lensmesh"
 
 
 def ensure_keys(directory: Path) -> None:
-    """Create `jwt.jwks` (one HS256 key), `service.token` and `postgres.password` where they are missing, mode 0600.
+    """Create `jwt.jwks` (one HS256 key) and the mesh's own secrets where they are missing, mode 0600.
 
     Raises:
         OSError: the directory cannot be written.
@@ -48,19 +49,16 @@ def mint_token(
     Raises:
         FileNotFoundError: the directory holds no keys.
     """
-    key = jwk.KeySet.import_key_set(json.loads((directory / "jwt.jwks").read_text())).keys[0]
-    now = int(time.time())
-    claims: dict[str, object] = {
-        "sub": subject,
-        "permissions": list(scopes),
-        "iss": ISSUER,
-        "aud": AUDIENCE,
-        "iat": now,
-        "exp": now + int(expires_seconds),
-    }
-    if loads_per_hour is not None:
-        claims["loads_per_hour"] = loads_per_hour
-    return jwt.encode({"alg": "HS256", "kid": key.kid}, claims, key)
+    claims = {} if loads_per_hour is None else {"loads_per_hour": loads_per_hour}
+    return auth.mint(
+        directory / "jwt.jwks",
+        subject=subject,
+        permissions=list(scopes),
+        issuer=ISSUER,
+        audience=AUDIENCE,
+        lifetime_seconds=expires_seconds,
+        **claims,
+    )
 
 
 def _write_once(path: Path, text: str) -> None:

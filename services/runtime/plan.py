@@ -127,7 +127,7 @@ def _serve(
             *(sys.executable, "-m", "services.cli", "serve", *services, *options),
             *("--listen", listen, "--metrics", metrics),
         ),
-        environment={**plan.environment, **environment},
+        environment={**plan.environment, "LENSMESH_HOST_ID": name, **environment},
         directory=DEPLOY.parent,
         probe=http_probe(f"http://{metrics}/readyz"),
     )

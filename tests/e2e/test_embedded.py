@@ -112,5 +112,5 @@ async def test_the_broker_has_jetstream_and_needs_its_token(state: Path, childre
 def test_without_a_broker_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("services.runtime.nats._SYSTEM_PATHS", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(StartError, match="apt-get install nats-server.*LENSMESH_NATS_URL"):
+    with pytest.raises(StartError, match=r"apt-get install nats-server.*LENSMESH_NATS_URL"):
         find_nats_server()
