@@ -84,7 +84,7 @@ class EventLog:
             return {row["topic"]: row["last_sequence"] for row in await conn.fetch(_QUERIES["heads"], exact, prefixes)}
 
     async def after(self, topics: Iterable[str], cursors: Mapping[str, int], limit: int = 500) -> list[Event]:
-        """Up to `limit` events beyond `cursors` (topic to the sequence seen last, 0 when absent), each topic in order."""
+        """Up to `limit` events beyond `cursors` (topic to the sequence seen last, default 0), each topic in order."""
         exact, prefixes = split_topics(topics)
         async with self._database.connection() as conn:
             rows = await conn.fetch(_QUERIES["after"], exact, prefixes, dict(cursors), limit)

@@ -258,4 +258,4 @@ class Claim:
 
 
 Handler = Callable[[Claim], Awaitable[dict[str, Any]]]
-"""Does one kind of job; returns its result. LensmeshError(transient=True) and OSError are tried again, others fail it."""
+"""Does one kind of job and returns its result. A transient LensmeshError or OSError is tried again, others fail it."""

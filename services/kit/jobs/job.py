@@ -15,7 +15,7 @@ class StaleLease(errors.Stale):
     default_reason = "STALE_LEASE"
 
 
-class Interrupted(Exception):  # noqa: N818 - control flow, not a failure
+class Interrupted(Exception):
     """The handler was asked to stop; its state so far may be kept."""
 
 

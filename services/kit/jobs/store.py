@@ -16,7 +16,6 @@ from services.kit.jobs import transitions
 from services.kit.jobs.job import Job
 from services.kit.jobs.transitions import QUERIES, job_of
 
-
 Page = tuple[list[Job], int]
 """Some of the jobs that match, and how many do in all."""
 

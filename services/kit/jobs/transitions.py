@@ -87,7 +87,7 @@ async def again(
 async def retry_or_fail(
     conn: asyncpg.Connection, job: Job, code: str, message: str, *, max_attempts: int, backoff: timedelta
 ) -> None:
-    """After a transient failure: queue the next attempt, twice as late each time, or give up and keep the last cause."""
+    """After a transient failure: queue the next attempt, twice as late each time, or fail and keep the last cause."""
     if job.attempt < max_attempts:
         delay = backoff * 2 ** (job.attempt - 1)
         await again(conn, job, "retrying", attempt=job.attempt, delay=delay, code=code, message=message)

@@ -46,11 +46,11 @@ class Worker:
         self,
         store: JobStore,
         handlers: dict[str, Handler],
+        *,
         device: str,
         incarnation: str,
         limits: Mapping[str, int],
         slots: int,
-        *,
         drain_seconds: float = 10.0,
     ) -> None:
         """Describe the worker; `run` starts it.
@@ -156,7 +156,7 @@ class Worker:
             await self._settle(claim, transitions.cancel)
         except Paused:
             await self._settle(claim, transitions.pause if claim.pause_asked else _give_back)
-        except Exception as error:  # noqa: BLE001 - whatever a handler raises becomes the job's failure
+        except Exception as error:
             await self._fail(claim, error)
         else:
             data = claim.completed_data
@@ -181,7 +181,6 @@ class Worker:
 
     async def _settle(self, claim: Claim, change: Change) -> None:
         """Write how the job ended; a cancel that was acknowledged wins over whatever the handler did meanwhile."""
-
         await claim.insist(lambda: self._settle_once(claim, change))
 
     async def _settle_once(self, claim: Claim, change: Change) -> None:

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
-from services.kit import errors
 from services.kit.database import Database
-from services.kit.jobs import Claim, JobStore, Paused
+from services.kit.jobs import Claim, JobStore
 from tests.support import eventually
-from tests.unit.kit.jobs_support import Gate, enqueue, events_of, worker_of, working
+from tests.unit.kit.jobs_support import enqueue, events_of, worker_of, working
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ CREATE TABLE audit_log (
     method text NOT NULL,
     resource text NOT NULL,
     outcome text NOT NULL,
-    trace_id text NOT NULL DEFAULT ''
+    trace text NOT NULL
 );
 CREATE INDEX audit_log_age ON audit_log (at);
 """
