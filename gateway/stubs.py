@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -72,10 +73,11 @@ def load(packages: Iterable[str]) -> list[FileDescriptor]:
     files = []
     for package in packages:
         try:
-            found = importlib.import_module(package)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"no stubs are installed for the proto package {package!r}") from error
-        names = sorted(name for _, name, _ in pkgutil.iter_modules(found.__path__) if name.endswith("_pb2"))
+            found = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            found = None
+        places = found.submodule_search_locations if found is not None else None
+        names = sorted(name for _, name, _ in pkgutil.iter_modules(places or []) if name.endswith("_pb2"))
         if not names:
             raise ValueError(f"no stubs are installed for the proto package {package!r}")
         files += [importlib.import_module(f"{package}.{name}").DESCRIPTOR for name in names]

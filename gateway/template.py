@@ -70,8 +70,9 @@ class Template:
                 return None
         made = {}
         for variable in self.variables:
+            start = variable.start + (spare if variable.start > rest else 0)
             stop = variable.stop + (spare if variable.stop > rest else 0)
-            made[variable.field] = unquote("/".join(raw[variable.start : stop]), errors="strict")
+            made[variable.field] = unquote("/".join(raw[start:stop]), errors="strict")
         return made
 
 
