@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
+from typing import Protocol
 
 import uvicorn
 from prometheus_client import (
@@ -92,6 +93,21 @@ class RpcMetrics:
 
 def _labels(method: Method) -> tuple[str, str, str]:
     return ("server_stream" if method.streams else "unary", method.service, method.name)
+
+
+class WorkerCounts(Protocol):
+    """What a worker counts since its process started."""
+
+    stale_fences: int
+    renewal_failures: int
+
+
+def show_worker(registry: CollectorRegistry, counts: WorkerCounts) -> None:
+    """Show what this process's worker counts."""
+    stale = Gauge("job_stale_fence", "Jobs this process gave up because their lease was lost", registry=registry)
+    stale.set_function(lambda: counts.stale_fences)
+    failures = Gauge("job_lease_renew_failures", "Lease renewals the database did not answer", registry=registry)
+    failures.set_function(lambda: counts.renewal_failures)
 
 
 async def measure_loop_lag(registry: CollectorRegistry) -> None:

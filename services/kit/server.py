@@ -20,6 +20,7 @@ from services.kit.auth import TokenVerifier
 from services.kit.channels import OPTIONS
 from services.kit.config import Settings
 from services.kit.database import Database
+from services.kit.housekeeping import keep_house
 from services.kit.interceptors import CallInterceptor
 from services.kit.jobs import Handler, JobStore, Worker
 from services.kit.logs import get_logger
@@ -112,6 +113,7 @@ async def run(context: Context, parts: list[Part], *, metrics_address: str, slot
         tasks = [
             asyncio.create_task(metrics.serve_http(context.metrics, checks, host, int(port)), name="http"),
             asyncio.create_task(metrics.measure_loop_lag(context.metrics), name="loop-lag"),
+            asyncio.create_task(keep_house(context.database, context.artifacts), name="housekeeping"),
             asyncio.create_task(_report_health(serving, checks), name="health"),
             *(asyncio.create_task(task(), name=task.__qualname__) for part in parts for task in part.background),
         ]
@@ -123,7 +125,9 @@ async def run(context: Context, parts: list[Part], *, metrics_address: str, slot
                 incarnation=context.incarnation,
                 limits=limits,
                 slots=slots,
+                drain_seconds=context.settings.drain_seconds,
             )
+            metrics.show_worker(context.metrics, worker.counts)
             tasks.append(asyncio.create_task(worker.run(), name="worker"))
         await _until_stopped(stop, tasks)
 

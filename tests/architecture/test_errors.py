@@ -8,7 +8,7 @@ from lensmesh.common.v1 import errors_pb2
 from services.kit import errors
 
 ROOT = Path(__file__).resolve().parents[2]
-KNOWN = {name.removeprefix("ERROR_REASON_") for name in errors_pb2.ErrorReason.keys()}
+KNOWN = {name.removeprefix("ERROR_REASON_") for name in errors_pb2.ErrorReason.DESCRIPTOR.values_by_name}
 PLACES = re.compile(r"""(?:reason|error_code|default_reason)\s*=\s*["']([A-Z_]+)["']""")
 
 
