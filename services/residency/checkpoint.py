@@ -43,6 +43,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read. The message names files by their bare name and says the way out."""
 
 
+class PickleRefused(CheckpointError):
+    """The weights are pickles, which can run code when they are read; the message says the way out."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One stored tensor: where its bytes lie in which file."""
@@ -128,7 +132,7 @@ def weight_files(directory: Path) -> list[Path]:
         raise CheckpointError("there are several .safetensors files and no model.safetensors.index.json")
     pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
     if pickles:
-        raise CheckpointError(
+        raise PickleRefused(
             f"{pickles[0]} is a pickle, which can run code when it is read; save the model again with "
             "model.save_pretrained(path, safe_serialization=True) and register that directory"
         )

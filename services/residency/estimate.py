@@ -68,19 +68,32 @@ def activation_bytes(known: Facts, itemsize: int, batch_size: int, tokens: int =
 
 
 def estimate(config: PretrainedConfig, entries: Sequence[Entry], quantization: str, device: str) -> Estimate:
-    """What a load of this model will take.
+    """What a load will take, for `laid_out` without its model.
 
-    Args:
-        config: the model's configuration.
-        entries: tensors of its files by their headers; none where only the config is known.
-        quantization: one of `quantize.QUANTIZATIONS`.
-        device: torch device.
+    `entries` may be empty where only the config is known.
 
     Raises:
         UnsupportedModel, LoadFailed: the model cannot be loaded at all.
     """
     dtype = CAST.get(quantization) or (stored_dtype(list(entries)) if entries else config.dtype or torch.float32)
-    model = skeleton(config, dtype)
+    return laid_out(skeleton(config, dtype), entries, quantization, dtype, device)
+
+
+def laid_out(
+    model: PreTrainedModel, entries: Sequence[Entry], quantization: str, dtype: torch.dtype, device: str
+) -> Estimate:
+    """What it will take to fill a model that is laid out on the meta device.
+
+    Args:
+        model: not quantised yet.
+        entries: tensors of its files by their headers.
+        quantization: one of `quantize.QUANTIZATIONS`.
+        dtype: of what is not quantised.
+        device: torch device.
+
+    Raises:
+        LoadFailed: a shape in the files is not the config's.
+    """
     linear = linear_modules(model) if quantization in ("int8", "int4") else {}
     dtype_of = target_dtypes(model, dtype)
     weights = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
@@ -92,7 +105,7 @@ def estimate(config: PretrainedConfig, entries: Sequence[Entry], quantization: s
             state += state_bytes(quantization, *_features(linear[path]))
         else:
             weights += numel * dtype_of(name).itemsize
-    known = facts(config.to_dict())
+    known = facts(model.config.to_dict())
     converted = quantization != "none"
     return Estimate(
         weights=weights,

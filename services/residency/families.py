@@ -223,7 +223,7 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
     """
     for part in path.split(".") if path else ():
         while not hasattr(module, part) and isinstance(getattr(module, "base_layer", None), nn.Module):
-            module = module.base_layer  # type: ignore[assignment]
+            module = module.base_layer
         found = getattr(module, part, None)
         if not isinstance(found, nn.Module):
             raise UnsupportedModel(f"{type(module).__name__} has no module {part!r} (of {path!r})")

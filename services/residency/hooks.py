@@ -14,7 +14,7 @@ from services.residency.families import Family, Side, locate
 Take = Callable[[Tensor], Tensor]
 
 
-class _Enough(Exception):  # noqa: N818 - it is control flow, not an error
+class _Enough(Exception):
     """Every wanted tensor of this forward pass is recorded."""
 
 

@@ -131,7 +131,10 @@ class Prepared:
     directory: Path
     quantization: str
     dtype: torch.dtype
+    entries: list[Entry]
+    """Every tensor of the files."""
     assigned: Mapping[str, Entry]
+    """Those that the model has a place for, by its names."""
 
 
 def prepare(directory: Path, quantization: str) -> Prepared:
@@ -153,7 +156,7 @@ def prepare(directory: Path, quantization: str) -> Prepared:
     model = skeleton(config, dtype)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
-    return Prepared(model, directory, quantization, dtype, assign_names(model, entries))
+    return Prepared(model, directory, quantization, dtype, entries, assign_names(model, entries))
 
 
 def fill(prepared: Prepared, device: str, progress: Progress) -> PreTrainedModel:

@@ -1,0 +1,69 @@
+"""Extensions as lenses: attached beside the base, in force only while a call uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from services.residency.lenses import Base, LensCorrupt, LensIncompatible, Reading, Spec, TokenReading, extension_files
+from services.residency.lenses.extension import ExtensionRefused
+from services.residency.lenses.logit_lens import most_probable
+from services.residency.splice import logits
+
+
+class ExtensionLens:
+    """One extension; its reading compares next-token distributions with and without it."""
+
+    altering = True
+
+    def __init__(self, lens_id: str, base: Base) -> None:
+        self._lens_id = lens_id
+        self._base = base
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the extension's own weights."""
+        return self._base.extensions[self._lens_id].nbytes
+
+    @property
+    def hook_points(self) -> Sequence[str]:
+        """None: it runs the model itself."""
+        return ()
+
+    def read(self, activations: Mapping[str, Tensor], input_ids: Tensor, top_k: int, prefix: int) -> Reading:
+        """Next-token distributions of the base and of the extended model."""
+        extensions = self._base.extensions
+        with extensions.using(None):
+            base = most_probable(logits(self._base.model, input_ids)[0], top_k)
+        with extensions.using(self._lens_id):
+            extended = most_probable(logits(self._base.model, input_ids)[0], top_k)
+        return Reading([TokenReading(base_predictions=a, predictions=b) for a, b in zip(base, extended, strict=True)])
+
+    def move(self, device: str) -> None:
+        """Bring the extension's weights to a device."""
+        self._base.extensions[self._lens_id].move(device)
+
+    def detach(self) -> None:
+        """Forget the extension; the base never held it while it was inactive."""
+        self._base.extensions.detach(self._lens_id)
+
+
+def load(spec: Spec, base: Base) -> ExtensionLens:
+    """Read an extension's files and attach it, inactive.
+
+    Raises:
+        LensIncompatible: it was made for another base.
+        LensCorrupt: its files cannot be read.
+    """
+    if spec.folder is None:
+        raise LensCorrupt("an extension has files")
+    try:
+        with base.extensions.using(None):
+            extension = extension_files.attachable(spec.folder, base.model, base_digest=base.digest)
+        base.extensions.attach(spec.lens_id, extension)
+    except ExtensionRefused as error:
+        raise LensIncompatible(error.field, error.description, base.facts.model_type) from error
+    except OSError as error:
+        raise LensCorrupt("the extension's files cannot be read") from error
+    return ExtensionLens(spec.lens_id, base)

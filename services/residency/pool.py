@@ -1,0 +1,463 @@
+"""All models of one process on one device: loaded in a transaction, leased to forward passes, counted to the byte.
+
+Between two calls every model is its bare base; an altering lens is in force only inside a call that asks for it. So a
+job that holds a lease for hours and runs one batch at a time never sees what others switch in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ParamSpec, TypeVar, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from services.kit import errors
+from services.residency import estimate, loading, sources
+from services.residency.failures import insufficient_memory, translated
+from services.residency.families import Facts, Family, facts, family_of
+from services.residency.fingerprint import fingerprint
+from services.residency.lenses import Base, Spec
+from services.residency.lenses import load as load_lens
+from services.residency.lenses.extension import Extensions
+from services.residency.memory import give_back
+from services.residency.park import relocate
+from services.residency.quantize import resident_bytes
+from services.residency.resident import Attached, Residency, Resident
+
+P = ParamSpec("P")
+T = TypeVar("T")
+LOADERS = 2
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A model that stays where it is until the lease ends."""
+
+    record: Resident
+    extension: str | None
+    _pool: Pool
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The transformers model, in eval mode, without any altering lens; touch it inside `run` only."""
+        return self.record.base.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer, None where it has none."""
+        return self.record.tokenizer
+
+    @property
+    def family(self) -> Family:
+        """Its module map.
+
+        Raises:
+            errors.Unsupported: the model has no hook points.
+        """
+        if self.record.base.family is None:
+            raise errors.Unsupported(f"models of type {self.facts.model_type} have no hook points")
+        return self.record.base.family
+
+    @property
+    def facts(self) -> Facts:
+        """What its config says."""
+        return self.record.base.facts
+
+    async def run(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run torch work on the device's thread with the lease's extension in force."""
+
+        def call() -> T:
+            with self.record.base.extensions.using(self.extension):
+                return fn(*args, **kwargs)
+
+        return await self._pool.run(call)
+
+
+class Pool:
+    """The models of one process. All coroutines belong to one event loop."""
+
+    def __init__(self, device: str, budget_bytes: int) -> None:
+        self.device = device
+        self.budget_bytes = budget_bytes
+        self._residents: dict[str, Resident] = {}
+        self._loading: dict[str, int] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+        self._loaders = ThreadPoolExecutor(max_workers=LOADERS, thread_name_prefix="loader")
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of models and lenses on the device, measured when they came; parked ones are not on it."""
+        return sum(resident.total_bytes for resident in self._residents.values() if self._counts(resident))
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes promised to loads that are going on."""
+        return sum(self._loading.values())
+
+    def _counts(self, resident: Resident) -> bool:
+        return resident.state == "device" or self.device == "cpu"
+
+    @property
+    def residents(self) -> list[Resident]:
+        """Every model, in the order they came."""
+        return list(self._residents.values())
+
+    def get(self, model_id: str) -> Resident:
+        """A resident model.
+
+        Raises:
+            errors.Conflict: `WRONG_STATE`: it is not here.
+        """
+        if model_id not in self._residents:
+            raise errors.Conflict("the model is not loaded in this process", metadata={"model_id": model_id})
+        return self._residents[model_id]
+
+    async def run(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run torch work on the device's one thread, first come first served; submit one batch at a time.
+
+        Raises:
+            errors.LensmeshError: what the torch modules' errors mean; whatever else `fn` raises as it is.
+        """
+        return await self._call(self._thread, lambda: fn(*args, **kwargs))
+
+    async def _call(
+        self, executor: ThreadPoolExecutor, fn: Callable[[], T], on_cancel: Callable[[], None] = lambda: None
+    ) -> T:
+        """Run and translate. A cancelled caller leaves only when the work has ended, so that nothing runs unowned."""
+
+        def call() -> tuple[T | None, BaseException | None]:
+            try:
+                return fn(), None
+            except Exception as error:
+                # A traceback's frames would keep a half-loaded model alive.
+                return None, (translated(error) or error).with_traceback(None)
+
+        future = asyncio.get_running_loop().run_in_executor(executor, call)
+        try:
+            value, failure = await asyncio.shield(future)
+        except asyncio.CancelledError:
+            on_cancel()
+            while not future.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
+            raise
+        if failure is not None:
+            raise failure
+        return cast(T, value)
+
+    async def load(
+        self,
+        model_id: str,
+        directory: Path,
+        quantization: str,
+        *,
+        expected_digest: str = "",
+        expected_fingerprint: str = "",
+        progress: Progress = lambda done, total: None,
+    ) -> Resident:
+        """Load a model; whatever goes wrong, the pool and the memory are as before.
+
+        A model that is here already with the same quantization is returned as it is.
+
+        Args:
+            model_id: its key from now on.
+            directory: its files.
+            quantization: one of `quantize.QUANTIZATIONS`.
+            expected_digest: what `sources.digest` of the files must be; anything when empty.
+            expected_fingerprint: what the loaded model's must be; anything when empty.
+            progress: told (bytes read, bytes in all) from another thread.
+
+        Raises:
+            errors.Conflict: it is loading, or here with another quantization.
+            errors.Exhausted: `INSUFFICIENT_MEMORY` with both numbers, or `DEVICE_OOM`.
+            errors.Failed: `MODEL_LOAD_FAILED`, `CHECKSUM_MISMATCH`, `FINGERPRINT_MISMATCH`.
+        """
+        if model_id in self._loading:
+            raise errors.Conflict("the model is loading already", reason="ALREADY_LOADING")
+        if model_id in self._residents:
+            return self._same(self._residents[model_id], quantization)
+        self._loading[model_id] = 0
+        resident: Resident | None = None
+        failure: errors.LensmeshError = mismatch()
+        try:
+            resident = await self._loaded(model_id, directory, quantization, expected_digest, progress)
+        except OSError:
+            failure = errors.Failed("the model's files cannot be read", reason="MODEL_LOAD_FAILED")
+        except errors.LensmeshError as error:
+            failure = error.with_traceback(None)  # its frames would keep the weights alive
+        finally:
+            del self._loading[model_id]
+        if resident is not None and expected_fingerprint in ("", resident.fingerprint):
+            self._residents[model_id] = resident
+            return resident
+        resident = None
+        await self.run(give_back, self.device)
+        raise failure
+
+    async def _loaded(
+        self, model_id: str, directory: Path, quantization: str, expected_digest: str, progress: Progress
+    ) -> Resident:
+        prepared = await self.run(loading.prepare, directory, quantization)
+        self._reserve(model_id, await self.run(_needed, prepared, self.device))
+        return await self._filled(model_id, prepared, expected_digest, progress)
+
+    async def _filled(
+        self, model_id: str, prepared: loading.Prepared, expected_digest: str, progress: Progress
+    ) -> Resident:
+        """Read the weights and the digest side by side; a cancelled caller ends the reading."""
+        abort = threading.Event()
+
+        def watched(done: int, total: int) -> None:
+            if abort.is_set():
+                raise errors.Unavailable("the load was cancelled", reason="CANCELLED")
+            progress(done, total)
+
+        hashing = asyncio.create_task(self._call(self._loaders, lambda: sources.digest(prepared.directory)))
+        try:
+            await self._call(self._loaders, lambda: loading.fill(prepared, self.device, watched), abort.set)
+        finally:
+            await asyncio.wait([hashing])
+        if expected_digest and hashing.result() != expected_digest:
+            raise errors.Failed("the model's files are not those that were registered", reason="CHECKSUM_MISMATCH")
+        return await self.run(_finish, model_id, prepared, hashing.result())
+
+    def _same(self, resident: Resident, quantization: str) -> Resident:
+        if resident.quantization != quantization:
+            raise errors.Conflict(
+                f"the model is loaded as {resident.quantization}; unload it to load it as {quantization}",
+                metadata={"quantization": resident.quantization},
+            )
+        return resident
+
+    def _reserve(self, model_id: str, required: int) -> None:
+        self._require(required)
+        self._loading[model_id] = required
+
+    def _require(self, required: int) -> None:
+        """Raises errors.Exhausted, `INSUFFICIENT_MEMORY`, when the budget does not have this many bytes left."""
+        available = self.budget_bytes - self.used_bytes - self.reserved_bytes
+        if required > available:
+            raise insufficient_memory(required, available)
+
+    @asynccontextmanager
+    async def lease(self, model_id: str, extension: str | None = None) -> AsyncIterator[Lease]:
+        """Keep a model on the device until the block ends.
+
+        Args:
+            model_id: a resident model.
+            extension: id of an attached extension that is in force inside `Lease.run`.
+
+        Raises:
+            errors.Conflict: the model is not here, or parked.
+            errors.NotFound: the extension is not attached.
+        """
+        resident = self.get(model_id)
+        if resident.state != "device" or resident.leaving:
+            raise errors.Conflict("the model is parked or leaving", metadata={"model_id": model_id})
+        attached = resident.lenses.get(extension) if extension is not None else None
+        if extension is not None and (attached is None or not attached.lens.altering):
+            raise errors.NotFound("the extension is not attached", metadata={"lens_id": extension})
+        resident.enter()
+        if attached is not None:
+            attached.leases += 1
+        try:
+            yield Lease(resident, extension, self)
+        finally:
+            resident.leave()
+            if attached is not None:
+                attached.leases -= 1
+
+    async def unload(self, model_id: str, wait_seconds: float = 0) -> int:
+        """Take a model and its lenses away; returns the bytes that came back. Nothing to do is no error.
+
+        Raises:
+            errors.Conflict: `IN_USE`: it is still leased after `wait_seconds`.
+        """
+        resident = self._residents.get(model_id)
+        if resident is None:
+            return 0
+        async with self._leaving(resident, wait_seconds):
+            freed = resident.total_bytes
+            self._residents.pop(model_id, None)
+            resident.lenses.clear()
+        del resident
+        await self.run(give_back, self.device)
+        return freed
+
+    @asynccontextmanager
+    async def _leaving(self, resident: Resident, wait_seconds: float) -> AsyncIterator[None]:
+        """Nobody holds the model inside the block, and nobody gets a new lease.
+
+        Raises:
+            errors.Conflict: `IN_USE`: it is still leased after `wait_seconds`.
+        """
+        resident.leaving = True
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_seconds):
+                    await resident.idle.wait()
+            if resident.leases:
+                raise errors.Conflict(
+                    f"{resident.leases} leases are held on the model",
+                    reason="IN_USE",
+                    metadata={"model_id": resident.model_id, "leases": resident.leases},
+                )
+            yield
+        finally:
+            resident.leaving = False
+
+    async def park(self, model_id: str) -> int:
+        """Move a model and its lenses to host memory; returns the device bytes that came back (none on a CPU).
+
+        Raises:
+            errors.Conflict: `IN_USE`.
+        """
+        return await self._move(self.get(model_id), "parked")
+
+    async def restore(self, model_id: str) -> Resident:
+        """Move a parked model back; its fingerprint must be what it was.
+
+        Raises:
+            errors.Exhausted: `INSUFFICIENT_MEMORY`; it stays parked.
+            errors.Failed: `FINGERPRINT_MISMATCH`; the model is dropped.
+        """
+        resident = self.get(model_id)
+        await self._move(resident, "device")
+        try:
+            await self._verify(resident)
+        except errors.Failed:
+            await self.unload(model_id)
+            raise
+        return resident
+
+    async def _move(self, resident: Resident, state: Residency) -> int:
+        async with resident.lock:
+            if resident.state == state:
+                return 0
+            async with self._leaving(resident, 0):
+                before = self.used_bytes
+                if state == "device" and not self._counts(resident):
+                    self._require(resident.total_bytes)
+                if self.device != "cpu":
+                    await self.run(self._relocate, resident, self.device if state == "device" else "cpu")
+                resident.state = state
+                return before - self.used_bytes
+
+    def _relocate(self, resident: Resident, target: str) -> None:
+        relocate(resident.base.model, lambda tensor: tensor.to(target))
+        for attached in resident.lenses.values():
+            attached.lens.move(target)
+        give_back(self.device)
+
+    async def attach(self, model_id: str, spec: Spec) -> Attached:
+        """Bring a lens to a resident model; one that is attached already stays as it is.
+
+        Raises:
+            errors.Conflict: `LENS_INCOMPATIBLE` with both values, or the model is not on the device.
+            errors.Failed: its files cannot be used, or attaching changed the base.
+        """
+        async with self.lease(model_id) as lease, lease.record.lock:
+            resident = lease.record
+            if spec.lens_id in resident.lenses:
+                return resident.lenses[spec.lens_id]
+            lens = await self.run(load_lens, spec, resident.base)
+            try:
+                self._require(lens.nbytes)
+                print_ = await self.run(_fingerprint, resident, spec.lens_id) if lens.altering else ""
+                await self._verify(resident)
+            except BaseException:
+                await self.run(lens.detach)
+                raise
+            resident.lenses[spec.lens_id] = Attached(spec, lens, lens.nbytes, print_)
+            return resident.lenses[spec.lens_id]
+
+    async def detach(self, model_id: str, lens_id: str) -> int:
+        """Take a lens off; returns its bytes. Nothing to do is no error.
+
+        Raises:
+            errors.Conflict: `IN_USE`: a call uses it.
+            errors.Failed: `FINGERPRINT_MISMATCH`: the base is not what it was.
+        """
+        resident = self.get(model_id)
+        async with resident.lock:
+            attached = resident.lenses.get(lens_id)
+            if attached is None:
+                return 0
+            if attached.leases:
+                raise errors.Conflict(f"{attached.leases} calls use the lens", reason="IN_USE")
+            del resident.lenses[lens_id]
+            if resident.active == lens_id:
+                resident.active = None
+            await self.run(attached.lens.detach)
+            if attached.lens.altering:
+                await self._verify(resident)
+            freed = attached.nbytes
+            del attached
+            await self.run(give_back, self.device)
+            return freed
+
+    async def switch(self, model_id: str, lens_id: str | None) -> float:
+        """Make an attached lens the active one, or none; returns the seconds it took.
+
+        Raises:
+            errors.NotFound: the lens is not attached.
+            errors.Failed: `FINGERPRINT_MISMATCH`: the model with that lens computes other bits than when it came.
+        """
+        start = time.perf_counter()
+        async with self.lease(model_id) as lease, lease.record.lock:
+            resident = lease.record
+            attached = resident.lenses.get(lens_id) if lens_id is not None else None
+            if lens_id is not None and attached is None:
+                raise errors.NotFound("the lens is not attached", metadata={"lens_id": lens_id})
+            altering = attached if attached is not None and attached.lens.altering else None
+            if altering is not None and await self.run(_fingerprint, resident, lens_id) != altering.fingerprint:
+                raise mismatch()
+            resident.active = lens_id
+        return time.perf_counter() - start
+
+    async def _verify(self, resident: Resident) -> None:
+        if await self.run(_fingerprint, resident, None) != resident.fingerprint:
+            raise mismatch()
+
+    async def close(self) -> None:
+        """Drop every model and end the threads; running work is waited for."""
+        self._residents.clear()
+        await asyncio.to_thread(self._loaders.shutdown)
+        await asyncio.to_thread(self._thread.shutdown)
+
+
+def mismatch() -> errors.Failed:
+    """The fixed-input forward gives other bits than it must."""
+    return errors.Failed("the model computes other bits than before", reason="FINGERPRINT_MISMATCH")
+
+
+def _needed(prepared: loading.Prepared, device: str) -> int:
+    found = estimate.laid_out(prepared.model, prepared.entries, prepared.quantization, prepared.dtype, device)
+    return found.required
+
+
+def _fingerprint(resident: Resident, lens_id: str | None) -> str:
+    with resident.base.extensions.using(lens_id):
+        return fingerprint(resident.base.model)
+
+
+def _finish(model_id: str, prepared: loading.Prepared, digest: str) -> Resident:
+    """A loaded model as the pool keeps it.
+
+    Raises:
+        UnsupportedModel: a decoder-only model whose hook points are unknown.
+    """
+    model = prepared.model
+    family = None if model.config.is_encoder_decoder else family_of(model)
+    base = Base(model, family, facts(model.config.to_dict()), digest, Extensions())
+    tokenizer = loading.load_tokenizer(prepared.directory)
+    return Resident(model_id, prepared.quantization, base, tokenizer, resident_bytes(model), fingerprint(model))

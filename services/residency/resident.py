@@ -1,0 +1,72 @@
+"""One model in the pool: its weights, its lenses, who uses it, and what it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from services.residency.lenses import Base, Lens, Spec
+
+Residency = Literal["device", "parked"]
+
+
+@dataclass(slots=True)
+class Attached:
+    """A lens on a resident model."""
+
+    spec: Spec
+    lens: Lens
+    nbytes: int
+    fingerprint: str
+    """Of the model while this lens alters it; empty for reading lenses."""
+    leases: int = 0
+    """Leases that have it in force, or read through it."""
+
+
+@dataclass(slots=True)
+class Resident:
+    """A model that the pool holds; everything but `leases` and `last_used` changes under `lock` only."""
+
+    model_id: str
+    quantization: str
+    base: Base
+    tokenizer: PreTrainedTokenizerBase | None
+    nbytes: int
+    """Bytes of the base's tensors, measured."""
+    fingerprint: str
+    """Of the base with no altering lens in force."""
+    state: Residency = "device"
+    lenses: dict[str, Attached] = field(default_factory=dict)
+    active: str | None = None
+    """Lens that generate and analyze take when they name none."""
+    leaving: bool = False
+    """It is being unloaded or parked; nobody gets a new lease."""
+    leases: int = 0
+    last_used: float = field(default_factory=time.monotonic)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.idle.set()
+
+    @property
+    def total_bytes(self) -> int:
+        """Base and lenses."""
+        return self.nbytes + sum(attached.nbytes for attached in self.lenses.values())
+
+    def enter(self) -> None:
+        """One more lease."""
+        self.leases += 1
+        self.idle.clear()
+        self.last_used = time.monotonic()
+
+    def leave(self) -> None:
+        """One lease less."""
+        self.leases -= 1
+        self.last_used = time.monotonic()
+        if self.leases == 0:
+            self.idle.set()
