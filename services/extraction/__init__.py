@@ -1,0 +1,1 @@
+"""Extraction: datasets become activation caches."""

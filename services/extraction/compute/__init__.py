@@ -1,0 +1,31 @@
+"""Activations as tensors: capture them, plan a dataset into units, fill a unit. No files, no network; works anywhere.
+
+for found in capture(model, [ids], ["blocks.2.mlp.hook_in"]): ...
+
+plan = make_plan(sequences, layout="rows", seed=0, batch_size=8, row_bytes=1024)
+for unit, tensors, moments in fill_units(model, sequences, plan, ["blocks.2.mlp.hook_in"], torch.float32): ...
+"""
+
+from __future__ import annotations
+
+from services.extraction.compute.capture import capture, identity_errors, paired_layers
+from services.extraction.compute.moments import Moments
+from services.extraction.compute.plan import Plan, Unit, make_plan
+from services.extraction.compute.tables import hook_point_entries, merged, sequence_tensors, statistics_tensors
+from services.extraction.compute.unit import UnitFiller, fill_units
+
+__all__ = [
+    "Moments",
+    "Plan",
+    "Unit",
+    "UnitFiller",
+    "capture",
+    "fill_units",
+    "hook_point_entries",
+    "identity_errors",
+    "make_plan",
+    "merged",
+    "paired_layers",
+    "sequence_tensors",
+    "statistics_tensors",
+]

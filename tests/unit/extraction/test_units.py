@@ -1,0 +1,195 @@
+"""A dataset is cut into the same units every time, and every row of a unit leads back to its token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.extraction.compute import Moments, fill_units, make_plan, sequence_tensors, statistics_tensors
+from services.extraction.compute.plan import MOST_UNIT_BYTES, UNIT_SEQUENCES, NothingCounted
+from services.extraction.compute.tables import hook_point_entries, merged
+from services.residency.families import family_of
+from services.residency.hooks import capture_hooks
+from services.residency.texts import Sequences
+from tests import models
+
+X, Y = "blocks.1.mlp.hook_in", "blocks.3.hook_mlp_out"
+BOS = 1
+
+
+def sequences_of(lengths, seed=0):
+    """Random ids of these lengths, each beginning with BOS; rows 0, 2, 4, … of a dataset."""
+    random = np.random.default_rng(seed)
+    ids = [np.concatenate([[BOS], random.integers(3, models.VOCAB, length - 1)]) for length in lengths]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    rows = 2 * np.arange(len(lengths), dtype=np.int64)
+    return Sequences(np.concatenate(ids).astype(np.int32), offsets, rows, 2 * len(lengths), len(lengths), 0, 0)
+
+
+def plan_of(sequences, layout="rows", seed=0, batch_size=4, row_bytes=512, **options):
+    return make_plan(
+        sequences,
+        layout=layout,
+        seed=seed,
+        batch_size=batch_size,
+        row_bytes=row_bytes,
+        uncounted_ids=(0, 1, 2),
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return models.tiny("gpt2")
+
+
+@pytest.fixture(scope="module")
+def ragged():
+    return sequences_of(np.random.default_rng(1).integers(2, 20, 150))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=300),
+    st.sampled_from(["rows", "sequences"]),
+    st.integers(1, 9),
+    st.integers(1, 2**22),
+    st.integers(-5, 5),
+)
+def test_every_counted_token_is_in_exactly_one_unit(lengths, layout, batch_size, unit_bytes, seed):
+    sequences = sequences_of(lengths)
+    if max(lengths) == 1:
+        with pytest.raises(NothingCounted):
+            plan_of(sequences, layout)
+        return
+    plan = plan_of(sequences, layout, seed, batch_size, unit_bytes=unit_bytes)
+    kept = np.flatnonzero(np.asarray(lengths) > 1) if layout == "rows" else np.arange(len(lengths))
+    in_units = np.concatenate([unit.sequences for unit in plan.units])
+    assert sorted(in_units) == kept.tolist()
+    if layout == "sequences":
+        assert in_units.tolist() == kept.tolist()
+    batches = [batch for unit in plan.units for batch in unit.batches]
+    assert sorted(np.concatenate([batch.indices for batch in batches])) == kept.tolist()
+    assert [unit.first_batch for unit in plan.units] == np.cumsum(
+        [0, *(len(u.batches) for u in plan.units[:-1])]
+    ).tolist()
+    assert sum(unit.rows for unit in plan.units) == plan.tokens == sum(lengths) - len(lengths)
+    assert all(len(unit.sequences) >= min(UNIT_SEQUENCES, len(kept)) for unit in plan.units[:-1])
+    assert plan_of(sequences, layout, seed, batch_size, unit_bytes=unit_bytes).digest == plan.digest
+
+
+def test_units_are_as_large_as_allowed_and_no_larger():
+    sequences = sequences_of([11] * 4000)
+    sizes = [unit.rows for unit in plan_of(sequences).units]
+    assert sizes == [2000] * 20  # 5 % of 40,000 rows
+    assert [unit.rows for unit in plan_of(sequences, unit_bytes=512 * 1000).units] == [1000] * 40
+    assert {len(unit.sequences) for unit in plan_of(sequences, unit_bytes=1).units[:-1]} == {UNIT_SEQUENCES}
+    huge = MOST_UNIT_BYTES // 30
+    assert max(unit.rows for unit in plan_of(sequences, row_bytes=huge).units) == 30
+
+
+def test_another_dataset_seed_or_batch_is_another_plan(ragged):
+    other = sequences_of(ragged.lengths, seed=2)
+    plans = [
+        plan_of(ragged),
+        plan_of(other),
+        plan_of(ragged, seed=1),
+        plan_of(ragged, batch_size=5),
+        plan_of(ragged, layout="sequences"),
+    ]
+    assert len({plan.digest for plan in plans}) == len(plans)
+
+
+def test_the_sequences_are_permuted_and_so_are_the_rows(ragged, gpt2):
+    plan = plan_of(ragged)
+    assert np.concatenate([unit.sequences for unit in plan.units]).tolist() != list(range(len(ragged)))
+    _, tensors, _ = next(fill_units(gpt2, ragged, plan, hook_points=[X], dtype=torch.float32))
+    assert (tensors["seq"].diff() == 0).float().mean() < 0.1
+
+
+def batches_again(sequences, plan):
+    """The forward batches as sequences.safetensors tells them: (indices, ids, mask) by number."""
+    tables = sequence_tensors(sequences, plan)
+    lengths = tables["offset"].diff()
+    for number in range(int(tables["batch"].max()) + 1):
+        members = (tables["batch"] == number).nonzero().flatten()
+        members = members[torch.argsort(-lengths[members], stable=True)]
+        ids = torch.zeros(len(members), int(lengths[members].max()), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(members.tolist()):
+            low, high = tables["offset"][index : index + 2].tolist()
+            ids[row, : high - low] = tables["ids"][low:high]
+            mask[row, : high - low] = 1
+        yield members, ids, mask
+
+
+@pytest.mark.parametrize("layout", ["rows", "sequences"])
+def test_every_row_leads_back_to_its_token_and_gives_the_same_bits_again(gpt2, ragged, layout):
+    plan = plan_of(ragged, layout)
+    values, place_of = {X: {}, Y: {}}, set()
+    for _, tensors, _ in fill_units(gpt2, ragged, plan, hook_points=[X, Y], dtype=torch.float32):
+        if layout == "rows":
+            where = torch.stack([tensors["seq"], tensors["pos"]], 1).tolist()
+            token, flat = tensors["tok"].tolist(), {name: tensors[name] for name in (X, Y)}
+        else:
+            grid = tensors["mask"].nonzero()
+            where = [(int(tensors["seq"][row]), int(column)) for row, column in grid]
+            token = [int(tensors["tok"][row, column]) for row, column in grid]
+            flat = {name: tensors[name][tensors["mask"].bool()] for name in (X, Y)}
+            for name in (X, Y):
+                assert not tensors[name][~tensors["mask"].bool()].any()
+                assert tensors[name].shape == (len(tensors["seq"]), plan.max_length, models.WIDTH)
+        for row, (seq, pos) in enumerate(where):
+            assert ragged.sequence(seq)[pos] == token[row] != BOS
+            place_of.add((seq, pos))
+            for name in (X, Y):
+                values[name][seq, pos] = flat[name][row]
+    assert len(place_of) == plan.tokens == len(values[X])
+    family = family_of(gpt2)
+    for members, ids, mask in batches_again(ragged, plan):
+        with capture_hooks(gpt2, family, [X, Y]) as hooks:
+            found = hooks.run(ids, mask)
+        for row, index in enumerate(members.tolist()):
+            for column in range(1, int(mask[row].sum())):
+                for name in (X, Y):
+                    assert torch.equal(values[name][index, column], found[name][row, column])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_statistics_are_those_of_the_stored_rows(gpt2, ragged, dtype):
+    plan = plan_of(ragged)
+    filled = list(fill_units(gpt2, ragged, plan, hook_points=[X, Y], dtype=dtype))
+    assert all(tensors[X].dtype == dtype for _, tensors, _ in filled)
+    whole = merged(moments for _, _, moments in filled)
+    entries = {entry.name: entry for entry in hook_point_entries(whole)}
+    statistics = statistics_tensors(whole)
+    for name, site in ((X, "mlp_in"), (Y, "mlp_out")):
+        rows = torch.cat([tensors[name] for _, tensors, _ in filled]).double()
+        torch.testing.assert_close(statistics[f"{name}.mean"], rows.mean(0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(statistics[f"{name}.second_moment"], rows.square().mean(0), rtol=1e-12, atol=1e-12)
+        assert entries[name].site == site
+        assert entries[name].variance == pytest.approx(float(rows.var(0, correction=0).sum()), rel=1e-9)
+        assert entries[name].mean_norm == pytest.approx(float(rows.norm(dim=1).mean()), rel=1e-12)
+
+
+def test_moments_survive_their_tensors():
+    moments = Moments.empty(3)
+    moments.add(torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)))
+    again = Moments.from_tensors(moments.tensors("x"), "x")
+    assert (again.count, again.mean_norm, again.variance) == (1000, moments.mean_norm, moments.variance)
+    assert torch.equal(again.mean, moments.mean)
+    again.merge(moments)
+    assert again.count == 2000
+    assert torch.equal(again.mean, moments.mean)
+
+
+@pytest.mark.parametrize("layout", ["rows", "sequences"])
+def test_a_unit_has_the_same_bits_whenever_it_is_run(gpt2, ragged, layout):
+    plan = plan_of(ragged, layout)
+    first, again = (list(fill_units(gpt2, ragged, plan, hook_points=[X, Y], dtype=torch.float32)) for _ in range(2))
+    for (_, one, moments), (_, two, other) in zip(first, again, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert all(torch.equal(moments[name].squares, other[name].squares) for name in moments)
