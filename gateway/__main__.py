@@ -59,16 +59,9 @@ def listen(address: str, stall_seconds: float) -> socket.socket:
     return listener
 
 
-async def serve(settings: GatewaySettings, listener: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT.
-
-    Raises:
-        UnsafeRoutes: the stubs' annotations allow no safe table.
-        ValueError: a backend's package has no stubs.
-    """
-    registry = new_registry()
-    gateway = Gateway(settings, stubs.load(settings.backends), comments.load(), registry)
-    config = uvicorn.Config(
+def server_config(gateway: Gateway, settings: GatewaySettings) -> uvicorn.Config:
+    """How uvicorn serves the gateway: strict parsers, no compression of WebSockets, our own log."""
+    return uvicorn.Config(
         gateway,
         http="h11",
         ws="websockets-sansio",
@@ -78,13 +71,25 @@ async def serve(settings: GatewaySettings, listener: socket.socket) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
+
+
+async def serve(settings: GatewaySettings, listener: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        UnsafeRoutes: the stubs' annotations allow no safe table.
+        ValueError: a backend's package has no stubs.
+    """
+    registry = new_registry()
+    gateway = Gateway(settings, stubs.load(settings.backends), comments.load(), registry)
     lag = asyncio.create_task(measure_loop_lag(registry))
     host, port = listener.getsockname()[:2]
     get_logger("gateway").info("listening", address=f"{host}:{port}", backends=settings.backends)
     try:
-        await Server(config, gateway).serve([listener])
+        await Server(server_config(gateway, settings), gateway).serve([listener])
     finally:
         lag.cancel()
 

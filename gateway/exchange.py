@@ -25,7 +25,7 @@ class Ending(Protocol):
         """Stop it; its reader sees the end."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Exchange:
     """One exchange; the access log and the metrics read it when the reply is complete."""
 

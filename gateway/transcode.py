@@ -191,8 +191,10 @@ async def _reply(request: Request, route: Route, message: Any, reply: Any, metad
         return Response(reply.data, status, headers, reply.content_type or "application/octet-stream")
     if status == 204:
         return Response(status_code=204)
-    value = encode(getattr(reply, route.binding.response_body) if route.binding.response_body else reply)
-    return await json_reply(request.headers, _masked(message, reply, value), status)
+    value = _masked(message, reply, encode(reply))
+    if route.binding.response_body:
+        value = value.get(route.binding.response_body)
+    return await json_reply(request.headers, value, status)
 
 
 def _masked(message: Any, reply: Any, value: Any) -> Any:

@@ -61,6 +61,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.LensmeshError:
     if status is None:
         if cls is errors.Unavailable:
             return errors.Unavailable("a service of the mesh does not answer", retry_after=1.0, transient=True)
+        if cls is errors.Exhausted and "larger than max" in (error.details() or ""):
+            return errors.TooLarge("the message is larger than a service takes or gives")
         return cls(error.details() if code is grpc.StatusCode.DEADLINE_EXCEEDED else None)
     info, bad_request, retry = (
         error_details_pb2.ErrorInfo(),

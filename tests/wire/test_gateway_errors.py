@@ -1,0 +1,117 @@
+"""Errors: every status of the contract, the envelope, deadlines, and services that are away."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support import free_port
+from tests.wire.gateway_support import Mesh, running
+
+
+@pytest.fixture
+async def mesh(tmp_path: Path) -> AsyncIterator[Mesh]:
+    async with running(tmp_path) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "code"),
+    [
+        ("Invalid", 400, "VALIDATION_ERROR"),
+        ("NotFound", 404, "NOT_FOUND"),
+        ("NotFound.MODEL_NOT_FOUND", 404, "MODEL_NOT_FOUND"),
+        ("Conflict", 409, "WRONG_STATE"),
+        ("Conflict.IN_USE", 409, "IN_USE"),
+        ("Stale", 409, "STALE_ETAG"),
+        ("AlreadyExists", 409, "ALREADY_EXISTS"),
+        ("Forbidden", 403, "SCOPE_MISSING"),
+        ("Exhausted", 429, "QUOTA_EXCEEDED"),
+        ("Exhausted.INSUFFICIENT_MEMORY", 500, "INSUFFICIENT_MEMORY"),
+        ("Failed.MODEL_LOAD_FAILED", 500, "MODEL_LOAD_FAILED"),
+        ("Unavailable.MODEL_LOAD_FAILED", 500, "MODEL_LOAD_FAILED"),
+        ("Failed.EXTRACTION_FAILED", 500, "EXTRACTION_FAILED"),
+        ("TooLarge", 413, "MESSAGE_TOO_LARGE"),
+        ("Unavailable.DATABASE_UNAVAILABLE", 503, "DATABASE_UNAVAILABLE"),
+        ("DeadlineExceeded", 504, "DEADLINE_EXCEEDED"),
+        ("Unsupported", 501, "UNSUPPORTED"),
+        ("plain.UNKNOWN", 500, "INTERNAL"),
+        ("plain.DATA_LOSS", 500, "INTERNAL"),
+        ("plain.UNAVAILABLE", 503, "UNAVAILABLE"),
+        ("plain.NOT_FOUND", 404, "NOT_FOUND"),
+        ("plain.CANCELLED", 499, "CANCELLED"),
+        ("crash", 500, "INTERNAL"),
+    ],
+)
+async def test_statuses_follow_the_reason_then_the_code(mesh: Mesh, kind: str, status: int, code: str) -> None:
+    answer = await mesh.http.post(f"/api/fail/{kind}", headers=mesh.bearer() | {"x-request-id": "r-1"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (status, code)
+    assert set(error) == {"code", "message", "details", "timestamp", "request_id"}
+    assert error["request_id"] == answer.headers["x-request-id"] == "r-1"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", error["timestamp"])
+    assert ("retry-after" in answer.headers) == (status in (429, 503))
+    for secret in ("10.0.0.1", "/work", "secret", "Traceback", "Error at"):
+        assert secret not in answer.text
+
+
+async def test_metadata_are_details_and_numbers_where_they_read_as_such(mesh: Mesh) -> None:
+    metadata = {"required_memory_gb": "8.5", "available_memory_gb": "6", "model_id": "m_1", "zip": "007", "wait": "1"}
+    answer = await mesh.http.post(
+        "/api/fail/Exhausted.INSUFFICIENT_MEMORY", json={"metadata": metadata}, headers=mesh.bearer()
+    )
+    wanted = {"required_memory_gb": 8.5, "available_memory_gb": 6, "model_id": "m_1", "zip": "007", "wait": 1}
+    assert answer.json()["error"]["details"] == wanted
+
+
+async def test_retry_after_is_the_service_s(mesh: Mesh) -> None:
+    answer = await mesh.http.post("/api/fail/Unavailable", json={"metadata": {"wait": "1"}}, headers=mesh.bearer())
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
+
+
+async def test_a_backend_that_is_down_is_503_and_recovers_by_itself(tmp_path: Path) -> None:
+    async with running(tmp_path, backends={"zoo.v1": f"127.0.0.1:{free_port()}"}) as mesh:
+        answer = await mesh.http.get("/api/animals/7", headers=mesh.bearer())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "UNAVAILABLE")
+        assert "127.0.0.1" not in answer.text
+        assert answer.headers["retry-after"] == "1"
+        ready = await mesh.http.get("/readyz")
+        assert (ready.status_code, ready.json()["backends"]) == (503, {"zoo.v1": "does not answer"})
+        mesh.backend.add_insecure_port(mesh.settings.backends["zoo.v1"])
+
+
+async def test_a_package_without_a_backend_is_503(tmp_path: Path) -> None:
+    async with running(tmp_path, backends={"elsewhere.v1": f"127.0.0.1:{free_port()}"}) as mesh:
+        answer = await mesh.http.get("/api/animals/7", headers=mesh.bearer())
+    assert answer.status_code == 503
+    assert "zoo.v1" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("how", ["header", "default"])
+async def test_the_deadline_is_the_client_s_or_the_default(tmp_path: Path, how: str) -> None:
+    async with running(tmp_path, http_timeout_seconds=0.3 if how == "default" else 60) as mesh:
+        headers = mesh.bearer() | ({"x-request-timeout": "0.3"} if how == "header" else {})
+        answer = await mesh.http.get("/api/hang/x", headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "DEADLINE_EXCEEDED")
+        await mesh.zoo.cancelled.wait()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", ""])
+async def test_a_wrong_deadline_is_refused(mesh: Mesh, value: str) -> None:
+    answer = await mesh.http.get("/api/animals/7", headers=mesh.bearer() | {"x-request-timeout": value})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["details"]["field_violations"][0]["field"] == "X-Request-Timeout"
+
+
+async def test_a_client_that_hangs_up_cancels_the_call(mesh: Mesh) -> None:
+    asking = asyncio.create_task(mesh.http.get("/api/hang/x", headers=mesh.bearer()))
+    await mesh.zoo.waiting.wait()
+    asking.cancel()
+    with pytest.raises((asyncio.CancelledError, httpx.HTTPError)):
+        await asking
+    await mesh.zoo.cancelled.wait()
