@@ -14,7 +14,7 @@ from services.kit import errors
 from services.kit.database import Database, load_queries
 
 CHANNEL = "lensmesh_events"
-"""PostgreSQL notification channel; the payload is the topic that has something new."""
+"""PostgreSQL notification channel; the payload is `<topic> <sequence>`."""
 RETENTION = timedelta(days=7)
 
 _QUERIES = load_queries(__file__, "events.sql")

@@ -11,7 +11,7 @@ SELECT $1, t.sequence, $3, $4, $5::jsonb || jsonb_build_object(
     'sequence', t.sequence,
     'timestamp', to_char(t.at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')), t.at
 FROM stream CROSS JOIN LATERAL (SELECT last_sequence AS sequence, clock_timestamp() AS at) t
-RETURNING sequence, pg_notify('lensmesh_events', topic)
+RETURNING sequence, pg_notify('lensmesh_events', topic || ' ' || sequence)
 
 -- heads --
 SELECT topic, last_sequence FROM event_streams WHERE topic = ANY ($1) OR prefix = ANY ($2)

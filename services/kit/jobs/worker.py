@@ -19,6 +19,7 @@ from services.kit.jobs.claim import Claim, Handler
 from services.kit.jobs.job import Cancelled, Job, Paused, StaleLease
 from services.kit.jobs.store import JobStore
 from services.kit.jobs.transitions import CHANNEL, QUERIES
+from services.kit.waiting import wait_for
 
 _log = structlog.get_logger(__name__)
 
@@ -84,7 +85,7 @@ class Worker:
             try:
                 while True:
                     self._wake.clear()
-                    await _wait(self._wake, await self._fill_slots())
+                    await wait_for(self._wake, await self._fill_slots())
             finally:
                 await self._drain()
                 keeper.cancel()
@@ -200,7 +201,7 @@ class Worker:
                     while True:
                         self._attend.clear()
                         await self._renew(conn)
-                        await _wait(self._attend, self._store.lease.total_seconds() / 3)
+                        await wait_for(self._attend, self._store.lease.total_seconds() / 3)
             except errors.Unavailable:
                 self.counts.renewal_failures += 1
                 await asyncio.sleep(min(_RECONNECT_SECONDS, self._store.lease.total_seconds() / 10))
@@ -269,11 +270,3 @@ def _describe(error: Exception) -> tuple[str, str, bool]:
         text = os.strerror(error.errno) if error.errno else type(error).__name__
         return "UNAVAILABLE", f"the system said: {text}", True
     return "INTERNAL", f"unexpected error {secrets.token_hex(8)}", False
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        pass

@@ -1,0 +1,32 @@
+"""Waiting: for an event with a limit, and ever longer between attempts."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+
+async def wait_for(event: asyncio.Event, seconds: float) -> bool:
+    """Whether `event` was set within `seconds`."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    except TimeoutError:
+        return False
+
+
+class Backoff:
+    """Delays that double from `first` to `last` seconds, each shortened at random by up to half against crowds."""
+
+    def __init__(self, first: float, last: float) -> None:
+        self._first, self._last = first, last
+        self._next = first
+
+    def next(self) -> float:
+        """The next delay in seconds."""
+        delay, self._next = self._next, min(self._next * 2, self._last)
+        return delay * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, protects nothing
+
+    def reset(self) -> None:
+        """Start over: an attempt succeeded."""
+        self._next = self._first
