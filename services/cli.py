@@ -45,11 +45,14 @@ def up(
     as_json: Json = False,
 ) -> None:
     """Run a whole mesh on this machine until Ctrl-C."""
+    from services.runtime import lifeline  # noqa: PLC0415
     from services.runtime.errors import StartError  # noqa: PLC0415
     from services.runtime.mesh import Mesh  # noqa: PLC0415
     from services.runtime.ports import parse_address  # noqa: PLC0415
     from services.runtime.topology import load_topology  # noqa: PLC0415
     from services.runtime.up import up as run_mesh  # noqa: PLC0415
+
+    lifeline.follow(grace_seconds=60.0)
 
     def announce(mesh: Mesh) -> None:
         if as_json:

@@ -82,14 +82,15 @@ def follow_job(api: Api, job_id: str) -> Iterator[Event]:
 
 
 def follow_load(api: Api, model_id: str, task_id: str) -> Iterator[Event]:
-    """The events of one load of a model up to `model:ready` or `model:failed`, as `follow_job`.
+    """The events of one load of a model until it is ready, failed or cancelled, as `follow_job`.
 
     Raises:
         ApiError: as `follow_job`.
     """
 
     def ends(event: Event) -> bool:
-        return event.data.get("task_id") == task_id and event.name in ("model:ready", "model:failed")
+        last = ("model:ready", "model:failed", "model:unloaded")
+        return event.data.get("task_id") == task_id and event.name in last
 
     for event in _follow(api, "WatchModel", model_id, ends):
         if event.data.get("task_id") == task_id:

@@ -72,7 +72,7 @@ def _wait(events: Iterable[Event], title: str, console: Console) -> Event:
     with bar(title, console) as show:
         for event in events:
             show(event)
-    if event.name.endswith((":failed", ":cancelled")):
+    if event.name.endswith((":failed", ":cancelled", ":unloaded")):
         code = event.data.get("error_code") or event.name.rpartition(":")[2].upper()
         raise ApiError(code, event.data.get("error_message") or event.data.get("message") or event.name)
     return event

@@ -34,8 +34,13 @@ def examine() -> dict[str, Any]:
         "memory_total_bytes": psutil.virtual_memory().total,
         "memory_available_bytes": psutil.virtual_memory().available,
         "gpus": _gpus(),
-        "versions": {name: _version(name) for name in _SHOWN if _version(name)},
+        "versions": installed_versions(),
     }
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that decide what a mesh can do, those that are installed."""
+    return {name: found for name in _SHOWN if (found := _version(name))}
 
 
 def _missing(variable: str, find: Any) -> list[str]:

@@ -28,6 +28,11 @@ class Mesh:
     metrics: dict[str, str]
     """URL of the Prometheus metrics by process name."""
 
+    @classmethod
+    def from_json(cls, text: str) -> Mesh:
+        """The mesh that `to_json` wrote."""
+        return cls(**json.loads(text))
+
     def to_json(self) -> str:
         """The mesh as one line."""
         return json.dumps(asdict(self))
@@ -52,7 +57,7 @@ def read_mesh(state: Path) -> Mesh | None:
     else:
         return None
     try:
-        return Mesh(**json.loads((state / "mesh.json").read_text()))
+        return Mesh.from_json((state / "mesh.json").read_text())
     except FileNotFoundError:
         return None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 
+from services.runtime.errors import StartError
 from services.runtime.ports import join_address, reserve_all
 from services.runtime.process import Probe, ProcessSpec
 from services.runtime.topology import DEPLOY, SERVICES, DeviceProcess, Topology
@@ -156,6 +157,9 @@ def dataset_root() -> Path:
 
 def _roots(variable: str, last: Path) -> str:
     """The caller's roots as absolute paths, then our own, which must exist."""
-    last.mkdir(parents=True, exist_ok=True)
+    try:
+        last.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartError(f"{last} cannot be created: {error.strerror} (XDG_CACHE_HOME moves it)") from error
     given = [str(Path(part).absolute()) for part in os.environ.get(variable, "").split(":") if part]
     return ":".join([*given, str(last)])

@@ -1,0 +1,64 @@
+"""Step `extension`: a LoRA adapter that learns to write docstrings, and leaves no trace when it is not active."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.demo.journey import Journey, Step, pick
+from services.demo.lenses import SENTENCE
+
+_STEPS = 60
+_RANK = 8
+
+
+def extension(journey: Journey, step: Step) -> None:
+    """Train it, compare held-out loss with the base's, activate it, and find the base unchanged afterwards."""
+    api = journey.api
+    task_id, held_out_id = (
+        _register(journey, name, identifier)
+        for name, identifier in (
+            ("demo task", journey.corpus.task_train),
+            ("demo task held-out", journey.corpus.task_held_out),
+        )
+    )
+    before = _logits(journey)
+    made = api.call(
+        "CreateExtension", model_id=journey.model_id, task_name="docstrings", kind="lora", lora={"r": _RANK}
+    )
+    loss_before = api.call("EvaluateExtension", id=made["id"], dataset_id=held_out_id)
+    fields = {"dataset_id": task_id, "held_out_dataset_id": held_out_id, "steps": _STEPS, "batch_size": 16}
+    journey.wait(api.call("TrainExtension", id=made["id"], max_length=128, **fields)["job_id"], "train extension")
+    loss_after = api.call("EvaluateExtension", id=made["id"], dataset_id=held_out_id)
+    activated = api.call("ActivateExtension", id=made["id"])
+    during = _logits(journey)
+    deactivated = api.call("DeactivateExtension", id=made["id"])
+    after = _logits(journey)
+    step.figures = {
+        "id": made["id"],
+        "parameter_counts": made["parameter_counts"],
+        "loss_before": loss_before["loss"],
+        "loss_after": loss_after["loss"],
+        "base_loss": loss_after["base_loss"],
+        "activate_seconds": activated["seconds"],
+        "deactivate_seconds": deactivated["seconds"],
+        "base_unchanged": loss_after["base_unchanged"] and before == after,
+        **pick(api.call("GetExtension", id=made["id"]), "trained_steps", "status"),
+    }
+    journey.say(f"held-out loss {loss_before['loss']:.3f} before, {loss_after['loss']:.3f} after {_STEPS} steps")
+    step.check(loss_before["loss"] == loss_before["base_loss"], "an untrained extension is the base")
+    step.check(loss_after["loss"] < loss_before["loss"], "training lowers the held-out loss")
+    step.check(during != before, "an active extension changes the predictions")
+    step.check(step.figures["base_unchanged"], "the base's logits are restored exactly")
+
+
+def _logits(journey: Journey) -> list[Any]:
+    """What the model predicts after its last layer for every token of a text, to the last bit that JSON carries."""
+    reading = journey.api.call(
+        "AnalyzeText", id=journey.group_id, text=SENTENCE, lens_ids=[journey.logit_lens_id], top_k=100
+    )["readings"][0]
+    return [token["layers"][-1]["predictions"] for token in reading["tokens"] if token.get("layers")]
+
+
+def _register(journey: Journey, name: str, identifier: str) -> str:
+    fields = {"source": "local", "identifier": identifier, "prompt_field": "prompt", "target_field": "target"}
+    return str(journey.api.call("CreateDataset", name=name, **fields)["id"])
