@@ -17,7 +17,7 @@ Kind = Literal["lora", "layer", "hybrid"]
 Variant = Literal["lora", "rslora", "dora"]
 Position = Literal["encoder", "decoder", "both"]
 
-_NAME = re.compile(r"[a-z][a-z0-9-]{2,62}")
+_NAME = re.compile(r"[a-z][a-z0-9_-]{2,62}")
 _RESERVED = ("default", "base")
 
 
@@ -98,8 +98,10 @@ class ExtensionConfig:
         return config
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON."""
-        return asdict(self) | {"save_path": str(self.save_path), "lora_target_modules": list(self.lora_target_modules)}
+        """What decides the extension's function, as plain JSON."""
+        fields = asdict(self) | {"lora_target_modules": list(self.lora_target_modules)}
+        del fields["save_path"]
+        return fields
 
 
 def require_task_name(name: str, module_paths: Iterable[str]) -> None:
@@ -114,7 +116,7 @@ def require_task_name(name: str, module_paths: Iterable[str]) -> None:
     """
     segments = {segment for path in module_paths for segment in path.split(".")}
     if not _NAME.fullmatch(name):
-        reason = "must be 3 to 63 lower-case letters, digits or hyphens, a letter first"
+        reason = "must be 3 to 63 lower-case letters, digits, hyphens or underscores, a letter first"
     elif "lora" in name or name in _RESERVED:
         reason = f"must not contain 'lora' nor be one of {_RESERVED}"
     elif name in segments:

@@ -1,23 +1,20 @@
-"""Exact parameter counts of extensions, without weights: from a checkpoint's safetensors headers and the model's shape.
+"""Exact parameter counts of extensions from the model's shapes; no weight is read.
 
-A parameter that several modules share counts once. Published ratios use two denominators (PEFT prints the second), so
-both are given.
+The base's own count comes from its checkpoint's headers (`services.residency.estimate.parameter_count`). Published
+ratios use two denominators (PEFT prints the second), so both are given.
 """
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from math import prod
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import get_args
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-_MAX_HEADER = 100_000_000
+from services.residency.loading import skeleton
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,89 +65,37 @@ def distinct_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def skeleton(config: Mapping[str, object] | PretrainedConfig) -> PreTrainedModel:
-    """The model of a config on the meta device: every shape, no memory.
+def skeleton_of(values: Mapping[str, object]) -> PreTrainedModel:
+    """The model of a config on the meta device: every shape, no memory for parameters.
 
     Args:
-        config: a Hugging Face config, or its JSON with `model_type`.
-    """
-    if not isinstance(config, PretrainedConfig):
-        values = dict(config)
-        config = AutoConfig.for_model(str(values.pop("model_type")), **values)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
-        return auto.from_config(config)
-
-
-def checkpoint_parameters(files: Iterable[Path], model: PreTrainedModel) -> int:
-    """Parameters of a checkpoint by its safetensors headers; no weights are read but a doubtful head's.
-
-    The config alone cannot tell whether the head is a tensor of its own: transformers ties T5's whatever the config
-    says, unless the file holds a different one. Tensors that are no parameters of the model (GPT-2's old causal masks)
-    and further names of a shared embedding do not count.
-
-    Args:
-        files: all shards of the checkpoint.
-        model: the model's skeleton.
+        values: a Hugging Face config's JSON with `model_type`, whole numbers possibly as floats.
 
     Raises:
-        ValueError: a file is no safetensors file.
+        KeyError: transformers does not know the model type.
+        LoadFailed: no model can be made of the config.
     """
-    stored: dict[str, _Stored] = {}
-    for file in files:
-        stored |= _header(file)
-    head = _head_key(model)
-    owners: dict[int, _Stored] = {}
-    total = 0
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tensor = stored.get(name) or stored.get(name.removeprefix(f"{model.base_model_prefix}."))
-        if tensor is None:
-            continue
-        owner = owners.setdefault(id(parameter), tensor)
-        if owner is tensor or (name == head and not _same_bytes(owner, tensor)):
-            total += tensor.numel
-    return total
+    fields_given = dict(values)
+    config_class = CONFIG_MAPPING[str(fields_given.pop("model_type"))]
+    return skeleton(config_class(**_typed(config_class, fields_given)), torch.float32)
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """Where a tensor lies in a file."""
-
-    file: Path
-    start: int
-    end: int
-    numel: int
+def _typed(config_class: type[PretrainedConfig], values: Mapping[str, object]) -> dict[str, object]:
+    """Whole numbers as the type their field wants: protobuf made floats of all of them, and transformers is strict."""
+    hints = {field.name: field.type for field in fields(config_class)}
+    return {name: value if _accepts_only_float(hints.get(name)) else _whole(value) for name, value in values.items()}
 
 
-def _head_key(model: PreTrainedModel) -> str:
-    head = model.get_output_embeddings()
-    return next((f"{path}.weight" for path, module in model.named_modules() if module is head), "")
+def _accepts_only_float(hint: object) -> bool:
+    accepted = get_args(hint) or (hint,)
+    return float in accepted and int not in accepted
 
 
-def _header(path: Path) -> dict[str, _Stored]:
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
-        if length > _MAX_HEADER:
-            raise ValueError(f"{path.name} is no safetensors file")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: _Stored(path, *(8 + length + offset for offset in entry["data_offsets"]), prod(entry["shape"]))
-        for name, entry in header.items()
-    }
-
-
-def _same_bytes(left: _Stored, right: _Stored) -> bool:
-    remaining = left.end - left.start
-    if remaining != right.end - right.start:
-        return False
-    with left.file.open("rb") as one, right.file.open("rb") as other:
-        one.seek(left.start)
-        other.seek(right.start)
-        while remaining > 0:
-            size = min(remaining, 1 << 20)
-            if one.read(size) != other.read(size):
-                return False
-            remaining -= size
-    return True
+def _whole(value: object) -> object:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _whole(item) for name, item in value.items()}
+    return value

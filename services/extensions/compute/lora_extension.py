@@ -25,7 +25,7 @@ def lora_counts(model: nn.Module, config: ExtensionConfig, base: int) -> Paramet
     Raises:
         ExtensionRefused: unknown targets, or a rank above an adapted matrix's.
     """
-    targets = lora.matched(lora.linear_modules(model), config.targets(model))
+    targets = lora.matched(lora.adaptable(model), config.targets(model))
     lora.require_rank(targets, config.lora_r)
     dora = config.lora_variant == "dora"
     return ParameterCounts(base=base, lora=lora_parameters(targets, config.lora_r, dora=dora), layer=0)
@@ -37,7 +37,7 @@ def new_adapter(model: nn.Module, config: ExtensionConfig, seed: int = 0) -> Ext
     Raises:
         ExtensionRefused: unknown targets, or a rank above an adapted matrix's.
     """
-    targets = lora.matched(lora.linear_modules(model), config.targets(model))
+    targets = lora.matched(lora.adaptable(model), config.targets(model))
     lora.require_rank(targets, config.lora_r)
     return lora.build(model, config.peft(model), lora.fresh_weights(targets, config.lora_r, seed), fresh=True)
 
@@ -96,7 +96,7 @@ class LoRAExtension:
                 config=self.config.as_dict(),
                 parameter_counts=counts.as_dict(),
             )
-            write(folder, manifest, self.attached[task_name].state(), self.config.peft(self.model))
+            write(folder, manifest, self.attached[task_name].state(), lora.config_json(self.config.peft(self.model)))
         return folder
 
     def load(self, folder: Path) -> str:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -53,30 +52,50 @@ class Manifest:
 
 def structure(model: nn.Module) -> str:
     """A digest of the shapes of the model's embedding and linear modules; the same for every quantisation of it."""
-    lines = [f"{path} {n_in} {n_out}" for path, (n_in, n_out) in sorted(lora.linear_modules(model).items())]
+    lines = [f"{path} {n_in} {n_out}" for path, (n_in, n_out) in sorted(lora.adaptable(model).items())]
     embedding = model.get_input_embeddings()
     lines.append(f"embedding {embedding.num_embeddings} {embedding.embedding_dim}")
     return blake3("\n".join(lines).encode()).hexdigest()
 
 
-def write(folder: Path, manifest: Manifest, weights: Mapping[str, torch.Tensor], config: LoraConfig | None) -> None:
+def write(
+    folder: Path, manifest: Manifest, weights: Mapping[str, torch.Tensor], adapter_config: Mapping[str, Any] | None
+) -> None:
     """Write an extension into an existing empty folder.
 
     Args:
         folder: where; a failure may leave files in it.
         manifest: goes to extension.json.
         weights: CPU tensors by checkpoint key.
-        config: PEFT's configuration when the extension has an adapter.
+        adapter_config: PEFT's configuration as JSON when the extension has an adapter.
     """
     adapter = {key: tensor for key, tensor in weights.items() if key.startswith(lora.KEY_PREFIX)}
     inserted = {key: tensor for key, tensor in weights.items() if key not in adapter}
     _write_json(folder / "extension.json", asdict(manifest))
-    if config is not None:
+    if adapter_config is not None:
         (folder / LORA_FOLDER).mkdir()
-        _write_json(folder / LORA_FOLDER / "adapter_config.json", lora.config_json(config))
+        _write_json(folder / LORA_FOLDER / "adapter_config.json", adapter_config)
         _write_tensors(folder / LORA_FOLDER / "adapter_model.safetensors", adapter)
     if inserted:
         _write_tensors(folder / "inserted.safetensors", inserted)
+
+
+def retrained(source: Path, extension: Extension, training: Mapping[str, Any]) -> Callable[[Path], None]:
+    """The next version of an extension: the same but for its weights and what is said of the training.
+
+    Args:
+        source: folder of the version that was trained.
+        extension: its trained weights, copied at once.
+        training: goes to the manifest.
+
+    Returns:
+        Writes the files into an empty folder; needs neither the extension nor the source any more.
+    """
+    manifest = replace(read_manifest(source), training=dict(training))
+    weights = extension.state()
+    adapter = source / LORA_FOLDER / "adapter_config.json"
+    config = json.loads(adapter.read_text()) if adapter.exists() else None
+    return lambda folder: write(folder, manifest, weights, config)
 
 
 def read_manifest(folder: Path) -> Manifest:

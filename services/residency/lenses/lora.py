@@ -21,6 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from services.residency.lenses.extension import Edit, Extension, ExtensionRefused
+from services.residency.quantize import linear_modules
 
 ADAPTER = "lensmesh_task"
 """PEFT's name for the adapter inside its wrappers; a name of the user's could collide with a module path there."""
@@ -39,22 +40,16 @@ IGNORED_FIELDS = frozenset(
 """Fields that say nothing about the trained function."""
 
 
-def linear_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
+def adaptable(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Paths of the modules that LoRA can adapt, each with its (in_features, out_features).
 
-    Every linear projection, quantised or not (GPT-2's Conv1D too); not the output embedding, which may be the input
-    embedding's own tensor.
+    Every linear map, quantised or not; not the unembedding, which may be the embedding's own tensor.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found: dict[str, tuple[int, int]] = {}
-    for path, module in model.named_modules():
-        if module is head:
-            continue
-        if isinstance(module, nn.Linear):
-            found[path] = (module.in_features, module.out_features)
-        elif isinstance(module, Conv1D):
-            found[path] = (module.nx, module.nf)
-    return found
+    return {path: _features(module) for path, module in linear_modules(model).items()}
+
+
+def _features(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
 def default_targets(model_type: str) -> tuple[str, ...]:
@@ -158,7 +153,7 @@ def build(
         ExtensionRefused: targets, rank, keys or shapes do not fit this model.
     """
     _require_trainable_int4(model)
-    require_rank(matched(linear_modules(model), sorted(config.target_modules or ())), config.r)
+    require_rank(matched(adaptable(model), sorted(config.target_modules or ())), config.r)
     edits, parameters = _inject(model, config)
     extension = Extension(edits=edits, parameters=parameters)
     begun = {key: parameter for key, parameter in parameters.items() if fresh and key.endswith(MAGNITUDE)}
@@ -168,7 +163,7 @@ def build(
 
 def stores_transposed(model: nn.Module, config: LoraConfig) -> bool:
     """Whether the adapted modules keep their weight as [in, out] (GPT-2's Conv1D; its quantised layers do not)."""
-    targets = matched(linear_modules(model), sorted(config.target_modules or ()))
+    targets = matched(adaptable(model), sorted(config.target_modules or ()))
     return any(isinstance(model.get_submodule(path), Conv1D) for path in targets)
 
 

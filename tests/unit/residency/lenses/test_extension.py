@@ -26,7 +26,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 def adapter(model: PreTrainedModel, targets: list[str], seed: int = 0, **config: object) -> Extension:
     """An adapter that does something: B is not zero."""
-    shapes = lora.matched(lora.linear_modules(model), targets)
+    shapes = lora.matched(lora.adaptable(model), targets)
     weights = lora.fresh_weights(shapes, 4, seed)
     generator = torch.Generator().manual_seed(seed)
     weights = {k: torch.randn(v.shape, generator=generator) * 0.1 if "lora_B" in k else v for k, v in weights.items()}
@@ -169,7 +169,7 @@ def test_edits_are_taken_back_in_reverse_when_the_block_raises() -> None:
 def test_weights_that_do_not_fit_are_refused_and_nothing_changes(damage: str) -> None:
     model = tiny("gpt2", 2)
     before = logits(model)
-    weights = lora.fresh_weights(lora.matched(lora.linear_modules(model), ["c_attn"]), 4, 0)
+    weights = lora.fresh_weights(lora.matched(lora.adaptable(model), ["c_attn"]), 4, 0)
     key = next(iter(weights))
     if damage == "missing":
         del weights[key]

@@ -15,19 +15,19 @@ from tests.models import WIDTH, tiny
 
 
 def test_every_linear_module_but_the_head_can_be_adapted() -> None:
-    shapes = lora.linear_modules(tiny("gpt2", 1))
+    shapes = lora.adaptable(tiny("gpt2", 1))
     assert shapes == {
         "transformer.h.0.attn.c_attn": (WIDTH, 3 * WIDTH),
         "transformer.h.0.attn.c_proj": (WIDTH, WIDTH),
         "transformer.h.0.mlp.c_fc": (WIDTH, 4 * WIDTH),
         "transformer.h.0.mlp.c_proj": (4 * WIDTH, WIDTH),
     }
-    assert "lm_head" not in lora.linear_modules(tiny("llama", 1))
+    assert "lm_head" not in lora.adaptable(tiny("llama", 1))
 
 
 def test_targets_match_like_peft_does() -> None:
     model = tiny("llama", 2)
-    chosen = lora.matched(lora.linear_modules(model), ["self_attn.o_proj", "down_proj"])
+    chosen = lora.matched(lora.adaptable(model), ["self_attn.o_proj", "down_proj"])
     peft_model = get_peft_model(model, LoraConfig(target_modules=["self_attn.o_proj", "down_proj"]))
     assert sorted(chosen) == sorted(peft_model.targeted_module_names)
 
@@ -35,13 +35,13 @@ def test_targets_match_like_peft_does() -> None:
 @pytest.mark.parametrize("name", ["q_proj", "attn", "lm_head", "roj", ""])
 def test_unknown_targets_are_refused_with_what_the_model_has(name: str) -> None:
     with pytest.raises(ExtensionRefused, match="it has c_attn, c_fc, c_proj") as refused:
-        lora.matched(lora.linear_modules(tiny("gpt2", 1)), ["c_attn", name])
+        lora.matched(lora.adaptable(tiny("gpt2", 1)), ["c_attn", name])
     assert refused.value.field == "lora.target_modules"
 
 
 @pytest.mark.parametrize("r", [0, WIDTH + 1])
 def test_rank_is_at_least_one_and_at_most_the_matrix(r: int) -> None:
-    targets = lora.matched(lora.linear_modules(tiny("gpt2", 1)), ["c_attn"])
+    targets = lora.matched(lora.adaptable(tiny("gpt2", 1)), ["c_attn"])
     lora.require_rank(targets, WIDTH)
     with pytest.raises(ExtensionRefused) as refused:
         lora.require_rank(targets, r)

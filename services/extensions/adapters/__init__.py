@@ -1,0 +1,1 @@
+"""What the extension service's ports are made of."""

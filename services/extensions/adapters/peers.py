@@ -1,0 +1,154 @@
+"""The registry, and the host that a base is on, over gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import grpc
+from google.protobuf import json_format
+from lensmesh.common.v1 import types_pb2
+from lensmesh.registry.v1 import (
+    devices_pb2,
+    devices_pb2_grpc,
+    groups_pb2,
+    groups_pb2_grpc,
+)
+from lensmesh.residency.v1 import residency_pb2, residency_pb2_grpc
+
+from services.extensions.domain import BaseModel, Extension, Generated, Switch
+from services.kit import errors
+from services.residency.catalogue import LOAD_SECONDS, LOOK_UP_SECONDS, Catalogue, translated_calls
+
+GROUPS_PAGE = 500
+
+
+class Peers:
+    """Implements the port `Catalogue`."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        registry: grpc.aio.Channel,
+        connect: Callable[[str], grpc.aio.Channel],
+        host_id: str,
+    ) -> None:
+        """Use these.
+
+        Args:
+            catalogue: the registry's models.
+            registry: channel to the registry as the mesh itself.
+            connect: opens a channel to a host's address.
+            host_id: this process.
+        """
+        self._catalogue = catalogue
+        self._groups = groups_pb2_grpc.GroupServiceStub(registry)
+        self._placement = devices_pb2_grpc.PlacementServiceStub(registry)
+        self._connect = connect
+        self._host_id = host_id
+        self._hosts: dict[str, grpc.aio.Channel] = {}
+
+    async def model(self, model_id: str) -> BaseModel:
+        """The catalogue's record."""
+        model = await self._catalogue.model(model_id)
+        if not model.HasField("parameter_count"):
+            raise errors.Conflict(f"the files of {model_id} were not read yet; load it once", metadata={"id": model_id})
+        return BaseModel(
+            id=model.id,
+            model_type=model.model_type,
+            config=json_format.MessageToDict(model.config),
+            parameter_count=model.parameter_count,
+            digest=model.digest,
+        )
+
+    async def active_extensions(self, model_ids: set[str]) -> set[str]:
+        """Looked up in the groups of these bases."""
+        active: set[str] = set()
+        for model_id in sorted(model_ids):
+            for group in await self._groups_of(model_id):
+                active.update(lens.extension_id for lens in group.lenses if lens.id == group.active_lens_id)
+        return active - {""}
+
+    async def lenses_of(self, extension: Extension) -> list[str]:
+        """Looked up in the groups of its base."""
+        groups = await self._groups_of(extension.model_id)
+        return [lens.id for group in groups for lens in group.lenses if lens.extension_id == extension.id]
+
+    async def _groups_of(self, model_id: str) -> list[groups_pb2.Group]:
+        request = groups_pb2.ListGroupsRequest(model_id=model_id, limit=GROUPS_PAGE)
+        found: list[groups_pb2.Group] = []
+        while True:
+            with translated_calls():
+                page = await self._groups.ListGroups(request, timeout=LOOK_UP_SECONDS)
+            found.extend(page.groups)
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
+
+    async def switch(self, extension: Extension, active: bool) -> Switch:
+        """A lens switch in the base's group; deactivating an extension that is not active changes nothing."""
+        if not active and extension.id not in await self.active_extensions({extension.model_id}):
+            return Switch(0.0, 0, 0, "")
+        request = devices_pb2.SwitchExtensionRequest(model_id=extension.model_id)
+        if active:
+            request.extension_id = extension.id
+            request.artifact_uri = extension.artifact_uri
+            request.base_digest = extension.base_digest
+        with translated_calls():
+            done = await self._placement.SwitchExtension(request, timeout=LOAD_SECONDS)
+        return Switch(done.seconds, done.memory_before_bytes, done.memory_after_bytes, done.active_extension_id)
+
+    async def generate(
+        self, extension: Extension, prompt: str, *, max_new_tokens: int, temperature: float, seed: int
+    ) -> Generated:
+        """On the host that has the base; it is loaded into this process when none has."""
+        request = residency_pb2.GenerateRequest(
+            model_id=extension.model_id,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            extension=types_pb2.LensSpec(
+                lens_id=extension.digest,
+                kind=types_pb2.LENS_KIND_EXTENSION,
+                artifact_uri=extension.artifact_uri,
+                base_digest=extension.base_digest,
+            ),
+        )
+        with translated_calls():
+            host = residency_pb2_grpc.ModelHostServiceStub(self._host(await self._address(extension.model_id)))
+            text = await host.Generate(request)
+        return Generated(text.text, tuple(text.token_ids), text.seconds)
+
+    async def _address(self, model_id: str) -> str:
+        try:
+            location = await self._placement.LocateModel(
+                devices_pb2.LocateModelRequest(model_id=model_id), timeout=LOOK_UP_SECONDS
+            )
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
+                raise
+            request = devices_pb2.EnsureResidentRequest(host_id=self._host_id, model_id=model_id)
+            location = await self._placement.EnsureResident(request, timeout=LOAD_SECONDS)
+        return location.address
+
+    def _host(self, address: str) -> grpc.aio.Channel:
+        if address not in self._hosts:
+            self._hosts[address] = self._connect(address)
+        return self._hosts[address]
+
+    async def reserve(self, owner: str, size_bytes: int) -> None:
+        """In the ledger of this process's device."""
+        request = devices_pb2.ReserveRequest(host_id=self._host_id, owner=owner, bytes=size_bytes)
+        with translated_calls():
+            await self._placement.Reserve(request, timeout=LOOK_UP_SECONDS)
+
+    async def release(self, owner: str) -> None:
+        """In the same ledger."""
+        request = devices_pb2.ReleaseRequest(host_id=self._host_id, owner=owner)
+        with translated_calls():
+            await self._placement.Release(request, timeout=LOOK_UP_SECONDS)
+
+    async def close(self) -> None:
+        """Close the channels to hosts."""
+        for channel in self._hosts.values():
+            await channel.close()

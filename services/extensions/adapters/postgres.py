@@ -1,0 +1,210 @@
+"""Extensions, their files and their trainings: rows in PostgreSQL, artifacts in the store, one transaction for both."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import asdict, fields
+from datetime import datetime
+from pathlib import Path
+
+import asyncpg
+
+from services.extensions.domain import (
+    ARTIFACT_KIND,
+    JOB_KIND,
+    Extension,
+    Filter,
+    Layer,
+    Lora,
+    NewTraining,
+    Page,
+    RequestKey,
+    Training,
+)
+from services.kit import errors
+from services.kit.artifacts import ArtifactStore
+from services.kit.database import Database, load_queries
+from services.kit.idempotency import Request, idempotent
+from services.kit.ids import new_id
+from services.kit.jobs import Job, JobStore
+
+QUERIES = load_queries(__file__)
+EVENT_PREFIX = "extension"
+_ACTIVE = frozenset({"queued", "running", "paused", "finalizing"})
+_COLUMNS = {field.name for field in fields(Extension)} - {"lora", "layers", "active"}
+
+
+class PostgresStore:
+    """Implements the port `Store`."""
+
+    def __init__(self, database: Database, jobs: JobStore, artifacts: ArtifactStore) -> None:
+        self._database = database
+        self._jobs = jobs
+        self.artifacts = artifacts
+
+    def new_id(self) -> str:
+        """`x_…`."""
+        return new_id("x")
+
+    async def insert(self, extension: Extension, write: Callable[[Path], None], key: RequestKey) -> Extension:
+        """Publish the files and write the rows, or answer with what the same request made before."""
+        with self.artifacts.staging(ARTIFACT_KIND) as folder:
+            await asyncio.to_thread(write, folder)
+            async with self._database.transaction() as conn, remembered(conn, key) as request:
+                if request.answer is None:
+                    artifact = await self.artifacts.publish(
+                        conn, ARTIFACT_KIND, folder, {"task_name": extension.task_name}
+                    )
+                    await conn.execute(
+                        QUERIES["insert"],
+                        extension.id,
+                        extension.model_id,
+                        extension.task_name,
+                        extension.kind,
+                        asdict(extension.lora) if extension.lora else None,
+                        [asdict(layer) for layer in extension.layers],
+                        dict(extension.parameter_counts),
+                        extension.base_digest,
+                        extension.created_by,
+                    )
+                    version = (extension.id, 1, artifact.uri, artifact.digest, artifact.size_bytes)
+                    await conn.execute(QUERIES["insert_version"], *version)
+                    request.answer = {"id": extension.id}
+        return await self.get(request.answer["id"])
+
+    async def get(self, extension_id: str) -> Extension:
+        """One extension with its newest version."""
+        async with self._database.connection() as conn:
+            return await _get(conn, extension_id)
+
+    async def list(self, wanted: Filter) -> Page:
+        """A page, newest first; by offset, or after the row that a token names."""
+        after = _after(wanted.page_token)
+        async with self._database.connection() as conn:
+            filters = (wanted.model_id, wanted.task_name)
+            rows = await conn.fetch(QUERIES["list"], *filters, *after, wanted.limit + 1, wanted.offset)
+            total = await conn.fetchval(QUERIES["count"], *filters)
+        shown = tuple(_extension(row) for row in rows[: wanted.limit])
+        token = _token(rows[wanted.limit - 1]) if len(rows) > wanted.limit else ""
+        return Page(shown, total, wanted.limit, wanted.offset, token)
+
+    async def delete(self, extension_id: str) -> None:
+        """Rows first, then the files that no other extension shares."""
+        async with self._database.transaction() as conn:
+            await lock(conn, extension_id)
+            await _require_idle(conn, extension_id)
+            uris = [row["artifact_uri"] for row in await conn.fetch(QUERIES["artifacts_of"], extension_id)]
+            await conn.execute(QUERIES["delete"], extension_id)
+        await self.discard(uris)
+
+    async def enqueue(self, training: NewTraining, key: RequestKey) -> str:
+        """Queue the job and note which version it trains."""
+        extension_id = training.extension_id
+        async with self._database.transaction() as conn, remembered(conn, key) as request:
+            if request.answer is None:
+                await lock(conn, extension_id)
+                await _require_idle(conn, extension_id)
+                job = await self._jobs.enqueue(
+                    conn,
+                    kind=JOB_KIND,
+                    payload=asdict(training),
+                    created_by=key.caller,
+                    resource_id=extension_id,
+                    event_prefix=EVENT_PREFIX,
+                )
+                await conn.execute(QUERIES["insert_training"], extension_id, job.id)
+                await conn.execute(QUERIES["set_job"], extension_id, job.id)
+                request.answer = {"job_id": job.id}
+        return request.answer["job_id"]
+
+    @asynccontextmanager
+    async def reading(self, artifact_uri: str) -> AsyncIterator[Path]:
+        """The files under a lease."""
+        async with self.artifacts.reading(self._database, artifact_uri) as folder:
+            yield folder
+
+    async def training(self, job: Job) -> Training:
+        """What a claimed job is to do."""
+        async with self._database.connection() as conn:
+            row = await conn.fetchrow(QUERIES["training"], job.id)
+            if row is None:
+                raise _not_found(job.resource_id)
+            extension = await _get(conn, job.resource_id)
+        return Training(
+            wanted=NewTraining(**job.payload),
+            extension=extension,
+            result=row["result"],
+            artifact_uri=row["artifact_uri"],
+            checkpoint_uri=row["checkpoint_uri"],
+            loss_before=row["loss_before"],
+        )
+
+    async def discard(self, uris: Iterable[str]) -> None:
+        """Delete the artifacts that no row refers to."""
+        async with self._database.connection() as conn:
+            unused = [row["uri"] for row in await conn.fetch(QUERIES["unused"], list(uris))]
+        for uri in unused:
+            with suppress(
+                errors.NotFound, errors.Conflict
+            ):  # elsewhere, or still read: the store's rows say what is left
+                await self.artifacts.delete(self._database, uri)
+
+
+def remembered(conn: asyncpg.Connection, key: RequestKey) -> AbstractAsyncContextManager[Request]:
+    """The kit's record of a request that may be sent twice."""
+    return idempotent(conn, caller=key.caller, method=key.method, request_id=key.request_id, request_digest=key.digest)
+
+
+async def _get(conn: asyncpg.Connection, extension_id: str) -> Extension:
+    row = await conn.fetchrow(QUERIES["get"], extension_id)
+    if row is None:
+        raise _not_found(extension_id)
+    return _extension(row)
+
+
+async def lock(conn: asyncpg.Connection, extension_id: str) -> None:
+    """Keep others from changing an extension until the transaction ends.
+
+    Raises:
+        errors.NotFound: there is none.
+    """
+    if await conn.fetchval(QUERIES["lock"], extension_id) is None:
+        raise _not_found(extension_id)
+
+
+async def _require_idle(conn: asyncpg.Connection, extension_id: str) -> None:
+    job = await conn.fetchrow(QUERIES["training_state"], extension_id)
+    if job is not None and job["state"] in _ACTIVE:
+        raise errors.Conflict(f"{extension_id} is being trained by {job['id']}", metadata={"job_id": job["id"]})
+
+
+def _not_found(extension_id: str) -> errors.NotFound:
+    return errors.NotFound(f"there is no extension {extension_id}", metadata={"id": extension_id})
+
+
+def _extension(row: asyncpg.Record) -> Extension:
+    lora = row["lora"]
+    return Extension(
+        **{name: row[name] for name in _COLUMNS},
+        lora=Lora(**lora | {"target_modules": tuple(lora["target_modules"])}) if lora else None,
+        layers=tuple(Layer(**layer) for layer in row["layers"]),
+    )
+
+
+def _token(row: asyncpg.Record) -> str:
+    return base64.urlsafe_b64encode(json.dumps([row["created_at"].isoformat(), row["id"]]).encode()).decode()
+
+
+def _after(token: str) -> tuple[datetime | None, str | None]:
+    if not token:
+        return None, None
+    try:
+        created_at, extension_id = json.loads(base64.urlsafe_b64decode(token.encode()))
+        return datetime.fromisoformat(created_at), str(extension_id)
+    except (ValueError, TypeError, binascii.Error) as error:
+        raise errors.Invalid.of("page_token", "is not a token of an earlier answer") from error

@@ -1,0 +1,178 @@
+"""What the extension service needs of others, as it sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from services.extensions.domain import (
+    BaseModel,
+    Documents,
+    Extension,
+    Filter,
+    Generated,
+    NewTraining,
+    Page,
+    RequestKey,
+    Switch,
+    TrainedExtension,
+    Training,
+)
+from services.residency.lenses.extension import Extensions
+
+T = TypeVar("T")
+
+
+class Store(Protocol):
+    """Extensions, their files and their trainings."""
+
+    def new_id(self) -> str:
+        """An id for a new extension."""
+
+    async def insert(self, extension: Extension, write: Callable[[Path], None], key: RequestKey) -> Extension:
+        """Publish what `write` puts into an empty folder, and the row, in one transaction.
+
+        Raises:
+            Conflict: the request id came before with another request.
+        """
+
+    async def get(self, extension_id: str) -> Extension:
+        """One extension.
+
+        Raises:
+            NotFound: there is none.
+        """
+
+    async def list(self, wanted: Filter) -> Page:
+        """A page of extensions."""
+
+    async def delete(self, extension_id: str) -> None:
+        """Delete an extension and all versions of its files.
+
+        Raises:
+            NotFound: there is none.
+            Conflict: it is being trained.
+        """
+
+    async def enqueue(self, training: NewTraining, key: RequestKey) -> str:
+        """Queue a training; its job's id.
+
+        Raises:
+            NotFound: there is no such extension.
+            Conflict: it is being trained already, or the request id came before with another request.
+        """
+
+    def reading(self, artifact_uri: str) -> AbstractAsyncContextManager[Path]:
+        """The files of an artifact, kept while the block reads them.
+
+        Raises:
+            NotFound: they are gone.
+        """
+
+
+class Run(Protocol):
+    """One claim of a training job: whatever it writes counts only while the claim is the current one."""
+
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the next `checkpoint` will raise: save first."""
+
+    async def training(self) -> Training:
+        """What to train, and where to go on."""
+
+    async def checkpoint(self) -> None:
+        """Between steps; raises when the job is to stop."""
+
+    async def waiting(self, reason: str | None) -> None:
+        """Say what the run waits for."""
+
+    async def progress(self, percent: float, figures: dict[str, Any]) -> None:
+        """Say how far it is, with the event `extension:progress`."""
+
+    async def begun(self, loss_before: float) -> None:
+        """Keep the held-out loss that the training starts from."""
+
+    async def finalizing(self) -> None:
+        """Say that the result is being made."""
+
+    async def save(self, write: Callable[[Path], None]) -> None:
+        """Keep a state to resume from, instead of the former one."""
+
+    async def finish(self, result: TrainedExtension, write: Callable[[Path], None]) -> None:
+        """Publish the trained weights as the extension's newest version."""
+
+
+class Catalogue(Protocol):
+    """The registry, and the hosts it knows."""
+
+    async def model(self, model_id: str) -> BaseModel:
+        """A registered base.
+
+        Raises:
+            NotFound: there is none.
+            Conflict: its files were never read, so nothing is known about it.
+        """
+
+    async def active_extensions(self, model_ids: set[str]) -> set[str]:
+        """Extensions that are the active lens of one of these bases."""
+
+    async def lenses_of(self, extension: Extension) -> list[str]:
+        """Ids of the lenses that use an extension."""
+
+    async def switch(self, extension: Extension, active: bool) -> Switch:
+        """Make an extension the active lens of its base, or the base alone."""
+
+    async def generate(
+        self, extension: Extension, prompt: str, *, max_new_tokens: int, temperature: float, seed: int
+    ) -> Generated:
+        """Continue a prompt on the host that has the base."""
+
+    async def reserve(self, owner: str, size_bytes: int) -> None:
+        """Reserve bytes of this process's device.
+
+        Raises:
+            Exhausted: there is no room.
+        """
+
+    async def release(self, owner: str) -> None:
+        """Give reserved bytes back."""
+
+
+class Base(Protocol):
+    """A base under lease in this process."""
+
+    model: Any
+    """The Hugging Face module, in eval mode."""
+    tokenizer: Any
+    digest: str
+    """Content digest of the base's files."""
+    attached: Extensions
+    """What is attached to it; only inside `run`."""
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Do torch work on the device's thread, the base bare at its start; others get their turn before the next."""
+
+
+class Bases(Protocol):
+    """The residency pool of this process."""
+
+    def lease(self, model_id: str) -> AbstractAsyncContextManager[Base]:
+        """Bring a base to this process if it is not there, and keep it while the block runs."""
+
+
+class Datasets(Protocol):
+    """Reads registered text."""
+
+    async def documents(self, field: str, dataset_id: str, tokenizer: Any, vocab_size: int) -> Documents:
+        """The usable rows of a dataset, tokenised.
+
+        Raises:
+            NotFound: there is no such dataset.
+            Invalid: it cannot be read, or holds nothing usable; names `field`.
+        """

@@ -1,0 +1,227 @@
+"""`lensmesh.extensions.v1.ExtensionService`: messages to records and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.protobuf import empty_pb2, json_format
+from google.protobuf.message import Message
+from lensmesh.common.v1 import types_pb2
+from lensmesh.extensions.v1 import extensions_pb2 as pb
+from lensmesh.extensions.v1 import extensions_pb2_grpc
+
+from services.extensions.domain import (
+    Extension,
+    Filter,
+    Layer,
+    Lora,
+    NewExtension,
+    NewTraining,
+    RequestKey,
+    Switch,
+)
+from services.extensions.operations import Operations
+from services.kit.auth import current_caller
+from services.kit.idempotency import digest_of
+
+DEFAULT_LIMIT = 50
+_SERVICE = "lensmesh.extensions.v1.ExtensionService"
+
+
+class ExtensionServicer(extensions_pb2_grpc.ExtensionServiceServicer):
+    """Translates; the operations decide."""
+
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
+
+    async def CreateExtension(
+        self, request: pb.CreateExtensionRequest, context: grpc.aio.ServicerContext
+    ) -> pb.Extension:
+        """See the proto."""
+        layers = request.layers or ([request.layer] if request.HasField("layer") else [])
+        new = NewExtension(
+            model_id=request.model_id,
+            task_name=request.task_name,
+            kind=_word(pb.ExtensionKind, "EXTENSION_KIND_", request.kind),
+            lora=_lora(request.lora) if request.HasField("lora") else None,
+            layers=tuple(_layer(layer) for layer in layers),
+            freeze_base=request.freeze_base if request.HasField("freeze_base") else True,
+            shared_layer_of=request.shared_layer_of,
+            seed=request.seed,
+        )
+        key = _key("CreateExtension", request)
+        return _extension(await self._operations.create(new, key=key, validate_only=request.validate_only))
+
+    async def GetExtension(self, request: pb.GetExtensionRequest, context: grpc.aio.ServicerContext) -> pb.Extension:
+        """See the proto."""
+        return _extension(await self._operations.get(request.id))
+
+    async def ListExtensions(
+        self, request: pb.ListExtensionsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListExtensionsResponse:
+        """See the proto."""
+        limit = request.limit or DEFAULT_LIMIT
+        page = await self._operations.list(
+            Filter(request.model_id, request.task_name, limit, request.offset, request.page_token)
+        )
+        return pb.ListExtensionsResponse(
+            extensions=[_extension(extension) for extension in page.extensions],
+            total=page.total,
+            limit=page.limit,
+            offset=page.offset,
+            next_page_token=page.next_page_token,
+        )
+
+    async def DeleteExtension(
+        self, request: pb.DeleteExtensionRequest, context: grpc.aio.ServicerContext
+    ) -> empty_pb2.Empty:
+        """See the proto."""
+        await self._operations.delete(request.id)
+        return empty_pb2.Empty()
+
+    async def TrainExtension(
+        self, request: pb.TrainExtensionRequest, context: grpc.aio.ServicerContext
+    ) -> pb.TrainExtensionResponse:
+        """See the proto."""
+        training = NewTraining(
+            extension_id=request.id,
+            dataset_id=request.dataset_id,
+            held_out_dataset_id=request.held_out_dataset_id,
+            steps=request.steps,
+            epochs=request.epochs,
+            batch_size=request.batch_size,
+            learning_rate=request.learning_rate if request.HasField("learning_rate") else None,
+            max_length=request.max_length,
+            seed=request.seed,
+        )
+        job_id = await self._operations.train(training, key=_key("TrainExtension", request))
+        return pb.TrainExtensionResponse(job_id=job_id, id=request.id)
+
+    async def ActivateExtension(
+        self, request: pb.ActivateExtensionRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ExtensionSwitch:
+        """See the proto."""
+        return _switch(request.id, await self._operations.activate(request.id))
+
+    async def DeactivateExtension(
+        self, request: pb.DeactivateExtensionRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ExtensionSwitch:
+        """See the proto."""
+        return _switch(request.id, await self._operations.deactivate(request.id))
+
+    async def GenerateWithExtension(
+        self, request: pb.GenerateWithExtensionRequest, context: grpc.aio.ServicerContext
+    ) -> types_pb2.GeneratedText:
+        """See the proto."""
+        generated = await self._operations.generate(
+            request.id,
+            request.prompt,
+            max_new_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            seed=request.seed,
+        )
+        return types_pb2.GeneratedText(text=generated.text, token_ids=generated.token_ids, seconds=generated.seconds)
+
+    async def EvaluateExtension(
+        self, request: pb.EvaluateExtensionRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ExtensionEvaluation:
+        """See the proto."""
+        evaluation = await self._operations.evaluate(
+            request.id, request.dataset_id, sample_count=request.sample_count, max_length=request.max_length
+        )
+        return pb.ExtensionEvaluation(
+            id=evaluation.extension_id,
+            base_loss=evaluation.base_loss,
+            loss=evaluation.loss,
+            tokens=evaluation.tokens,
+            base_unchanged=evaluation.base_unchanged,
+        )
+
+
+def _word(enum: Any, prefix: str, value: int) -> str:
+    """The lower-case word of an enum's value; empty for UNSPECIFIED."""
+    return enum.Name(value).removeprefix(prefix).lower() if value else ""
+
+
+def _key(method: str, request: Any) -> RequestKey:
+    body = type(request)()
+    body.CopyFrom(request)
+    body.ClearField("request_id")
+    digest = digest_of(body.SerializeToString(deterministic=True))
+    return RequestKey(current_caller().subject, f"{_SERVICE}/{method}", request.request_id, digest)
+
+
+def _given(message: Message, *names: str) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
+
+
+def _lora(message: pb.LoraConfig) -> Lora:
+    return Lora(
+        **_given(message, "r", "alpha", "dropout"),
+        target_modules=tuple(message.target_modules),
+        variant=_word(pb.LoraVariant, "LORA_VARIANT_", message.variant) or "lora",
+    )
+
+
+def _layer(message: pb.LayerConfig) -> Layer:
+    return Layer(
+        **_given(message, "index", "initialization_scale"),
+        position=_word(pb.LayerPosition, "LAYER_POSITION_", message.position),
+    )
+
+
+def _switch(extension_id: str, switch: Switch) -> pb.ExtensionSwitch:
+    return pb.ExtensionSwitch(
+        id=extension_id,
+        active=switch.active_extension_id == extension_id,
+        seconds=switch.seconds,
+        memory_before_bytes=switch.memory_before_bytes,
+        memory_after_bytes=switch.memory_after_bytes,
+    )
+
+
+def _extension(extension: Extension) -> pb.Extension:
+    message = pb.Extension(
+        id=extension.id,
+        model_id=extension.model_id,
+        task_name=extension.task_name,
+        kind=f"EXTENSION_KIND_{extension.kind.upper()}",
+        layers=[_layer_message(layer) for layer in extension.layers],
+        status=f"EXTENSION_STATUS_{extension.status.upper()}",
+        parameter_counts=json_format.ParseDict(dict(extension.parameter_counts), pb.ParameterCounts()),
+        artifact_uri=extension.artifact_uri,
+        digest=extension.digest,
+        size_bytes=extension.size_bytes,
+        base_digest=extension.base_digest,
+        active=extension.active,
+        trained_steps=extension.trained_steps,
+        loss_before=extension.loss_before,
+        loss_after=extension.loss_after,
+        job_id=extension.job_id,
+        error_code=extension.error_code,
+        error_message=extension.error_message,
+        created_by=extension.created_by,
+        created_at=extension.created_at,
+    )
+    if extension.lora is not None:
+        message.lora.CopyFrom(_lora_message(extension.lora))
+    return message
+
+
+def _lora_message(lora: Lora) -> pb.LoraConfig:
+    return pb.LoraConfig(
+        r=lora.r,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        variant=f"LORA_VARIANT_{lora.variant.upper()}",
+    )
+
+
+def _layer_message(layer: Layer) -> pb.LayerConfig:
+    return pb.LayerConfig(
+        position=f"LAYER_POSITION_{layer.position.upper() or 'UNSPECIFIED'}",
+        index=layer.index,
+        initialization_scale=layer.initialization_scale,
+    )

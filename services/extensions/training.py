@@ -1,0 +1,185 @@
+"""The training job: one optimizer step at a time on a base that others use meanwhile, resumable at any of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from services.extensions import errors as translated
+from services.extensions.compute import checkpoint
+from services.extensions.compute.examples import Examples
+from services.extensions.compute.memory import training_bytes
+from services.extensions.compute.train import StepReport, Trainer, TrainSettings
+from services.extensions.domain import NewTraining, TrainedExtension, Training
+from services.extensions.measuring import attached, examples_for, loss, row_length
+from services.extensions.ports import Base, Bases, Catalogue, Datasets, Run, Store
+from services.kit import errors
+from services.residency.lenses.extension_files import retrained
+
+DEFAULT_BATCH_SIZE = 8
+DEFAULT_LEARNING_RATE = 2e-4
+WARMUP_SHARE = 0.05
+PROGRESS_SHARE = 0.01
+"""Share of the steps between two events; the first and the last step always tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    base: Base
+    key: str
+    trainer: Trainer
+    held_out: Examples
+
+
+class TrainingJob:
+    """Handles jobs of kind `extension_training`."""
+
+    def __init__(
+        self, store: Store, catalogue: Catalogue, bases: Bases, datasets: Datasets, *, checkpoint_seconds: float
+    ) -> None:
+        """Use these ports; a state to resume from is saved every `checkpoint_seconds`."""
+        self._store = store
+        self._catalogue = catalogue
+        self._bases = bases
+        self._datasets = datasets
+        self._checkpoint_seconds = checkpoint_seconds
+
+    async def run(self, run: Run) -> dict[str, float]:
+        """Train to the end; when the job is stopped, the state is saved first.
+
+        Returns:
+            The job's result: steps, tokens, held-out losses, seconds.
+
+        Raises:
+            errors.LensmeshError: it cannot go on; the extension's weights are those it began with.
+        """
+        training = await run.training()
+        if training.result is not None:
+            return dict(training.result)
+        if training.extension.job_id != run.job_id:
+            raise errors.Conflict("another training of this extension has begun since")
+        await run.waiting(f"the model {training.extension.model_id}")
+        async with (
+            self._store.reading(training.artifact_uri) as folder,
+            self._bases.lease(training.extension.model_id) as base,
+            attached(base, folder) as key,
+        ):
+            await run.waiting(None)
+            examples, held_out = await self._examples(training.wanted, base)
+            settings = settings_of(training.wanted, len(examples))
+            async with self._reserved(run.job_id, base, key, examples, settings):
+                trainer = await base.run(Trainer, base.model, base.attached, key, examples, settings)
+                result = await self._train(run, _Session(base, key, trainer, held_out), training)
+                write = await base.run(_files, folder, base, key, result)
+            await run.finish(result, write)
+        return result.as_dict()
+
+    async def _examples(self, wanted: NewTraining, base: Base) -> tuple[Examples, Examples]:
+        vocabulary, length = base.model.config.vocab_size, row_length(base, wanted.max_length)
+        documents = await self._datasets.documents("dataset_id", wanted.dataset_id, base.tokenizer, vocabulary)
+        if wanted.held_out_dataset_id:
+            field = "held_out_dataset_id"
+            judged = await self._datasets.documents(field, wanted.held_out_dataset_id, base.tokenizer, vocabulary)
+        elif len(documents) < 2:
+            raise errors.Invalid.of("held_out_dataset_id", "the dataset has one row; name another to judge by")
+        else:
+            field = "dataset_id"
+            documents, judged = documents.held_out()
+        return examples_for("dataset_id", base, documents, length), examples_for(field, base, judged, length)
+
+    @asynccontextmanager
+    async def _reserved(
+        self, owner: str, base: Base, key: str, examples: Examples, settings: TrainSettings
+    ) -> AsyncIterator[None]:
+        shape = (min(settings.batch_size, len(examples)), examples.ids.shape[1])
+        await self._catalogue.reserve(owner, training_bytes(base.model.config, base.attached[key], *shape))
+        try:
+            yield
+        finally:
+            await self._catalogue.release(owner)
+
+    async def _train(self, run: Run, session: _Session, training: Training) -> TrainedExtension:
+        started = monotonic()
+        base, trainer = session.base, session.trainer
+        if training.checkpoint_uri is not None:
+            async with self._store.reading(training.checkpoint_uri) as folder:
+                await base.run(_restore, trainer, folder)
+        before = training.loss_before
+        if before is None:
+            before, _ = await loss(base, session.key, session.held_out)
+            await run.begun(before)
+        await self._steps(run, base, trainer, before)
+        await run.finalizing()
+        after, _ = await loss(base, session.key, session.held_out)
+        return TrainedExtension(
+            steps=trainer.steps_done,
+            tokens=trainer.tokens_seen,
+            loss_before=before,
+            loss_after=after,
+            seconds=monotonic() - started,
+        )
+
+    async def _steps(self, run: Run, base: Base, trainer: Trainer, loss_before: float) -> None:
+        saved_at = monotonic()
+        steps = trainer.settings.steps
+        stride = max(1, round(steps * PROGRESS_SHARE))
+        while not trainer.done:
+            if run.stopping or monotonic() - saved_at >= self._checkpoint_seconds:
+                await run.save(await base.run(checkpoint.files, trainer))
+                saved_at = monotonic()
+            await run.checkpoint()
+            report = await base.run(_step, trainer)
+            if report.step in (1, steps) or report.step % stride == 0:
+                await run.progress(100 * report.step / steps, figures(report, steps, loss_before))
+
+
+def settings_of(wanted: NewTraining, rows: int) -> TrainSettings:
+    """How to train, with every default resolved.
+
+    Args:
+        wanted: the request.
+        rows: examples there are; they turn epochs into steps.
+    """
+    batch_size = wanted.batch_size or DEFAULT_BATCH_SIZE
+    steps = wanted.steps or math.ceil(wanted.epochs * rows / batch_size)
+    return TrainSettings(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=wanted.learning_rate or DEFAULT_LEARNING_RATE,
+        warmup_steps=round(steps * WARMUP_SHARE),
+        seed=wanted.seed,
+    )
+
+
+def figures(report: StepReport, steps: int, loss_before: float) -> dict[str, Any]:
+    """What progress tells, as plain JSON."""
+    return {
+        "step": report.step,
+        "steps": steps,
+        "loss": report.loss,
+        "loss_before": loss_before,
+        "learning_rate": report.learning_rate,
+        "grad_norm": report.grad_norm,
+        "tokens_seen": report.tokens_seen,
+        "tokens_per_second": report.tokens / report.seconds,
+    }
+
+
+def _restore(trainer: Trainer, folder: Path) -> None:
+    with translated.stored():
+        checkpoint.load(trainer, folder)
+
+
+def _step(trainer: Trainer) -> StepReport:
+    with translated.stored():
+        return trainer.step()
+
+
+def _files(folder: Path, base: Base, key: str, result: TrainedExtension) -> Callable[[Path], None]:
+    learnt = {name: value for name, value in result.as_dict().items() if name != "seconds"}
+    return retrained(folder, base.attached[key], learnt)
