@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from services.kit import errors
 from services.residency.checkpoint import CheckpointError, PickleRefused
 from services.residency.families import UnknownHookPoint, UnsupportedModel
+from services.residency.generation import InterventionRefused
 from services.residency.identity import IdentityFailed
-from services.residency.lenses import LensCorrupt, LensIncompatible
+from services.residency.lenses import LensCorrupt, LensIncompatible, PrefixUnknown
 from services.residency.loading import LoadFailed
 from services.residency.memory import is_out_of_memory
+from services.residency.reading import TextRefused
 from services.residency.sources import SourceNotFound, SourceUnavailable
+from services.residency.texts import DatasetError
 
 
 def insufficient_memory(required: int, available: int) -> errors.Exhausted:
@@ -33,26 +39,38 @@ def translated(error: BaseException) -> errors.LensmeshError | None:
 
 
 def _by_type(error: BaseException) -> errors.LensmeshError | None:
-    known: errors.LensmeshError | None = None
-    match error:
-        case errors.LensmeshError():
-            known = error
-        case PickleRefused():
-            known = errors.Failed(str(error), reason="UNSAFE_FORMAT")
-        case CheckpointError() | LoadFailed() | UnsupportedModel():
-            known = errors.Failed(str(error), reason="MODEL_LOAD_FAILED")
-        case SourceNotFound():
-            known = errors.Invalid.of("model_identifier", str(error))
-        case SourceUnavailable():
-            known = errors.Unavailable(str(error), transient=True)
-        case LensIncompatible():
-            facts = {"what": error.what, "expected": error.expected, "found": error.found}
-            known = errors.Conflict(str(error), reason="LENS_INCOMPATIBLE", metadata=facts)
-        case LensCorrupt():
-            known = errors.Failed(str(error), reason="CHECKSUM_MISMATCH")
-        case IdentityFailed():
-            facts = {"layer": error.layer, "error": error.error, "tolerance": error.tolerance}
-            known = errors.Failed(str(error), reason="HOOK_IDENTITY_FAILED", metadata=facts)
-        case UnknownHookPoint():
-            known = errors.Invalid.of("hook_points", str(error))
-    return known
+    if isinstance(error, errors.LensmeshError):
+        return error
+    make = next((make for kinds, make in _MEANINGS if isinstance(error, kinds)), None)
+    return make(error) if make is not None else None
+
+
+def _failed(reason: str, *facts: str) -> Callable[[Any], errors.LensmeshError]:
+    """A failure with the error's own message, and the named attributes of it as metadata."""
+    return lambda error: errors.Failed(
+        str(error), reason=reason, metadata={name: getattr(error, name) for name in facts}
+    )
+
+
+_Kinds = type[BaseException] | tuple[type[BaseException], ...]
+_MEANINGS: tuple[tuple[_Kinds, Callable[[Any], errors.LensmeshError]], ...] = (
+    (PickleRefused, _failed("UNSAFE_FORMAT")),
+    ((CheckpointError, LoadFailed, UnsupportedModel), _failed("MODEL_LOAD_FAILED")),
+    (SourceNotFound, lambda error: errors.Invalid.of("model_identifier", str(error))),
+    (SourceUnavailable, lambda error: errors.Unavailable(str(error), transient=True)),
+    (
+        LensIncompatible,
+        lambda error: errors.Conflict(
+            str(error),
+            reason="LENS_INCOMPATIBLE",
+            metadata={"what": error.what, "expected": error.expected, "found": error.found},
+        ),
+    ),
+    (LensCorrupt, _failed("CHECKSUM_MISMATCH")),
+    (IdentityFailed, _failed("HOOK_IDENTITY_FAILED", "layer", "error", "tolerance")),
+    (UnknownHookPoint, lambda error: errors.Invalid.of("hook_points", str(error))),
+    (PrefixUnknown, lambda error: errors.Invalid.of("prefix", str(error))),
+    (TextRefused, lambda error: errors.Invalid.of(error.field, error.description)),
+    (InterventionRefused, lambda error: errors.Invalid.of(f"interventions.{error.field}", error.description)),
+    (DatasetError, lambda error: errors.Invalid.of(error.field, error.message)),
+)

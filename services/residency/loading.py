@@ -47,6 +47,19 @@ def read_config(directory: Path) -> PretrainedConfig:
         raise LoadFailed("config.json is missing, not valid, or of a type that transformers does not know") from error
 
 
+def config_of(stored: Mapping[str, object]) -> PretrainedConfig:
+    """The configuration behind a config.json's content.
+
+    Raises:
+        LoadFailed: transformers does not know its `model_type`, or a value is not valid.
+    """
+    values = {name: value for name, value in stored.items() if name not in ("model_type", "auto_map")}
+    try:
+        return AutoConfig.for_model(str(stored.get("model_type")), **values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadFailed("config.json is not valid, or of a type that transformers does not know") from error
+
+
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The module tree on the meta device: no memory for parameters; buffers are real.
 

@@ -48,13 +48,20 @@ def survey(device: str, limit: int) -> DeviceMemory:
     return DeviceMemory(kind, total, min(limit, total) if limit else int(total * DEFAULT_SHARE))
 
 
-def give_back(device: str) -> None:
-    """Return freed memory to the device or the system, so that an unload shows in their figures."""
+def held(device: str) -> int:
+    """Bytes that the process holds of the device by the allocator's or the system's own figures, in use or not."""
+    return torch.cuda.memory_reserved(device) if device.startswith("cuda") else psutil.Process().memory_info().rss
+
+
+def give_back(device: str) -> int:
+    """Return freed memory to the device or the system, so that an unload shows in their figures; returns the bytes."""
+    before = held(device)
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
+    return max(0, before - held(device))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

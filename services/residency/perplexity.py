@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from services.residency.splice import logits, next_token_loss
 
@@ -21,28 +20,23 @@ class Perplexity:
     tokens: int
 
 
-def measure(model: nn.Module, sequences: Sequence[Sequence[int]], batch_size: int = 8) -> Perplexity:
-    """Perplexity over every token but each sequence's first; float64 sum.
+def batch_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[float, int]:
+    """(sum of losses in nats as float64, predicted tokens) of one right-padded batch, both [B, S]."""
+    device = next(model.parameters()).device
+    ids, mask = input_ids.to(device), attention_mask.to(device)
+    losses = next_token_loss(logits(model, ids, mask), ids, mask)
+    return losses.double().sum().item(), losses.numel()
 
-    Args:
-        model: a causal language model.
-        sequences: token ids; those shorter than 2 predict nothing.
-        batch_size: rows of one forward pass; sequences are taken in order and padded on the right.
+
+def perplexity(parts: Iterable[tuple[float, int]]) -> Perplexity:
+    """What the batches' losses come to, over every token but each sequence's first.
 
     Raises:
         ValueError: no sequence has two tokens.
     """
-    device = next(model.parameters()).device
-    usable = [sequence for sequence in sequences if len(sequence) >= 2]
-    if not usable:
-        raise ValueError("perplexity needs a sequence of at least two tokens")
     total, count = 0.0, 0
-    for start in range(0, len(usable), batch_size):
-        rows = usable[start : start + batch_size]
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-        losses = next_token_loss(logits(model, ids, mask), ids, mask)
-        total += losses.double().sum().item()
-        count += losses.numel()
+    for loss, tokens in parts:
+        total, count = total + loss, count + tokens
+    if count == 0:
+        raise ValueError("perplexity needs a sequence of at least two tokens")
     return Perplexity(math.exp(min(total / count, 700.0)), total / count, count)

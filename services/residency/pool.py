@@ -35,6 +35,9 @@ from services.residency.resident import Attached, Residency, Resident
 P = ParamSpec("P")
 T = TypeVar("T")
 LOADERS = 2
+"""Models whose weights are read at the same time."""
+READERS = 4
+"""Threads for other files and the hub."""
 Progress = Callable[[int, int], None]
 
 
@@ -72,6 +75,11 @@ class Lease:
         """What its config says."""
         return self.record.base.facts
 
+    @property
+    def attached(self) -> Extensions:
+        """What is attached to the base; touch it inside `run` only."""
+        return self.record.base.extensions
+
     async def run(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run torch work on the device's thread with the lease's extension in force."""
 
@@ -92,6 +100,7 @@ class Pool:
         self._loading: dict[str, int] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
         self._loaders = ThreadPoolExecutor(max_workers=LOADERS, thread_name_prefix="loader")
+        self._readers = ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="reader")
 
     @property
     def used_bytes(self) -> int:
@@ -128,6 +137,14 @@ class Pool:
             errors.LensmeshError: what the torch modules' errors mean; whatever else `fn` raises as it is.
         """
         return await self._call(self._thread, lambda: fn(*args, **kwargs))
+
+    async def read(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run work on files or the network, no torch, on a thread of its own.
+
+        Raises:
+            errors.LensmeshError: as `run`.
+        """
+        return await self._call(self._readers, lambda: fn(*args, **kwargs))
 
     async def _call(
         self, executor: ThreadPoolExecutor, fn: Callable[[], T], on_cancel: Callable[[], None] = lambda: None
@@ -221,7 +238,7 @@ class Pool:
                 raise errors.Unavailable("the load was cancelled", reason="CANCELLED")
             progress(done, total)
 
-        hashing = asyncio.create_task(self._call(self._loaders, lambda: sources.digest(prepared.directory)))
+        hashing = asyncio.create_task(self.read(sources.digest, prepared.directory))
         try:
             await self._call(self._loaders, lambda: loading.fill(prepared, self.device, watched), abort.set)
         finally:
@@ -431,8 +448,8 @@ class Pool:
     async def close(self) -> None:
         """Drop every model and end the threads; running work is waited for."""
         self._residents.clear()
-        await asyncio.to_thread(self._loaders.shutdown)
-        await asyncio.to_thread(self._thread.shutdown)
+        for executor in (self._readers, self._loaders, self._thread):
+            await asyncio.to_thread(executor.shutdown)
 
 
 def mismatch() -> errors.Failed:

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from blake3 import blake3
@@ -54,7 +54,9 @@ def find_local(identifier: str, roots: Sequence[Path]) -> Path:
     Raises:
         SourceNotFound: it is malformed, lies outside every root, or is no directory.
     """
-    if not identifier or len(identifier) > 500 or any(character in identifier for character in "\0\\%"):
+    parts = PurePosixPath(identifier)
+    malformed = not parts.parts or len(identifier) > 500 or any(character in identifier for character in "\0\\%")
+    if malformed or parts.is_absolute() or ".." in parts.parts:
         raise SourceNotFound("not a path relative to a model root")
     for root in roots:
         base = root.resolve()

@@ -29,6 +29,10 @@ class LensIncompatible(ValueError):
         self.found = found
 
 
+class PrefixUnknown(ValueError):
+    """The dictionary does not have that many groups."""
+
+
 class LensCorrupt(ValueError):
     """The lens's files cannot be read; the group it belongs to stays as it is."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from services.residency.families import SITES, UnknownHookPoint, locate, site_of
-from services.residency.lenses import Base, LensCorrupt, LensIncompatible, Reading, Spec, TokenReading
+from services.residency.lenses import Base, LensCorrupt, LensIncompatible, PrefixUnknown, Reading, Spec, TokenReading
 from services.residency.lenses.codes import Codes
 from services.residency.lenses.transcoder import Transcoder
 
@@ -34,17 +34,19 @@ class FeatureLens:
         return (self._source, self._target)
 
     @property
-    def transcoder(self) -> Transcoder:
-        """The weights, for splicing."""
-        return self._transcoder
+    def splicing(self) -> tuple[Transcoder, str]:
+        """The weights and the hook point they read, to put the reconstruction into a forward pass."""
+        return self._transcoder, self._source
 
     def read(self, activations: Mapping[str, Tensor], input_ids: Tensor, top_k: int, prefix: int) -> Reading:
         """Strongest latents of each token; FVU of each token and of the text, against the text's own mean.
 
         Raises:
-            ValueError: `prefix` is beyond the transcoder's groups.
+            PrefixUnknown: `prefix` is beyond the transcoder's groups.
         """
         groups = prefix or None
+        if prefix > len(self._transcoder.shape.group_sizes):
+            raise PrefixUnknown(f"the transcoder has {len(self._transcoder.shape.group_sizes)} groups")
         x = activations[self._source][0].float()
         y = activations[self._target][0].double()
         codes = self._transcoder.encode_sparse(x, groups)

@@ -1,0 +1,12 @@
+"""Settings of a device-owning process."""
+
+from __future__ import annotations
+
+from services.kit.config import Bytes, Settings
+
+
+class ResidencySettings(Settings):
+    """What this process may use of its device."""
+
+    device_memory_limit: Bytes = 0
+    """Bytes of the device that models, lenses and jobs may use, `6GiB` for example; 80 % of what it has when 0."""

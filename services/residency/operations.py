@@ -1,0 +1,287 @@
+"""What the registry may ask of this process: one function per rpc, in our own types."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import grpc
+import torch
+
+from services.kit import errors
+from services.kit.artifacts import ArtifactStore
+from services.kit.database import Database
+from services.residency import estimate, loading, reading, records, sources, texts
+from services.residency.config import ResidencySettings
+from services.residency.generation import Continuation, Intervention
+from services.residency.lenses import Lens, Reading, Spec
+from services.residency.lenses import load as load_lens
+from services.residency.memory import give_back
+from services.residency.metrics import ResidencyMetrics
+from services.residency.perplexity import Perplexity, batch_loss, perplexity
+from services.residency.pool import Lease, Pool
+from services.residency.resident import Resident
+
+PERPLEXITY_TOKENS = 1024
+"""Most tokens of a sequence that perplexity is measured on when the request leaves it open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """One step of a load; the last one carries the model."""
+
+    done: int
+    total: int
+    resident: Resident | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """A text's tokens, and what each lens reads in it."""
+
+    token_ids: list[int]
+    readings: list[tuple[Spec, Reading]]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What a model added to a prompt."""
+
+    token_ids: list[int]
+    text: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A perplexity, over how many sequences, and the seconds it took."""
+
+    result: Perplexity
+    samples: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The pool and what it is served with."""
+
+    pool: Pool
+    settings: ResidencySettings
+    database: Database
+    artifacts: ArtifactStore
+    registry: grpc.aio.Channel
+    metrics: ResidencyMetrics
+
+    @property
+    def hub_dir(self) -> Path:
+        """Where downloaded hub models are kept."""
+        return self.settings.state_dir / "hub"
+
+    async def inspect(self, source: sources.Source) -> sources.Contents:
+        """Config, headers and digest of a model's files."""
+        return await self.pool.read(sources.inspect, source, self.settings.model_roots, self.hub_dir)
+
+    async def estimate(self, source: sources.Source, quantization: str) -> estimate.Estimate:
+        """What a load would need."""
+        found = await self.inspect(source)
+        config = loading.config_of(found.config)
+        return await self.pool.run(estimate.estimate, config, found.entries, quantization, self.pool.device)
+
+    async def load(
+        self, model_id: str, source: sources.Source, quantization: str, *, digest: str, fingerprint: str
+    ) -> AsyncIterator[Loading]:
+        """Load a model, telling how far it is; ending the iteration early ends the load.
+
+        Raises:
+            errors.LensmeshError: see `Pool.load`.
+        """
+        start = time.perf_counter()
+        steps: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(done: int, total: int) -> None:
+            loop.call_soon_threadsafe(steps.put_nowait, (done, total))
+
+        async def work() -> Resident:
+            try:
+                directory = await self.pool.read(sources.fetch, source, self.settings.model_roots, self.hub_dir)
+                return await self.pool.load(
+                    model_id,
+                    directory,
+                    quantization,
+                    expected_digest=digest,
+                    expected_fingerprint=fingerprint,
+                    progress=tell,
+                )
+            finally:
+                steps.put_nowait(None)
+
+        task = asyncio.create_task(work())
+        done, total = 0, 0
+        try:
+            while (step := await steps.get()) is not None:
+                done, total = step
+                yield Loading(done, total)
+            resident = await task
+        except errors.LensmeshError as error:
+            self.metrics.load_failed(error.reason)
+            raise
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+        seconds = time.perf_counter() - start
+        self.metrics.loaded(quantization, seconds)
+        yield Loading(total, total, resident, seconds)
+
+    @asynccontextmanager
+    async def _files(self, artifact_uri: str) -> AsyncIterator[Path | None]:
+        """The directory behind an artifact's handle, kept while the block reads it; None for kinds without files."""
+        if not artifact_uri:
+            yield None
+            return
+        async with self.artifacts.reading(self.database, artifact_uri) as folder:
+            yield folder
+
+    async def attach(self, model_id: str, spec: Spec, artifact_uri: str) -> None:
+        """Bring a lens to a resident model."""
+        async with self._files(artifact_uri) as folder:
+            await self.pool.attach(model_id, replace(spec, folder=folder))
+
+    async def switch(self, model_id: str, lens_id: str | None) -> float:
+        """Make a lens the active one, or the base alone; returns seconds."""
+        with self.metrics.watching():
+            seconds = await self.pool.switch(model_id, lens_id)
+        self.metrics.switched(seconds)
+        return seconds
+
+    async def analyze(
+        self, model_id: str, lens_ids: Sequence[str], text: str, token_ids: Sequence[int], *, top_k: int, prefix: int
+    ) -> Analysis:
+        """Read a text through attached lenses.
+
+        Raises:
+            errors.NotFound: a lens is not attached.
+            errors.Invalid: the text or the prefix does not fit.
+        """
+        start = time.perf_counter()
+        async with self.pool.lease(model_id) as lease:
+            attached = lease.record.lenses
+            missing = [lens_id for lens_id in lens_ids if lens_id not in attached]
+            if missing:
+                raise errors.NotFound("the lens is not attached", metadata={"lens_id": missing[0]})
+            chosen = [attached[lens_id] for lens_id in lens_ids]
+            ids, found = await self._read(
+                lease, [item.lens for item in chosen], text, token_ids, top_k=top_k, prefix=prefix
+            )
+        readings = [(item.spec, each) for item, each in zip(chosen, found, strict=True)]
+        return Analysis(ids, readings, time.perf_counter() - start)
+
+    async def encode(
+        self, model_id: str, artifact_uri: str, text: str, token_ids: Sequence[int], *, top_k: int, prefix: int
+    ) -> Analysis:
+        """The text through a transcoder that is on the device for this call only."""
+        start = time.perf_counter()
+        async with self.pool.lease(model_id) as lease, self._files(artifact_uri) as folder:
+            spec = Spec(lens_id="", kind="transcoder", folder=folder)
+            lens = await self.pool.run(load_lens, spec, lease.record.base)
+            ids, found = await self._read(lease, [lens], text, token_ids, top_k=top_k, prefix=prefix)
+        return Analysis(ids, [(spec, found[0])], time.perf_counter() - start)
+
+    async def _read(
+        self, lease: Lease, lenses: list[Lens], text: str, given: Sequence[int], *, top_k: int, prefix: int
+    ) -> tuple[list[int], list[Reading]]:
+        ids = await self.pool.run(reading.token_ids, text, given, lease.tokenizer, lease.facts)
+        base = lease.record.base
+        inputs = reading.on_device(ids, base)
+        activations = await self.pool.run(reading.activations, base, lenses, inputs)
+        return ids, [await self.pool.run(lens.read, activations, inputs, top_k, prefix) for lens in lenses]
+
+    async def generate(
+        self,
+        model_id: str,
+        prompt: str,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        extension: tuple[Spec, str] | None,
+        interventions: Sequence[Intervention],
+    ) -> Generation:
+        """Continue a prompt up to the end token, `max_new_tokens` or the end of the context.
+
+        An extension that is not attached is attached for this call only.
+
+        Raises:
+            errors.Invalid: the prompt or an intervention does not fit the model.
+        """
+        start = time.perf_counter()
+        async with AsyncExitStack() as stack:
+            key = await self._with_extension(stack, model_id, extension)
+            lease = await stack.enter_async_context(self.pool.lease(model_id, key))
+            ids = await self.pool.run(reading.token_ids, prompt, (), lease.tokenizer, lease.facts, field="prompt")
+            room = lease.facts.context_length - (0 if lease.facts.encoder_decoder else len(ids))
+            if room < 1:
+                raise errors.Invalid.of("prompt", f"fills the model's context of {lease.facts.context_length} tokens")
+            family = lease.family if interventions else None
+            work = Continuation(
+                base=lease.record.base,
+                prompt=ids,
+                max_new_tokens=min(max_new_tokens, room),
+                temperature=temperature,
+                seed=seed,
+                splices=[change.splice() for change in interventions],
+                end_ids=end_ids(lease),
+            )
+            while not work.done:
+                await lease.run(work.turn, family)
+            text = lease.tokenizer.decode(work.tokens, skip_special_tokens=True) if lease.tokenizer else ""
+        return Generation(work.tokens, text, time.perf_counter() - start)
+
+    async def _with_extension(
+        self, stack: AsyncExitStack, model_id: str, extension: tuple[Spec, str] | None
+    ) -> str | None:
+        if extension is None:
+            return None
+        spec, artifact_uri = extension
+        if spec.lens_id not in self.pool.get(model_id).lenses:
+            await self.attach(model_id, spec, artifact_uri)
+            stack.push_async_callback(self.pool.detach, model_id, spec.lens_id)
+        return spec.lens_id
+
+    async def measure_perplexity(self, model_id: str, dataset_id: str, sample_count: int, max_length: int) -> Measured:
+        """Perplexity of the bare base on a dataset's first sequences.
+
+        Raises:
+            errors.Invalid: the dataset cannot be read, or none of it is usable.
+        """
+        start = time.perf_counter()
+        record = await records.dataset_record(self.registry, dataset_id)
+        async with self.pool.lease(model_id) as lease:
+            facts = lease.facts
+            length = min(max_length or PERPLEXITY_TOKENS, facts.context_length)
+            sequences = await self.pool.read(self._sequences, record, lease, length, sample_count)
+            parts = []
+            for batch in texts.plan_batches(sequences.lengths, facts.model_batch_size):
+                ids, mask = sequences.padded(batch.indices, batch.length)
+                parts.append(await lease.run(batch_loss, lease.model, torch.from_numpy(ids), torch.from_numpy(mask)))
+        return Measured(perplexity(parts), len(sequences), time.perf_counter() - start)
+
+    def _sequences(self, record: texts.DatasetRecord, lease: Lease, max_length: int, count: int) -> texts.Sequences:
+        rows = texts.open_rows(record, self.settings.dataset_roots, self.settings.state_dir / "datasets")
+        return texts.tokenize(rows, lease.tokenizer, max_length, min(count, len(rows)), lease.facts.vocab_size)
+
+    async def empty_cache(self) -> int:
+        """Give freed memory back to the device or the system; returns how many bytes that were."""
+        return await self.pool.run(give_back, self.pool.device)
+
+
+def end_ids(lease: Lease) -> frozenset[int]:
+    """Tokens that end a generation."""
+    stored = lease.record.base.model.generation_config.eos_token_id
+    return frozenset(stored if isinstance(stored, list) else [stored] if stored is not None else [])

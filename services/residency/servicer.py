@@ -1,0 +1,145 @@
+"""lensmesh.residency.v1.ModelHostService: proto in, proto out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from google.protobuf.message import Message
+from lensmesh.common.v1 import types_pb2
+from lensmesh.registry.v1 import devices_pb2
+from lensmesh.residency.v1 import residency_pb2, residency_pb2_grpc
+
+from services.residency import messages
+from services.residency.lenses.features import FeatureLens
+from services.residency.operations import Host
+from services.residency.reading import decoded
+
+
+class ModelHostServicer(residency_pb2_grpc.ModelHostServiceServicer):
+    """The weights of this process."""
+
+    def __init__(self, host: Host, incarnation: str) -> None:
+        self._host = host
+        self._pool = host.pool
+        self._incarnation = incarnation
+
+    async def Inspect(self, request: residency_pb2.InspectRequest, context: Any) -> residency_pb2.ModelFacts:
+        """Config, headers and digest of a model's files."""
+        found = await self._host.inspect(messages.source(request.source))
+        return await self._pool.run(messages.model_facts, found)
+
+    async def Estimate(self, request: residency_pb2.EstimateRequest, context: Any) -> residency_pb2.MemoryEstimate:
+        """What a load would need."""
+        quantization = messages.QUANTIZATIONS[request.quantization]
+        return messages.memory_estimate(await self._host.estimate(messages.source(request.source), quantization))
+
+    async def Load(self, request: residency_pb2.LoadRequest, context: Any) -> AsyncIterator[residency_pb2.LoadProgress]:
+        """Load a model, with progress."""
+        steps = self._host.load(
+            request.model_id,
+            messages.source(request.source),
+            messages.QUANTIZATIONS[request.quantization],
+            digest=request.expected_digest,
+            fingerprint=request.expected_fingerprint,
+        )
+        async for step in steps:
+            yield messages.load_progress(step)
+
+    async def Unload(self, request: residency_pb2.UnloadRequest, context: Any) -> residency_pb2.Released:
+        """Take a model and its lenses away."""
+        freed = await self._pool.unload(request.model_id, request.wait_seconds)
+        return residency_pb2.Released(freed_bytes=freed)
+
+    async def Park(self, request: residency_pb2.ParkRequest, context: Any) -> residency_pb2.Released:
+        """Move a model to host memory."""
+        return residency_pb2.Released(freed_bytes=await self._pool.park(request.model_id))
+
+    async def Restore(self, request: residency_pb2.RestoreRequest, context: Any) -> devices_pb2.HostedModel:
+        """Move a parked model back."""
+        with self._host.metrics.watching():
+            return messages.hosted_model(await self._pool.restore(request.model_id))
+
+    async def AttachLens(self, request: residency_pb2.AttachLensRequest, context: Any) -> devices_pb2.HostedLens:
+        """Bring a lens to a resident model."""
+        with self._host.metrics.watching():
+            await self._host.attach(request.model_id, messages.lens_spec(request.lens), request.lens.artifact_uri)
+        return messages.hosted_lens(self._pool.get(request.model_id).lenses[request.lens.lens_id])
+
+    async def DetachLens(self, request: residency_pb2.DetachLensRequest, context: Any) -> residency_pb2.Released:
+        """Take a lens off."""
+        with self._host.metrics.watching():
+            return residency_pb2.Released(freed_bytes=await self._pool.detach(request.model_id, request.lens_id))
+
+    async def SwitchLens(self, request: residency_pb2.SwitchLensRequest, context: Any) -> residency_pb2.Switched:
+        """Make a lens the active one."""
+        before = self._pool.used_bytes
+        seconds = await self._host.switch(request.model_id, request.lens_id or None)
+        return residency_pb2.Switched(
+            seconds=seconds, memory_before_bytes=before, memory_after_bytes=self._pool.used_bytes
+        )
+
+    async def Analyze(self, request: residency_pb2.AnalyzeRequest, context: Any) -> residency_pb2.AnalyzeResponse:
+        """Read a text through attached lenses."""
+        found = await self._host.analyze(
+            request.model_id,
+            request.lens_ids,
+            request.text,
+            request.token_ids,
+            top_k=request.top_k,
+            prefix=request.prefix,
+        )
+        ids, readings, seconds = found.token_ids, found.readings, found.seconds
+        tokenizer = self._pool.get(request.model_id).tokenizer
+        known = decoded({*ids, *(t for _, each in readings for t in messages.tokens_named(each))}, tokenizer)
+        return residency_pb2.AnalyzeResponse(
+            readings=[messages.lens_reading(spec, each, ids, known) for spec, each in readings], seconds=seconds
+        )
+
+    async def Encode(self, request: residency_pb2.EncodeRequest, context: Any) -> types_pb2.LensReading:
+        """Read a text through a transcoder."""
+        found = await self._host.encode(
+            request.model_id,
+            request.artifact_uri,
+            request.text,
+            request.token_ids,
+            top_k=request.top_k,
+            prefix=request.prefix,
+        )
+        known = decoded(found.token_ids, self._pool.get(request.model_id).tokenizer)
+        spec, each = found.readings[0]
+        return messages.lens_reading(spec, each, found.token_ids, known)
+
+    async def Generate(self, request: residency_pb2.GenerateRequest, context: Any) -> types_pb2.GeneratedText:
+        """Continue a prompt."""
+        lenses = self._pool.get(request.model_id).lenses
+        coders = {key: item.lens.splicing for key, item in lenses.items() if isinstance(item.lens, FeatureLens)}
+        named = request.extension if request.HasField("extension") else None
+        made = await self._host.generate(
+            request.model_id,
+            request.prompt,
+            max_new_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            seed=request.seed,
+            extension=(messages.lens_spec(named), named.artifact_uri) if named is not None else None,
+            interventions=[messages.intervention(each, coders) for each in request.interventions],
+        )
+        return types_pb2.GeneratedText(text=made.text, token_ids=made.token_ids, seconds=made.seconds)
+
+    async def MeasurePerplexity(
+        self, request: residency_pb2.MeasurePerplexityRequest, context: Any
+    ) -> types_pb2.PerplexityResult:
+        """Measure the base on a dataset."""
+        resident = self._pool.get(request.model_id)
+        found = await self._host.measure_perplexity(
+            request.model_id, request.dataset_id, request.sample_count, request.max_length
+        )
+        return messages.perplexity_result(found, resident.quantization)
+
+    async def EmptyCache(self, request: Message, context: Any) -> residency_pb2.Released:
+        """Give freed memory back."""
+        return residency_pb2.Released(freed_bytes=await self._host.empty_cache())
+
+    async def GetState(self, request: Message, context: Any) -> residency_pb2.HostState:
+        """Everything on the device."""
+        return messages.host_state(self._pool, self._incarnation)

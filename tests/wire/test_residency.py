@@ -1,0 +1,361 @@
+"""ModelHostService over real gRPC, with tiny models on the CPU."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import grpc
+import pytest
+import torch
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from lensmesh.common.v1 import types_pb2
+from lensmesh.residency.v1 import residency_pb2
+from prometheus_client import generate_latest
+
+from services.residency.lenses.transcoder import Transcoder, TranscoderShape
+from services.residency.splice import logits
+from tests import models
+from tests.support import eventually
+from tests.wire.residency_support import Host, hosting, local
+
+TEXT = "def add(left, right):\n    return left + right\n"
+
+
+@pytest.fixture
+async def host(database, tmp_path):
+    torch.set_num_threads(2)
+    for family in ("gpt2", "gemma2", "t5"):
+        models.copied(tmp_path / "models", family)
+    async with hosting(database, tmp_path / "state", tmp_path / "models") as host:
+        yield host
+
+
+async def refused(call) -> tuple[grpc.StatusCode, str, dict[str, str]]:
+    """(code, reason, metadata) of a call that fails."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    status = rpc_status.from_call(caught.value)
+    info = error_details_pb2.ErrorInfo()
+    next(detail for detail in status.details if detail.Is(info.DESCRIPTOR)).Unpack(info)
+    return caught.value.code(), info.reason, dict(info.metadata)
+
+
+async def base_logits(host: Host, model_id: str) -> torch.Tensor:
+    async with host.pool.lease(model_id) as lease:
+        return await lease.run(logits, lease.model, models.batch())
+
+
+async def publish(host: Host, kind: str, write) -> str:
+    with host.context.artifacts.staging(kind) as folder:
+        write(folder)
+        async with host.context.database.transaction() as conn:
+            return (await host.context.artifacts.publish(conn, kind, folder, {})).uri
+
+
+def transcoder(width: int = models.WIDTH, dict_size: int = 96, **info) -> Transcoder:
+    make = torch.Generator().manual_seed(1)
+    weights = {
+        "W_enc": torch.randn(width, dict_size, generator=make),
+        "b_enc": torch.zeros(dict_size),
+        "W_dec": torch.randn(dict_size, width, generator=make) / width,
+        "b_dec": torch.zeros(width),
+        "threshold": torch.zeros(dict_size),
+    }
+    return Transcoder(TranscoderShape("topk", 8, (32, 64)), weights, info)
+
+
+async def test_inspect_reads_config_headers_and_digest_and_no_path_leaves(host):
+    facts = await host.stub.Inspect(residency_pb2.InspectRequest(source=local("gpt2")))
+    assert (facts.model_type, facts.num_layers, facts.hidden_size) == ("gpt2", 4, models.WIDTH)
+    assert facts.parameter_count == sum(p.numel() for p in models.tiny("gpt2").parameters())
+    assert (facts.context_length, facts.vocab_size, facts.architecture) == (128, models.VOCAB, "GPT2LMHeadModel")
+    assert list(facts.defaults.group_sizes) == [64, 128, 256, 576]
+    assert (facts.defaults.dict_size, facts.defaults.top_k, facts.defaults.model_batch_size) == (1024, 32, 32)
+    assert len(facts.digest) == 64
+    again = await host.stub.Inspect(residency_pb2.InspectRequest(source=local("gemma2")))
+    assert again.digest != facts.digest
+
+
+@pytest.mark.parametrize("identifier", ["../models/gpt2", "/etc", "gpt3", ".", "gpt2/../../..", "a%2fb"])
+async def test_nothing_outside_the_roots_is_found(host, identifier):
+    code, reason, _ = await refused(host.stub.Inspect(residency_pb2.InspectRequest(source=local(identifier))))
+    assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "VALIDATION_ERROR")
+
+
+@pytest.mark.parametrize("quantization", ["NONE", "BF16", "INT8", "INT4"])
+async def test_the_estimate_is_what_the_load_then_takes(host, quantization):
+    found = await host.stub.Estimate(
+        residency_pb2.EstimateRequest(source=local("gemma2"), quantization=f"QUANTIZATION_{quantization}")
+    )
+    steps = await host.load("m", "gemma2", quantization)
+    assert steps[-1].model.memory_bytes == found.breakdown.weights + found.breakdown.quantization_state
+    assert found.required_bytes > steps[-1].model.memory_bytes
+
+
+async def test_a_load_tells_its_progress_and_its_result(host):
+    steps = await host.load("m", "gpt2")
+    percents = [step.percent for step in steps]
+    assert percents == sorted(percents)
+    assert percents[-1] == 100
+    assert len(percents) > 20
+    assert [step.HasField("model") for step in steps] == [False] * (len(steps) - 1) + [True]
+    assert steps[-1].bytes_done == steps[-1].bytes_total > 0
+    state = await host.stub.GetState(residency_pb2.GetStateRequest())
+    assert state.models[0].fingerprint == steps[-1].model.fingerprint
+    assert state.used_bytes == steps[-1].model.memory_bytes
+    expected = {"expected_digest": steps[-1].digest, "expected_fingerprint": steps[-1].model.fingerprint}
+    await host.stub.Unload(residency_pb2.UnloadRequest(model_id="m"))
+    assert (await host.load("m", "gpt2", **expected))[-1].model.fingerprint == steps[-1].model.fingerprint
+
+
+async def test_an_unload_gives_the_bytes_back(host):
+    steps = await host.load("m", "gpt2")
+    released = await host.stub.Unload(residency_pb2.UnloadRequest(model_id="m"))
+    assert released.freed_bytes == steps[-1].model.memory_bytes
+    state = await host.stub.GetState(residency_pb2.GetStateRequest())
+    assert (state.used_bytes, list(state.models)) == (0, [])
+    assert (await host.stub.Unload(residency_pb2.UnloadRequest(model_id="m"))).freed_bytes == 0
+
+
+async def test_a_corrupt_checkpoint_leaves_nothing_and_names_no_path(host, tmp_path):
+    file = tmp_path / "models" / "gpt2" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await host.load("m", "gpt2")
+    assert "MODEL_LOAD_FAILED" in str(caught.value.trailing_metadata())
+    assert "truncated" in caught.value.details()
+    assert str(tmp_path) not in str(caught.value)
+    state = await host.stub.GetState(residency_pb2.GetStateRequest())
+    assert (state.used_bytes, list(state.models)) == (0, [])
+    assert b'residency_loads_total{result="MODEL_LOAD_FAILED"} 1.0' in generate_latest(host.context.metrics)
+
+
+async def test_a_model_that_does_not_fit_is_refused_with_both_numbers(host):
+    host.pool.budget_bytes = 100_000
+    code, reason, facts = await refused(host.load("m", "gpt2"))
+    assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "INSUFFICIENT_MEMORY")
+    assert float(facts["required_memory_gb"]) > float(facts["available_memory_gb"])
+    assert host.pool.used_bytes == host.pool.reserved_bytes == 0
+
+
+async def test_a_client_that_goes_away_ends_its_load(host):
+    request = residency_pb2.LoadRequest(model_id="m", source=local("gpt2"), quantization=types_pb2.QUANTIZATION_NONE)
+    call = host.stub.Load(request)
+    await call.read()
+    call.cancel()
+    with suppress(asyncio.CancelledError):
+        await call.read()
+    await eventually(lambda: not host.pool.reserved_bytes and not host.pool._loading)
+    assert host.pool.used_bytes == sum(resident.total_bytes for resident in host.pool.residents)
+
+
+async def test_lenses_are_attached_switched_and_read(host):
+    await host.load("m", "gpt2")
+    before = await base_logits(host, "m")
+    uri = await publish(host, "transcoder", transcoder().save)
+    logit = types_pb2.LensSpec(lens_id="logit", kind=types_pb2.LENS_KIND_LOGIT_LENS)
+    coder = types_pb2.LensSpec(lens_id="tc", kind=types_pb2.LENS_KIND_TRANSCODER, artifact_uri=uri, layer=2)
+    for lens in (logit, coder):
+        await host.stub.AttachLens(residency_pb2.AttachLensRequest(model_id="m", lens=lens))
+    state = await host.stub.GetState(residency_pb2.GetStateRequest())
+    assert {lens.lens_id: lens.memory_bytes > 0 for lens in state.models[0].lenses} == {"logit": False, "tc": True}
+    switched = await host.stub.SwitchLens(residency_pb2.SwitchLensRequest(model_id="m", lens_id="tc"))
+    assert switched.memory_before_bytes == switched.memory_after_bytes == state.used_bytes
+    answer = await host.stub.Analyze(
+        residency_pb2.AnalyzeRequest(model_id="m", lens_ids=["tc", "logit"], text=TEXT, top_k=5)
+    )
+    features, readout = answer.readings
+    ids = [token.token_id for token in features.tokens]
+    assert "".join(token.token for token in features.tokens) == TEXT
+    expected = await expected_features(host, ids, uri)
+    assert [[f.feature for f in token.features] for token in features.tokens] == expected
+    assert features.fvu > 0
+    assert all(token.features[0].activation >= token.features[-1].activation > 0 for token in features.tokens)
+    async with host.pool.lease("m") as lease:
+        own = await lease.run(logits, lease.model, torch.tensor([ids]))
+    last = [token.layers[-1] for token in readout.tokens]
+    assert [layer.layer for layer in readout.tokens[0].layers] == [0, 1, 2, 3]
+    assert [layer.predictions[0].token_id for layer in last] == own[0].argmax(-1).tolist()
+    assert last[0].predictions[0].probability == pytest.approx(own[0, 0].softmax(-1).max().item(), rel=1e-5)
+    assert torch.equal(await base_logits(host, "m"), before)
+    freed = await host.stub.DetachLens(residency_pb2.DetachLensRequest(model_id="m", lens_id="tc"))
+    assert freed.freed_bytes == transcoder_bytes()
+    assert host.pool.used_bytes == state.used_bytes - freed.freed_bytes
+
+
+def transcoder_bytes() -> int:
+    return sum(t.numel() * t.element_size() for t in transcoder().state_dict().values())
+
+
+async def expected_features(host: Host, ids: list[int], uri: str) -> list[list[int]]:
+    """The five strongest latents of each token by the dense code, computed by hand."""
+    seen = {}
+    async with host.pool.lease("m") as lease:
+        mlp = lease.model.transformer.h[2].mlp
+        handle = mlp.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+        await lease.run(logits, lease.model, torch.tensor([ids]))
+        handle.remove()
+    code = Transcoder.load(host.context.artifacts.path(uri)).encode(seen["x"][0])
+    return [row.topk(5).indices.tolist() for row in code]
+
+
+async def test_a_lens_of_another_width_or_layer_is_refused_and_the_rest_stays(host):
+    await host.load("m", "gpt2")
+    wide = await publish(host, "transcoder", transcoder(width=48).save)
+    lens = types_pb2.LensSpec(lens_id="tc", kind=types_pb2.LENS_KIND_TRANSCODER, artifact_uri=wide, layer=2)
+    code, reason, facts = await refused(host.stub.AttachLens(residency_pb2.AttachLensRequest(model_id="m", lens=lens)))
+    assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "LENS_INCOMPATIBLE")
+    assert (facts["expected"], facts["found"]) == ("48", "64")
+    lens.layer = 9
+    _, reason, facts = await refused(host.stub.AttachLens(residency_pb2.AttachLensRequest(model_id="m", lens=lens)))
+    assert (reason, facts["expected"]) == ("LENS_INCOMPATIBLE", "9")
+    state = await host.stub.GetState(residency_pb2.GetStateRequest())
+    assert list(state.models[0].lenses) == []
+
+
+async def test_a_corrupt_lens_fails_alone(host):
+    await host.load("m", "gpt2")
+    before = await base_logits(host, "m")
+
+    def write(folder):
+        transcoder().save(folder)
+        weights = folder / "sae_weights.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-10])
+
+    uri = await publish(host, "transcoder", write)
+    lens = types_pb2.LensSpec(lens_id="tc", kind=types_pb2.LENS_KIND_TRANSCODER, artifact_uri=uri, layer=2)
+    code, reason, _ = await refused(host.stub.AttachLens(residency_pb2.AttachLensRequest(model_id="m", lens=lens)))
+    assert (code, reason) == (grpc.StatusCode.INTERNAL, "CHECKSUM_MISMATCH")
+    assert torch.equal(await base_logits(host, "m"), before)
+
+
+async def test_encode_reads_through_a_transcoder_that_stays_off_the_ledger(host):
+    await host.load("m", "gpt2")
+    used = host.pool.used_bytes
+    uri = await publish(host, "transcoder", transcoder(layer=2).save)
+    whole = await host.stub.Encode(residency_pb2.EncodeRequest(model_id="m", artifact_uri=uri, text=TEXT, top_k=5))
+    first = await host.stub.Encode(
+        residency_pb2.EncodeRequest(model_id="m", artifact_uri=uri, text=TEXT, top_k=5, prefix=1)
+    )
+    ids = [token.token_id for token in whole.tokens]
+    assert [[f.feature for f in token.features] for token in whole.tokens] == await expected_features(host, ids, uri)
+    assert max(f.feature for token in first.tokens for f in token.features) < 32
+    assert host.pool.used_bytes == used
+    code, reason, _ = await refused(
+        host.stub.Encode(residency_pb2.EncodeRequest(model_id="m", artifact_uri=uri, text=TEXT, top_k=5, prefix=3))
+    )
+    assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "VALIDATION_ERROR")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"text": TEXT, "token_ids": [3]},
+        {"token_ids": [models.VOCAB]},
+        {"token_ids": [3] * 129},
+        {"text": "word " * 500},
+    ],
+)
+async def test_texts_that_the_model_cannot_take_are_named(host, wrong):
+    await host.load("m", "gpt2")
+    lens = types_pb2.LensSpec(lens_id="logit", kind=types_pb2.LENS_KIND_LOGIT_LENS)
+    await host.stub.AttachLens(residency_pb2.AttachLensRequest(model_id="m", lens=lens))
+    request = residency_pb2.AnalyzeRequest(model_id="m", lens_ids=["logit"], top_k=3, **wrong)
+    code, _, _ = await refused(host.stub.Analyze(request))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_generation_is_greedy_at_temperature_zero_and_repeats_with_a_seed(host):
+    await host.load("m", "gpt2")
+
+    async def generate(**more):
+        request = residency_pb2.GenerateRequest(model_id="m", prompt=TEXT, max_new_tokens=20, **more)
+        return list((await host.stub.Generate(request)).token_ids)
+
+    async with host.pool.lease("m") as lease:
+        ids = torch.tensor([lease.tokenizer(TEXT)["input_ids"]])
+        expected = lease.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+    assert await generate() == expected[0, ids.shape[1] :].tolist()
+    assert await generate(temperature=1.5, seed=1) == await generate(temperature=1.5, seed=1)
+    assert await generate(temperature=1.5, seed=1) != await generate(temperature=1.5, seed=2)
+
+
+async def test_interventions_change_a_generation_and_leave_the_model_alone(host):
+    await host.load("m", "gpt2")
+    before = await base_logits(host, "m")
+
+    async def generate(*interventions):
+        request = residency_pb2.GenerateRequest(
+            model_id="m", prompt=TEXT, max_new_tokens=8, interventions=interventions
+        )
+        return list((await host.stub.Generate(request)).token_ids)
+
+    plain = await generate()
+    harmless = types_pb2.InterventionSpec(site="mlp_out", layer=1, op="OP_SCALE", factor=1.0)
+    zeroed = types_pb2.InterventionSpec(site="resid_post", layer=3, op="OP_ZERO")
+    assert await generate(harmless) == plain
+    assert await generate(zeroed) != plain
+    # with the last residual stream zero, every position predicts from the final norm's bias alone
+    assert len(set(await generate(zeroed))) == 1
+    early = types_pb2.InterventionSpec(site="resid_post", layer=3, op="OP_ZERO", positions=[0])
+    assert await generate(early) == plain
+    wrong = types_pb2.InterventionSpec(site="mlp_out", layer=1, op="OP_ADD", vector=[1.0, 2.0])
+    code, _, _ = await refused(generate(wrong))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert torch.equal(await base_logits(host, "m"), before)
+
+
+async def test_an_encoder_decoder_generates_too(host):
+    await host.load("m", "t5")
+    async with host.pool.lease("m") as lease:
+        ids = torch.tensor([lease.tokenizer(TEXT)["input_ids"]])
+        expected = lease.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    request = residency_pb2.GenerateRequest(model_id="m", prompt=TEXT, max_new_tokens=12)
+    assert list((await host.stub.Generate(request)).token_ids) == expected[0, 1:].tolist()
+
+
+async def test_perplexity_is_measured_on_a_registered_dataset(host):
+    host.registry.texts = list(models.TEXTS)
+    await host.load("m", "gpt2")
+    request = residency_pb2.MeasurePerplexityRequest(model_id="m", dataset_id="ds_1", sample_count=3, max_length=16)
+    found = await host.stub.MeasurePerplexity(request)
+    losses = []
+    async with host.pool.lease("m") as lease:
+        for text in models.TEXTS[:3]:
+            ids = torch.tensor([lease.tokenizer(text)["input_ids"][:16]])
+            scores = logits(lease.model, ids)[0, :-1]
+            losses.append(torch.nn.functional.cross_entropy(scores, ids[0, 1:], reduction="none"))
+    expected = torch.cat(losses).double()
+    assert (found.samples, found.tokens) == (3, len(expected))
+    assert found.loss == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert found.perplexity == pytest.approx(expected.mean().exp().item(), rel=1e-4)
+    assert found.quantization == types_pb2.QUANTIZATION_NONE
+
+
+async def test_the_host_announces_itself_and_registers_again_when_asked(host):
+    await host.load("m", "gpt2")
+    task = asyncio.create_task(host.part.background[0]())
+    try:
+        await eventually(lambda: host.registry.heartbeats)
+        host.registry.forgets = True
+        await eventually(lambda: len(host.registry.registrations) == 2)
+    finally:
+        task.cancel()
+    first, again = host.registry.registrations
+    assert (first.host_id, first.incarnation, first.device) == ("device-0", "incarnation-1", "cpu")
+    assert first.budget_bytes == host.pool.budget_bytes < first.total_bytes
+    assert again.models[0].model_id == "m"
+    assert host.registry.heartbeats[0].used_bytes == host.pool.used_bytes
+
+
+async def test_the_devices_memory_is_in_the_metrics(host):
+    await host.load("m", "gpt2")
+    shown = generate_latest(host.context.metrics).decode()
+    used = next(line for line in shown.splitlines() if line.startswith("device_memory_used_bytes{"))
+    assert float(used.split()[-1]) == host.pool.used_bytes
+    assert 'device="cpu"' in used
+    for name in ("device_memory_budget_bytes", "device_memory_total_bytes", "device_utilization_ratio"):
+        assert f"\n{name}{{" in shown
