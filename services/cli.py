@@ -124,6 +124,19 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command()
+def keys(state: State = None) -> None:
+    """Create the keys of a state directory where they are missing, for a mesh that `lensmesh up` does not run."""
+    from services.runtime.keys import ensure_keys  # noqa: PLC0415
+
+    directory = (state or default_state()) / "keys"
+    try:
+        ensure_keys(directory)
+    except OSError as error:
+        fail(f"{directory} cannot be written: {error.strerror}")
+        raise typer.Exit(1) from None
+
+
+@app.command()
 def token(
     state: State = None,
     subject: Annotated[str, typer.Option(help="The user that the token names.")] = "developer",
@@ -139,11 +152,11 @@ def token(
     unknown = sorted(set(scope or ()) - set(SCOPES))
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(SCOPES)}")
-    keys = (state or default_state()) / "keys"
+    directory = (state or default_state()) / "keys"
     try:
-        made = mint_token(keys, subject=subject, scopes=scope or SCOPES, expires_seconds=expires)
+        made = mint_token(directory, subject=subject, scopes=scope or SCOPES, expires_seconds=expires)
     except OSError:
-        fail(f"there are no keys in {keys}: run `lensmesh up` once")
+        fail(f"there are no keys in {directory}: run `lensmesh up` once")
         raise typer.Exit(1) from None
     if as_json:
         print_json({"token": made})
