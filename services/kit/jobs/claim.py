@@ -30,11 +30,12 @@ class Claim:
         self.job = job
         self._store = store
         self._finish_data: dict[str, Any] = {}
-        self._cancel = self._pause = self._drain = self._lost = False
+        self._cancel = self._pause = self._drain = self._lost = self._ended = False
         self._stop = asyncio.Event()
         self._writing = asyncio.Lock()
         self._writer: tuple[asyncio.Task[Any] | None, asyncpg.Connection] | None = None
         self._expiry: asyncio.TimerHandle | None = None
+        self._renewed_at = 0.0
         self._task: asyncio.Task[Any] | None = None
 
     @property
@@ -157,16 +158,16 @@ class Claim:
         async with self._writing:
             if self._lost:
                 raise StaleLease
-            async with self._store.database.transaction() as conn:
-                row = await conn.fetchrow(QUERIES["lock_leased"], self.job.id, self.fence, self.job.owner)
-                if row is None:
-                    self.lose()
-                    raise StaleLease
-                self._writer = (asyncio.current_task(), conn)
-                try:
+            try:
+                async with self._store.database.transaction() as conn:
+                    row = await conn.fetchrow(QUERIES["lock_leased"], self.job.id, self.fence, self.job.owner)
+                    if row is None:
+                        self.lose()
+                        raise StaleLease
+                    self._writer = (asyncio.current_task(), conn)
                     yield conn, job_of(row)
-                finally:
-                    self._writer = None
+            finally:
+                self._writer = None
 
     async def insist(self, write: Callable[[], Awaitable[None]]) -> None:
         """Repeat `write` while the database does not answer and the lease may still be ours."""
@@ -189,10 +190,11 @@ class Claim:
 
     def renewed(self, asked_at: float) -> None:
         """The lease holds for its whole length from `asked_at`, of the loop's clock, at least."""
-        if self._lost or self._task is None or self._task.done():
+        if self._lost or self._ended:
             return
         if self._expiry is not None:
             self._expiry.cancel()
+        self._renewed_at = asked_at
         patience = self._store.lease.total_seconds() * 2 / 3
         self._expiry = asyncio.get_running_loop().call_at(asked_at + patience, self._expire)
 
@@ -209,9 +211,14 @@ class Claim:
         self._drain = True
         self._stop.set()
 
+    def doubt(self, asked_at: float) -> None:
+        """A look at the row, begun at `asked_at` of the loop's clock, found the lease run out or somebody else's."""
+        if self._writer is None and self._renewed_at <= asked_at:  # else our own transaction holds the row, or just did
+            self.lose()
+
     def lose(self) -> None:
         """The lease is gone, or may be: stop the handler."""
-        if self._lost:
+        if self._lost or self._ended:
             return
         self._lost = True
         self._stop.set()
@@ -219,7 +226,8 @@ class Claim:
             self._task.cancel()
 
     def end(self) -> None:
-        """The handler is done."""
+        """The job's state is written, or the handler is gone: there is nothing left to lose."""
+        self._ended = True
         if self._expiry is not None:
             self._expiry.cancel()
 

@@ -43,8 +43,9 @@ FROM next WHERE jobs.id = next.id
 RETURNING jobs.*
 
 -- seconds_to_next --
+-- From the start of the transaction that found nothing to claim: what has become due since then is not overlooked.
 SELECT extract(epoch FROM min(run_at) - clock_timestamp())::float8 FROM jobs
-WHERE state = 'queued' AND kind = ANY ($1) AND (device IS NULL OR device = $2) AND run_at > clock_timestamp()
+WHERE state = 'queued' AND kind = ANY ($1) AND (device IS NULL OR device = $2) AND run_at > now()
 
 -- lock_leased --
 -- The row while its lease is ours; it stays locked until the transaction ends, so nobody can take the job over meanwhile.

@@ -196,31 +196,30 @@ class JobStore:
                 raise _wrong_state(job, "retried")
             return await transitions.again(conn_, job, "queued", attempt=0)
 
-    async def claim(self, kinds: Iterable[str], device: str, owner: str, limits: Mapping[str, int]) -> Job | None:
-        """Lease the next job for `owner`, or None: nothing is due, or every kind that waits is at its limit.
+    async def claim(
+        self, kinds: Iterable[str], device: str, owner: str, limits: Mapping[str, int]
+    ) -> tuple[Job | None, float | None]:
+        """Lease the next job for `owner`; where none can be, say when the next that waits for its time is due.
 
         Args:
             kinds: what the worker can do.
             device: where it runs.
             owner: incarnation of the worker.
             limits: per kind, how many jobs may be leased in the whole system; counted under a lock.
+
+        Returns:
+            The job and None, or None and seconds (None: no job waits for its time).
         """
         kinds = set(kinds)
         limited = sorted(kinds & limits.keys())
         async with self.database.transaction() as conn:
-            if limited:
-                kinds -= await self._full(conn, limited, limits)
-            row = await conn.fetchrow(QUERIES["claim"], sorted(kinds), device, owner, self.lease)
+            free = kinds - await self._full(conn, limited, limits) if limited else kinds
+            row = await conn.fetchrow(QUERIES["claim"], sorted(free), device, owner, self.lease)
             if row is None:
-                return None
+                return None, await conn.fetchval(QUERIES["seconds_to_next"], sorted(kinds), device)
             job = job_of(row)
             await transitions.tell(conn, job, "started", {"attempt": job.attempt})
-        return job
-
-    async def seconds_to_next(self, kinds: Iterable[str], device: str) -> float | None:
-        """When the next job that waits for its time is due, None when none does."""
-        async with self.database.connection() as conn:
-            return await conn.fetchval(QUERIES["seconds_to_next"], sorted(kinds), device)
+        return job, None
 
     async def reap(self) -> int:
         """Take jobs away from workers that stopped renewing their leases; returns how many."""

@@ -98,9 +98,8 @@ class Worker:
             await self._store.reap()
             while len(self._running) < self._slots:
                 asked_at = asyncio.get_running_loop().time()
-                job = await self._store.claim(self._handlers, self._device, self._incarnation, self._limits)
+                job, due = await self._store.claim(self._handlers, self._device, self._incarnation, self._limits)
                 if job is None:
-                    due = await self._store.seconds_to_next(self._handlers, self._device)
                     return POLL_SECONDS if due is None else min(max(due, 0.01), POLL_SECONDS)
                 self._start(job, asked_at)
         except errors.Unavailable:
@@ -187,6 +186,7 @@ class Worker:
     async def _settle_once(self, claim: Claim, change: Change) -> None:
         async with claim.locked() as (conn, job):
             await (transitions.cancel if job.cancel_requested else change)(conn, job)
+        claim.end()
 
     # Leases
 
@@ -221,11 +221,7 @@ class Worker:
             claim = claims[row["id"]]
             claim.asked(cancel=row["cancel_requested"], pause=row["pause_requested"])
             if not row["live"] or row["fence"] != claim.fence:
-                self._lose(claim)
-
-    def _lose(self, claim: Claim) -> None:
-        if self._running.get(claim.job.id) is claim:  # it may have ended while we asked
-            claim.lose()
+                claim.doubt(asked_at)
 
     def _notified(self, _conn: object, _pid: int, _channel: str, payload: str) -> None:
         what, _, job_id = payload.partition(":")
