@@ -1,39 +1,57 @@
-"""What every process tidies once an hour: rows past their retention, and files that crashes left without a row."""
+"""What must be done now and then: forget what is old, take jobs from dead workers, bring files and rows together."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
+from datetime import timedelta
+
+import structlog
 
 from services.kit import audit, errors, events, idempotency
 from services.kit.artifacts import ArtifactStore
 from services.kit.database import Database
-from services.kit.logs import get_logger
-from services.kit.reconcile import reconcile
+from services.kit.jobs import JobStore
+from services.kit.reconcile import GRACE, reconcile
 
-INTERVAL_SECONDS = 3600.0
+INTERVAL = timedelta(hours=1)
+
+_log = structlog.get_logger(__name__)
 
 
-async def tidy(database: Database, artifacts: ArtifactStore) -> None:
-    """Once: purge events, requests and audit rows, and reconcile this host's artifacts.
+async def purge(database: Database) -> dict[str, int]:
+    """Delete what is older than its retention: events 7 days, requests 24 hours, audit rows 90 days; returns how many.
 
     Raises:
-        errors.Unavailable: the database does not answer; what was done so far holds.
+        errors.Unavailable: the database does not answer.
     """
-    async with database.transaction() as conn:
-        purged = {
-            module.__name__.rpartition(".")[2]: await module.purge(conn) for module in (events, idempotency, audit)
+    async with database.connection() as conn:
+        return {
+            "events": await events.purge(conn),
+            "requests": await idempotency.purge(conn),
+            "audit": await audit.purge(conn),
         }
-    findings = {name: uris for name, uris in asdict(await reconcile(artifacts, database)).items() if uris}
-    if findings or any(purged.values()):
-        get_logger("housekeeping").info("tidied", purged=purged, **findings)
 
 
-async def keep_house(database: Database, artifacts: ArtifactStore) -> None:
-    """Until cancelled, tidy at the start and then every hour; several processes may do it side by side."""
+async def keep_house(database: Database, artifacts: ArtifactStore, *, grace: timedelta = GRACE) -> None:
+    """Purge and reconcile at start and every hour, until cancelled. Several processes may: each finds less to do."""
     while True:
         try:
-            await tidy(database, artifacts)
-        except errors.LensmeshError as error:
-            get_logger("housekeeping").warning("not tidied", reason=error.reason, error=error.message)
-        await asyncio.sleep(INTERVAL_SECONDS)
+            purged = await purge(database)
+            findings = await reconcile(artifacts, database, grace)
+            _log.info("house kept", **purged, garbage=len(findings.garbage), lost=len(findings.lost))
+            if findings.lost:
+                _log.error("artifacts lost", uris=findings.lost)
+        except errors.Unavailable:
+            _log.warning("house not kept: the database does not answer")
+        await asyncio.sleep(INTERVAL.total_seconds())
+
+
+async def reap_jobs(store: JobStore) -> None:
+    """Take jobs from dead workers, also when no worker of their kind lives, until cancelled."""
+    while True:
+        try:
+            while reaped := await store.reap():
+                _log.warning("jobs taken from dead workers", jobs=reaped)
+        except errors.Unavailable:
+            _log.warning("dead workers not looked for: the database does not answer")
+        await asyncio.sleep(store.lease.total_seconds() / 3)

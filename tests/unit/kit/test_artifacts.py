@@ -117,6 +117,14 @@ async def test_files_are_on_disk_before_the_rename_and_renamed_before_the_row(
     assert steps == ["fsync a.bin", f"fsync {path.name}", "rename", "fsync shard", "fsync store"]
 
 
+def test_a_write_to_a_really_full_device(store: ArtifactStore) -> None:
+    with pytest.raises(errors.Exhausted) as caught, store.staging("shard") as path:
+        _write(path, {"a": b"1"})
+        Path("/dev/full").write_bytes(b"1")
+    assert caught.value.reason == "CACHE_FULL"
+    assert _left(store) == []
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 async def test_a_full_disk_while_writing_leaves_nothing(store: ArtifactStore, code: int) -> None:
     with pytest.raises(errors.Exhausted) as caught, store.staging("shard") as path:
