@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from services.demo.journey import LAYERS, TOKENS, Journey, Step, pick
+from services.demo.journey import LAYERS, Journey, Step, pick
 
 _FIGURES = (
     "cache_id", "storage_uri", "file_size_bytes", "extraction_time_seconds", "samples_processed", "tokens",
@@ -23,7 +23,7 @@ def extract(journey: Journey, step: Step) -> None:
         f"{extraction['tokens']:,} tokens, {len(extraction['hook_points'])} hook points, "
         f"{extraction['file_size_bytes'] / 1e6:,.0f} MB"
     )
-    step.check(extraction["tokens"] >= TOKENS, f"the cache holds {TOKENS:,} tokens")
+    step.check(extraction["tokens"] >= journey.tokens, f"the cache holds {journey.tokens:,} tokens")
     step.check(len(extraction["hook_points"]) == 2 * len(LAYERS), "every site of every layer is in the cache")
     step.check(
         extraction.get("identity_error", 1.0) <= _IDENTITY_TOLERANCE,
@@ -46,7 +46,7 @@ def _request(journey: Journey) -> dict[str, Any]:
         "dataset_id": journey.train_dataset_id,
         "layer_indices": list(LAYERS),
         "sites": ["mlp_in", "mlp_out"],
-        "max_tokens": TOKENS,
+        "max_tokens": journey.tokens,
     }
 
 

@@ -56,6 +56,8 @@ class Journey:
     model_identifier: str
     thresholds: bool
     """Whether the figures of the shipped model must be reached; another model has other ones."""
+    tokens: int = TOKENS
+    """Tokens to extract and to train on."""
     model_id: str = ""
     train_dataset_id: str = ""
     held_out_dataset_id: str = ""

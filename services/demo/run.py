@@ -60,7 +60,7 @@ def run_demo(state: Path, topology: str, model: str, via: str, *, as_json: bool)
             token = mint_token(state / "keys", subject="demo", loads_per_hour=_LOADS_PER_HOUR)
             api = connect(mesh, token, via)
             try:
-                steps = travel(api, console, model)
+                steps = travel(plan_journey(api, console, model))
             finally:
                 api.close()
             if as_json:
@@ -87,9 +87,13 @@ def connect(mesh: Mesh, token: str, via: str) -> HttpApi | StubApi:
     raise StartError(f"--via is http or stubs, not {via!r}")
 
 
-def travel(api: Api, console: Console, model: str) -> list[Step]:
-    """Every step in order, and the summary; after one that could not be carried out, the rest are not tried."""
-    journey = Journey(
+def plan_journey(api: Api, console: Console, model: str) -> Journey:
+    """A journey with nothing done yet, on a hub model or, when that is empty, the shipped one.
+
+    Raises:
+        OSError: the dataset root cannot be written.
+    """
+    return Journey(
         api=api,
         console=console,
         corpus=write_corpus(dataset_root()),
@@ -97,6 +101,10 @@ def travel(api: Api, console: Console, model: str) -> list[Step]:
         model_identifier=model or SHIPPED_MODEL,
         thresholds=not model,
     )
+
+
+def travel(journey: Journey) -> list[Step]:
+    """Every step in order, and the summary; after one that could not be carried out, the rest are not tried."""
     steps: list[Step] = []
     broken = False
     for name, action in STEPS:
@@ -105,7 +113,7 @@ def travel(api: Api, console: Console, model: str) -> list[Step]:
             steps[-1].missed.append("not tried")
             continue
         broken = not _take(journey, steps[-1], action)
-    steps.append(_summary(console, steps))
+    steps.append(_summary(journey.console, steps))
     return steps
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from services.client.work import evaluation_of
-from services.demo.journey import HEADLINE_LAYER, LAYERS, TOKENS, Journey, Step, pick
+from services.demo.journey import HEADLINE_LAYER, LAYERS, Journey, Step, pick
 
 DICT_SIZE = 4096
 GROUP_SIZES = [256, 512, 1024, 2304]
@@ -29,7 +29,7 @@ def train(journey: Journey, step: Step) -> None:
         dict_size=DICT_SIZE,
         group_sizes=GROUP_SIZES,
         top_k=TOP_K,
-        num_tokens=TOKENS,
+        num_tokens=journey.tokens,
         seed=0,
     )
     journey.wait(job["id"], "train")
@@ -43,7 +43,7 @@ def train(journey: Journey, step: Step) -> None:
         **pick(job, "transcoder_ids", "step", "tokens_seen", "tokens_per_second", "loss"),
     }
     step.check(sorted(by_layer) == list(LAYERS), "there is a transcoder for each layer")
-    step.check(job["tokens_seen"] >= TOKENS, f"{TOKENS:,} tokens were seen")
+    step.check(job["tokens_seen"] >= journey.tokens, f"{journey.tokens:,} tokens were seen")
 
 
 def evaluate(journey: Journey, step: Step) -> None:

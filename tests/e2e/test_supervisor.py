@@ -50,7 +50,7 @@ def all_gone(pids: list[int]) -> Callable[[], bool]:
 
 
 @pytest.fixture
-async def start(tmp_path: Path) -> AsyncIterator[Callable[[str], asyncio.Future[Run]]]:
+async def supervised(tmp_path: Path) -> AsyncIterator[Callable[[str], asyncio.Future[Run]]]:
     runs: list[Run] = []
 
     async def run(case: str) -> Run:
@@ -68,8 +68,8 @@ async def start(tmp_path: Path) -> AsyncIterator[Callable[[str], asyncio.Future[
             await one.process.wait()
 
 
-async def test_a_crashed_process_comes_back_and_the_others_stay(start):
-    run = await start("family")
+async def test_a_crashed_process_comes_back_and_the_others_stay(supervised):
+    run = await supervised("family")
     before = (await run.until("ready"))["ready"]
     rank = run.pid("rank")
     psutil.Process(before["parent"]).kill()
@@ -82,8 +82,8 @@ async def test_a_crashed_process_comes_back_and_the_others_stay(start):
     await eventually(all_gone([rank]))
 
 
-async def test_a_stop_leaves_nothing_behind(start):
-    run = await start("family")
+async def test_a_stop_leaves_nothing_behind(supervised):
+    run = await supervised("family")
     pids = [*(await run.until("ready"))["ready"].values(), run.pid("rank")]
     assert all(alive(pid) for pid in pids)
     run.process.send_signal(signal.SIGTERM)
@@ -91,16 +91,16 @@ async def test_a_stop_leaves_nothing_behind(start):
     assert not any(alive(pid) for pid in pids)
 
 
-async def test_a_killed_supervisor_takes_everything_with_it(start):
-    run = await start("family")
+async def test_a_killed_supervisor_takes_everything_with_it(supervised):
+    run = await supervised("family")
     pids = [*(await run.until("ready"))["ready"].values(), run.pid("rank")]
     run.process.kill()
     await run.ended()
     await eventually(all_gone(pids))
 
 
-async def test_a_process_that_crashes_too_often_is_given_up_and_said(start):
-    run = await start("crashing")
+async def test_a_process_that_crashes_too_often_is_given_up_and_said(supervised):
+    run = await supervised("crashing")
     await run.until("ready")
     (run.state / "crash").touch()
     reports = []
@@ -115,8 +115,8 @@ async def test_a_process_that_crashes_too_often_is_given_up_and_said(start):
     assert await run.ended() == 0
 
 
-async def test_what_does_not_drain_is_killed_and_said(start):
-    run = await start("stubborn")
+async def test_what_does_not_drain_is_killed_and_said(supervised):
+    run = await supervised("stubborn")
     pid = (await run.until("ready"))["ready"]["stubborn"]
     run.process.send_signal(signal.SIGTERM)
     assert (await run.until("report"))["report"] == "stubborn did not drain within 1 s and was killed"
@@ -124,16 +124,16 @@ async def test_what_does_not_drain_is_killed_and_said(start):
     assert not alive(pid)
 
 
-async def test_a_process_that_ends_before_it_is_ready_stops_the_start(start):
-    run = await start("stillborn")
+async def test_a_process_that_ends_before_it_is_ready_stops_the_start(supervised):
+    run = await supervised("stillborn")
     error = (await run.until("error"))["error"]
     assert error.startswith("stillborn exited with status 1 (this one has no port to listen on)")
     assert await run.ended() == 1
     assert not alive(run.pid("fine"))
 
 
-async def test_a_process_that_is_not_ready_in_time_stops_the_start(start):
-    run = await start("never-ready")
+async def test_a_process_that_is_not_ready_in_time_stops_the_start(supervised):
+    run = await supervised("never-ready")
     assert (await run.until("error"))["error"] == "slow is not ready after 3 s, it waits for: its flag"
     assert await run.ended() == 1
     assert not alive(run.pid("slow"))

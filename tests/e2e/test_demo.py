@@ -1,0 +1,84 @@
+"""The main job, whole, as `lensmesh demo` runs it; and its path over generated stubs and on another topology."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from services.demo.journey import Step
+from services.demo.run import connect, plan_journey, travel
+from services.runtime.keys import mint_token
+from tests.e2e.conftest import ROOT, Up, lensmesh, processes_of, run_up
+
+NAMES = ["doctor", "load", "dataset", "extract", "extract_again", "train", "evaluate", "group", "extension", "summary"]
+FEW_TOKENS = 8_192
+HEADLINE = {"fvu", "fvu_per_prefix", "ce_recovered", "l0", "dead_fraction"}
+
+
+@pytest.mark.timeout(540)
+def test_the_demo_as_a_user_runs_it(tmp_path: Path, cache: Path):
+    state = tmp_path / "state"
+    done = subprocess.run(
+        lensmesh("demo", "--state", state, "--json"),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ},
+    )
+    told = json.loads(done.stdout.splitlines()[-1])
+    steps = {step["name"]: step for step in told["steps"]}
+    assert list(steps) == NAMES
+    assert [name for name, step in steps.items() if not step["ok"]] == [], steps
+    assert told["ok"]
+    assert done.returncode == 0
+    figures = {name: step["figures"] for name, step in steps.items()}
+    assert figures["evaluate"]["fvu"] <= 0.15
+    assert figures["evaluate"]["ce_recovered"] >= 0.9
+    assert figures["group"]["switch_seconds"] <= 0.02
+    assert figures["extract_again"]["reused"] is True
+    for name in NAMES:
+        assert (name == "evaluate") == bool(HEADLINE & set(figures[name])), name
+        assert (name == "extract_again") == ("reused" in figures[name]), name
+        assert (name == "group") == bool({"cold_load_seconds", "switch_seconds"} & set(figures[name])), name
+    assert set(figures["evaluate"]["layers"]) == {"1"}
+    assert "train_fvu" in figures["train"]
+    assert processes_of(state) == []
+
+
+def small_journey(up: Up, via: str) -> dict[str, Step]:
+    """The demo's path with so few tokens that only its form can be judged."""
+    token = mint_token(up.state / "keys", subject=f"test-{via}", loads_per_hour=1000)
+    api = connect(up.mesh, token, via)
+    journey = plan_journey(api, Console(quiet=True), "")
+    journey.tokens, journey.thresholds = FEW_TOKENS, False
+    try:
+        return {step.name: step for step in travel(journey)}
+    finally:
+        api.close()
+
+
+@pytest.mark.timeout(300)
+def test_the_demos_path_over_generated_stubs_gives_the_figures_of_http(mesh: Up):
+    over_http, over_stubs = (small_journey(mesh, via) for via in ("http", "stubs"))
+    for steps in (over_http, over_stubs):
+        assert {name: step.missed for name, step in steps.items() if step.missed} == {}
+    for name in ("fvu", "fvu_per_prefix", "l0", "dead_fraction", "ce_clean", "ce_spliced"):
+        assert over_stubs["evaluate"].figures[name] == pytest.approx(over_http["evaluate"].figures[name], rel=1e-5), (
+            name
+        )
+    assert list(over_http) == list(over_stubs) == NAMES
+
+
+@pytest.mark.timeout(300)
+def test_the_demos_path_with_every_service_in_a_process_of_its_own(tmp_path: Path, cache: Path):
+    with run_up(tmp_path / "state", "--topology", "local-split") as up:
+        assert set(up.mesh.pids) >= {"extraction", "training", "extensions"}
+        assert len(set(up.mesh.grpc.values())) == 4
+        steps = small_journey(up, "http")
+    assert {name: step.missed for name, step in steps.items() if step.missed} == {}
