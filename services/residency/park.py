@@ -21,18 +21,22 @@ def relocate(model: nn.Module, convert: Convert) -> None:
         model: quantised or not.
         convert: gives a tensor of the same shape, dtype and bits elsewhere, for example `lambda t: t.to("cpu")`.
     """
-    moved: dict[tuple[int, int, torch.Size], Tensor] = {}
+    moved: dict[tuple[int, int, torch.Size], tuple[Tensor, Tensor]] = {}
+    done: set[int] = set()
 
     def once(tensor: Tensor) -> Tensor:
         key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape)
         if key not in moved:
-            moved[key] = convert(tensor.detach())
-        return moved[key]
+            # The original stays alive, so that no new tensor is given its address and taken for it.
+            moved[key] = (tensor, convert(tensor.detach()))
+        return moved[key][1]
 
     for module in model.modules():
         _relocate_quantized(module, once)
         for parameter in module.parameters(recurse=False):
-            parameter.data = once(parameter.data)
+            if id(parameter) not in done:
+                done.add(id(parameter))
+                parameter.data = once(parameter.data)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = once(buffer)
 
