@@ -150,7 +150,11 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest as JSON; the same manifest gives the same text."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        return json.dumps(self.to_dict(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest as plain JSON values."""
+        return {"format": FORMAT, **asdict(self)}
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -159,8 +163,17 @@ class Manifest:
         Raises:
             ValueError: it is no manifest of this format.
         """
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
+        """What `to_dict` gave, also after a way through JSON.
+
+        Raises:
+            ValueError: it is no manifest of this format.
+        """
         try:
-            raw = json.loads(text)
+            raw = dict(values)
             if raw.pop("format") != FORMAT:
                 raise ValueError("unknown format")
             raw["hook_points"] = tuple(HookPointEntry(**point) for point in raw["hook_points"])

@@ -1,0 +1,77 @@
+"""Files of units and caches on this host: written once, flushed, hashed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from services.residency.shards import FileEntry, file_digest
+
+
+class WorkFolder:
+    """Units of one extraction that is not finished, beside the artifact store so that they can be linked into it.
+
+    A file's name holds the fence under which it was written; it counts only once a row names it.
+    """
+
+    PLACE = ".extractions"
+
+    def __init__(self, root: Path, extraction_id: str) -> None:
+        self._path = root / self.PLACE / extraction_id
+
+    @classmethod
+    def present(cls, root: Path) -> list[str]:
+        """Extractions that have a folder."""
+        place = root / cls.PLACE
+        return sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+
+    def shard(self, unit: int, fence: int) -> Path:
+        """File of a unit's shard."""
+        return self._path / f"unit-{unit:05d}.{fence}.safetensors"
+
+    def moments(self, unit: int, fence: int) -> Path:
+        """File of a unit's sums."""
+        return self._path / f"unit-{unit:05d}.{fence}.moments.safetensors"
+
+    def write(self, unit: int, fence: int, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> FileEntry:
+        """Write a unit; returns the shard's entry. Whatever an earlier try left is replaced."""
+        self._path.mkdir(parents=True, exist_ok=True)
+        write_tensors(self.moments(unit, fence), moments)
+        entry = write_tensors(self.shard(unit, fence), tensors)
+        _sync(self._path)
+        return entry
+
+    def intact(self, unit: int, fence: int, size_bytes: int, digest: str) -> bool:
+        """Whether a unit's files are there as they were written."""
+        shard = self.shard(unit, fence)
+        if not shard.is_file() or not self.moments(unit, fence).is_file() or shard.stat().st_size != size_bytes:
+            return False
+        return file_digest(shard) == digest
+
+    def read_moments(self, unit: int, fence: int) -> dict[str, Tensor]:
+        """A unit's sums."""
+        return load_file(self.moments(unit, fence))
+
+    def discard(self) -> None:
+        """Delete everything."""
+        shutil.rmtree(self._path, ignore_errors=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
+    """Write a safetensors file, flush it to the disk and hash it; the same tensors give the same bytes."""
+    save_file(dict(tensors), path)
+    _sync(path)
+    return FileEntry(path.name, path.stat().st_size, file_digest(path))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

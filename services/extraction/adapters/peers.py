@@ -1,0 +1,128 @@
+"""The registry's models and datasets as extraction sees them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf import json_format
+from lensmesh.common.v1 import types_pb2
+from lensmesh.registry.v1 import datasets_pb2, groups_pb2, groups_pb2_grpc
+
+from services.extraction.domain import BaseModel, Options, Survey
+from services.extraction.ports import Tokenized
+from services.kit import errors
+from services.residency.catalogue import LOOK_UP_SECONDS, Catalogue, translated_calls
+from services.residency.texts import DatasetError, DatasetRecord, content_digest, open_rows, tokenize
+
+GROUPS_PAGE = 500
+DEFAULT_BATCH_SIZE = 8
+
+
+class RegisteredModels:
+    """Implements the port `Catalogue`."""
+
+    def __init__(self, catalogue: Catalogue, registry: grpc.aio.Channel) -> None:
+        self._catalogue = catalogue
+        self._groups = groups_pb2_grpc.GroupServiceStub(registry)
+
+    async def model(self, model_id: str) -> BaseModel:
+        """The registry's row."""
+        model = await self._catalogue.model(model_id)
+        return BaseModel(
+            id=model.id,
+            model_type=model.model_type,
+            identifier=model.model_identifier,
+            revision=model.revision,
+            digest=model.digest,
+            quantization=types_pb2.Quantization.Name(model.quantization).removeprefix("QUANTIZATION_").lower(),
+            config=json_format.MessageToDict(model.config),
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            context_length=model.context_length,
+            parameter_count=model.parameter_count,
+            batch_size=model.defaults.model_batch_size or DEFAULT_BATCH_SIZE,
+        )
+
+    async def extension_uri(self, model_id: str, extension_id: str) -> str:
+        """Looked up in the groups of the model."""
+        request = groups_pb2.ListGroupsRequest(model_id=model_id, limit=GROUPS_PAGE)
+        while True:
+            with translated_calls():
+                page = await self._groups.ListGroups(request, timeout=LOOK_UP_SECONDS)
+            for lens in (lens for group in page.groups for lens in group.lenses):
+                if lens.extension_id == extension_id:
+                    return lens.artifact_uri
+            if not page.next_page_token:
+                raise errors.Invalid.of("extension_id", "the extension is no lens of any group of this model")
+            request.page_token = page.next_page_token
+
+
+class RegisteredDatasets:
+    """Implements the port `Datasets`."""
+
+    def __init__(self, catalogue: Catalogue, roots: Sequence[Path], cache_dir: Path) -> None:
+        """Use these.
+
+        Args:
+            catalogue: the registry's datasets.
+            roots: directories below which local datasets lie.
+            cache_dir: where downloads and conversions are kept.
+        """
+        self._catalogue = catalogue
+        self._roots = roots
+        self._cache_dir = cache_dir
+
+    async def survey(self, dataset_id: str) -> Survey:
+        """A local or inline dataset is opened and hashed; of a hub dataset the registry's row must do."""
+        row, record = await self._record(dataset_id)
+        rows = row.rows if row.HasField("rows") else None
+        if record.source == "huggingface":
+            name = f"{record.identifier}/{record.split}/{record.text_field}"
+            return Survey(digest=record.digest or name, size_bytes=row.size_bytes, rows=rows)
+        try:
+            digest, rows = await asyncio.to_thread(self._inspect, record)
+        except DatasetError as error:
+            raise errors.Invalid.of("dataset_id", error.message) from error
+        return Survey(digest=digest, size_bytes=row.size_bytes, rows=rows)
+
+    async def tokenize(self, dataset_id: str, options: Options, tokenizer: Any, vocab_size: int) -> Tokenized:
+        """Beside the event loop."""
+        _, record = await self._record(dataset_id)
+        try:
+            return await asyncio.to_thread(self._tokenize, record, options, tokenizer, vocab_size)
+        except DatasetError as error:
+            raise errors.Invalid(
+                error.message, reason="DATASET_UNUSABLE", violations=[(error.field, error.message)]
+            ) from error
+
+    async def _record(self, dataset_id: str) -> tuple[datasets_pb2.Dataset, DatasetRecord]:
+        row = await self._catalogue.dataset(dataset_id)
+        return row, await self._catalogue.readable(row)
+
+    def _inspect(self, record: DatasetRecord) -> tuple[str, int]:
+        rows = open_rows(record, self._roots, self._cache_dir)
+        columns = (record.split, record.text_field, record.prompt_field, record.target_field)
+        return f"{content_digest(record, self._roots)} {columns}", len(rows)
+
+    def _tokenize(self, record: DatasetRecord, options: Options, tokenizer: Any, vocab_size: int) -> Tokenized:
+        rows = open_rows(record, self._roots, self._cache_dir)
+        if tokenizer is None and not rows.tokenized:
+            raise DatasetError("model_id", "the model has no tokenizer; give a dataset that is tokenised already")
+        sequences = tokenize(rows, tokenizer, options.max_length, options.sample_count, vocab_size)
+        description = {
+            "id": record.id,
+            "digest": record.digest or "",
+            "source": record.source,
+            "identifier": record.identifier,
+            "split": record.split,
+            "text_field": record.text_field,
+            "rows_read": sequences.rows_read,
+            "bad_rows": sequences.bad_rows,
+            "truncated_rows": sequences.truncated_rows,
+            "truncated_tokens": sequences.truncated_tokens,
+        }
+        return Tokenized(sequences.limited(options.max_tokens or len(sequences.ids)), description)

@@ -1,0 +1,99 @@
+"""Models of this process's residency pool, brought here by the registry when they are elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from services.kit import errors
+from services.kit.artifacts import ArtifactStore
+from services.residency.families import Facts, Family
+from services.residency.lenses import Spec
+from services.residency.pool import Lease, Pool
+
+T = TypeVar("T")
+
+
+class PooledModel:
+    """Implements the port `LeasedModel` on a lease."""
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The transformers model."""
+        return self._lease.model
+
+    @property
+    def family(self) -> Family:
+        """Its module map."""
+        return self._lease.family
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, None where it has none."""
+        return self._lease.tokenizer
+
+    @property
+    def facts(self) -> Facts:
+        """What its config says."""
+        return self._lease.facts
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """For the manifest."""
+        record = self._lease.record
+        return {
+            "id": record.model_id,
+            "digest": record.base.digest,
+            "quantization": record.quantization,
+            "dtype": str(self._lease.model.dtype).removeprefix("torch."),
+            "family": self.family.name,
+        }
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """On the device's thread."""
+        return await self._lease.run(work, *arguments)
+
+
+class PooledModels:
+    """Implements the port `Models`."""
+
+    def __init__(self, pool: Pool, ensure_resident: Callable[[str], Awaitable[None]], artifacts: ArtifactStore) -> None:
+        """Use these.
+
+        Args:
+            pool: the models of this process.
+            ensure_resident: asks the registry to bring a model here.
+            artifacts: where extensions' files are.
+        """
+        self._pool = pool
+        self._ensure_resident = ensure_resident
+        self._artifacts = artifacts
+
+    async def bring(self, model_id: str) -> None:
+        """Through the registry, which counts the bytes."""
+        await self._ensure_resident(model_id)
+
+    @asynccontextmanager
+    async def lease(self, model_id: str, extension_uri: str) -> AsyncIterator[PooledModel]:
+        """The extension is attached under the name of its content; it is in force inside `run` only."""
+        lens_id = extension_uri.rpartition("/")[2] or None
+        try:
+            if lens_id is not None:
+                folder = self._artifacts.path(extension_uri)
+                await self._pool.attach(model_id, Spec(lens_id=lens_id, kind="extension", folder=folder))
+            lease = self._pool.lease(model_id, lens_id)
+            held = await lease.__aenter__()
+        except errors.Conflict as error:
+            if error.reason != "WRONG_STATE":
+                raise
+            raise errors.Unavailable("the model left this process again", retry_after=1.0, transient=True) from error
+        try:
+            yield PooledModel(held)
+        finally:
+            await lease.__aexit__(None, None, None)

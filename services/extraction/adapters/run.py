@@ -1,0 +1,191 @@
+"""A claimed extraction job: its row, its units and their files, its cache."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from services.extraction.adapters.caches import NewCache, PublishedCaches
+from services.extraction.adapters.files import WorkFolder, write_tensors
+from services.extraction.adapters.metrics import ExtractionMetrics
+from services.extraction.adapters.postgres import QUERIES, finish_reused
+from services.extraction.compute import Moments, Plan, Unit, merged
+from services.extraction.domain import ARTIFACT_KIND, EVENT_PREFIX, REUSED_MESSAGE, Cache, Options, Task
+from services.extraction.job_ports import Product
+from services.kit import errors
+from services.kit.artifacts import full_disk_named
+from services.kit.jobs import Claim, Paused, StaleLease
+from services.residency.shards import MANIFEST, SEQUENCES, STATISTICS, Manifest, ShardEntry, shard_name
+
+T = TypeVar("T")
+Units = dict[int, tuple[int, int, str]]
+"""Of each committed unit: fence, bytes, digest."""
+
+
+class ClaimedRun:
+    """Implements the port `Run`: every write is in a transaction that checks the fence first."""
+
+    def __init__(self, claim: Claim, caches: PublishedCaches, metrics: ExtractionMetrics) -> None:
+        self._claim = claim
+        self._caches = caches
+        self._metrics = metrics
+        self._id = claim.job.resource_id
+        self._folder = WorkFolder(caches.artifacts.root, self._id)
+        self._units: Units = {}
+        self._task: Task | None = None
+
+    async def begin(self) -> Task:
+        """The extraction's row."""
+        async with self._claim.commit() as conn:
+            row = await conn.fetchrow(QUERIES["claimed"], self._id)
+        if row is None:
+            raise errors.NotFound(f"There is no extraction {self._id}", metadata={"id": self._id})
+        options = Options.from_json(row["options"])
+        self._task = Task(self._id, row["model_id"], row["dataset_id"], options, row["cache_id"])
+        if row["cache_id"] is not None:
+            await self.discard()
+            self._claim.finish_data({"cache_id": row["cache_id"], "reused": False})
+        return self._task
+
+    async def checkpoint(self) -> None:
+        """Raises when the job is to stop, or the lease is lost."""
+        await self._claim.checkpoint()
+
+    async def unless_stopped(self, work: Awaitable[T]) -> T:
+        """The result of `work`, or the reason to stop."""
+        return await self._claim.unless_stopped(work)
+
+    async def waiting(self, reason: str | None) -> None:
+        """Shown as `waiting_for`."""
+        await self._claim.waiting(reason)
+
+    async def progress(self, percent: float, figures: Mapping[str, Any], *, tell: bool) -> None:
+        """The row, and where `tell` the event of spec/003 appendix E."""
+        event = f"{EVENT_PREFIX}:progress" if tell else None
+        await self._claim.progress(percent, dict(figures), event, {"status": "extracting", **figures})
+
+    async def resume(self, plan: Plan, samples: int, size_bytes: int) -> set[int]:
+        """Rows of another plan or host are dropped, and so are those whose files are not what they were."""
+        async with self._claim.commit() as conn:
+            await conn.execute(QUERIES["drop_units"], self._id, self._caches.artifacts.store_id, plan.digest)
+            await conn.execute(QUERIES["set_plan"], self._id, plan.digest, samples)
+            rows = await conn.fetch(QUERIES["units"], self._id)
+        for row in rows:
+            unit = (row["fence"], row["size_bytes"], row["digest"])
+            if await asyncio.to_thread(self._folder.intact, row["unit"], *unit):
+                self._units[row["unit"]] = unit
+            else:
+                async with self._claim.commit() as conn:
+                    await conn.execute(QUERIES["drop_unit"], self._id, row["unit"])
+        await self._caches.make_room(size_bytes - sum(size for _, size, _ in self._units.values()))
+        return set(self._units)
+
+    async def save_unit(self, unit: Unit, tensors: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> None:
+        """Files first, the row last; only then the unit counts."""
+        sums: dict[str, Tensor] = {}
+        for name, found in moments.items():
+            sums |= found.tensors(name)
+        fence = self._claim.fence
+        with full_disk_named():
+            entry = await asyncio.to_thread(self._folder.write, unit.index, fence, tensors, sums)
+        row = (fence, entry.size_bytes, entry.digest)
+
+        async def commit() -> None:
+            async with self._claim.commit() as conn:
+                await conn.execute(QUERIES["add_unit"], self._id, unit.index, self._caches.artifacts.store_id, *row)
+
+        await self._claim.insist(commit)
+        self._units[unit.index] = row
+        self._metrics.written(unit.rows, entry.size_bytes)
+
+    async def moments(self, plan: Plan) -> dict[str, Moments]:
+        """Read back from the units' files, whichever attempt wrote them."""
+
+        def read() -> dict[str, Moments]:
+            parts = []
+            for unit in plan.units:
+                tensors = self._folder.read_moments(unit.index, self._units[unit.index][0])
+                names = [name.removesuffix(".count") for name in tensors if name.endswith(".count")]
+                parts.append({name: Moments.from_tensors(tensors, name) for name in names})
+            return merged(parts)
+
+        return await asyncio.to_thread(read)
+
+    async def publish(self, product: Product) -> str:
+        """Link the units into a directory of the store, publish it, and complete the extraction in one transaction."""
+        assert self._task is not None, "a run begins before it publishes"
+        await self._claim.finalizing()
+        artifacts = self._caches.artifacts
+        with artifacts.staging(ARTIFACT_KIND) as staged:
+            manifest = await asyncio.to_thread(self._assemble, staged, product)
+            await self._caches.make_room(manifest.size_bytes - sum(size for _, size, _ in self._units.values()))
+            sealed = await asyncio.to_thread(artifacts.seal, staged)
+            async with self._claim.commit() as conn:
+                artifact = await artifacts.publish(conn, ARTIFACT_KIND, staged, {"extraction_id": self._id}, sealed)
+                seconds = await conn.fetchval(QUERIES["elapsed"], self._claim.job.id)
+                cache_id = await self._caches.insert(
+                    conn, self._row(self._task, product, manifest, seconds), artifact.uri, artifact.size_bytes
+                )
+                identity = max(manifest.identity_errors.values(), default=None)
+                figures = (manifest.tokens, manifest.samples, seconds, product.tokens_per_second, identity)
+                await conn.execute(QUERIES["finish"], self._id, cache_id, False, *figures)
+                await conn.execute(QUERIES["drop_all_units"], self._id)
+        self._claim.finish_data({"cache_id": cache_id, "reused": False})
+        await self.discard()
+        self._metrics.cache_bytes.set(await self._caches.bytes_used())
+        return cache_id
+
+    async def reuse(self, cache: Cache) -> None:
+        """Complete with a cache that was made meanwhile."""
+        async with self._claim.commit() as conn:
+            await finish_reused(conn, self._id, cache.id)
+        self._claim.finish_data({"cache_id": cache.id, "reused": True, "message": REUSED_MESSAGE})
+
+    async def discard(self) -> None:
+        """Delete the files of units."""
+        await asyncio.to_thread(self._folder.discard)
+
+    def _assemble(self, staged: Path, product: Product) -> Manifest:
+        shards = []
+        for unit in product.plan.units:
+            fence, size_bytes, digest = self._units[unit.index]
+            name = shard_name(unit.index)
+            os.link(self._folder.shard(unit.index, fence), staged / name)
+            shards.append(ShardEntry(name, size_bytes, digest, rows=unit.rows, sequences=len(unit.sequences)))
+        sequences = write_tensors(staged / SEQUENCES, product.sequences)
+        statistics = write_tensors(staged / STATISTICS, product.statistics)
+        manifest = product.describe(tuple(shards), sequences, statistics)
+        (staged / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        return manifest
+
+    def _row(self, task: Task, product: Product, manifest: Manifest, seconds: float) -> NewCache:
+        layers = {point.layer for point in manifest.hook_points if isinstance(point.layer, int)}
+        return NewCache(
+            model_id=task.model_id,
+            dataset_id=task.dataset_id,
+            layers=sorted(layers),
+            samples=manifest.samples,
+            seconds=seconds,
+            shape=list(product.shape),
+            key=product.key,
+            hook_points=list(manifest.names),
+            manifest=manifest.to_dict(),
+        )
+
+
+async def handled(run: ClaimedRun, work: Callable[[ClaimedRun], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    """Do the work; what it leaves on the disk stays only where a later attempt can use it."""
+    try:
+        with full_disk_named():
+            return await work(run)
+    except (Paused, StaleLease, OSError):
+        raise
+    except Exception as error:
+        if not (isinstance(error, errors.LensmeshError) and error.transient):
+            await run.discard()
+        raise

@@ -1,0 +1,257 @@
+"""The extraction itself: what a worker does with a claimed job, from the dataset to the published cache."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from services.extraction.compute import (
+    Moments,
+    Plan,
+    UnitFiller,
+    hook_point_entries,
+    identity_errors,
+    make_plan,
+    sequence_tensors,
+    statistics_tensors,
+)
+from services.extraction.compute.plan import NothingCounted
+from services.extraction.domain import BaseModel, Task
+from services.extraction.job_ports import LeasedModel, Models, Product, Run
+from services.extraction.ports import Caches, Catalogue, Datasets, Tokenized
+from services.extraction.requests import row_bytes
+from services.kit import errors
+from services.residency.shards import DTYPES, FileEntry, Manifest, ShardEntry
+from services.residency.texts import special_ids, tokenizer_digest
+
+EVENT_STEP = 5.0
+"""Percent of progress between two events."""
+ROW_SECONDS = 1.0
+"""Least time between two writes of the progress to the job's row."""
+TABLE_BYTES = 24
+"""Bytes beside the activations of one token: ids, places, masks."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """An extraction with everything that it reads at hand."""
+
+    task: Task
+    key: str
+    record: BaseModel
+    model: LeasedModel
+    tokenized: Tokenized
+    plan: Plan
+
+    @property
+    def samples(self) -> int:
+        """Sequences that go through the model."""
+        return sum(len(unit.sequences) for unit in self.plan.units)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[tokens, width] or [samples, sequence, width] of the first hook point's kind of tensor."""
+        width = self.model.facts.hidden_size
+        if self.plan.layout == "rows":
+            return (self.plan.tokens, width)
+        return (self.samples, self.plan.max_length, width)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the cache will have."""
+        stored = self.plan.tokens if self.plan.layout == "rows" else self.samples * self.plan.max_length
+        per_token = row_bytes(self.task.options, self.model.facts)
+        return stored * (per_token + TABLE_BYTES) + len(self.tokenized.sequences.ids) * 4
+
+
+class ExtractionJob:
+    """Runs claimed extractions."""
+
+    def __init__(self, catalogue: Catalogue, models: Models, datasets: Datasets, caches: Caches) -> None:
+        self._catalogue = catalogue
+        self._models = models
+        self._datasets = datasets
+        self._caches = caches
+
+    async def run(self, run: Run) -> dict[str, Any]:
+        """Do what the claim says; returns the job's result.
+
+        Raises:
+            errors.Invalid: the dataset holds nothing usable, or a hook point does not exist.
+            errors.Failed: `HOOK_IDENTITY_FAILED`, `CHECKSUM_MISMATCH`, or why the model cannot be loaded.
+            errors.Exhausted: `CACHE_FULL`.
+        """
+        task = await run.begin()
+        if task.cache_id is not None:  # published by an attempt that ended before the job's row said so
+            return {"cache_id": task.cache_id}
+        if (cache_id := await self._reused(run, task)) is not None:
+            return {"cache_id": cache_id}
+        await run.waiting("the model")
+        await run.unless_stopped(self._models.bring(task.model_id))
+        await run.waiting(None)
+        async with self._models.lease(task.model_id, task.options.extension_uri) as model:
+            return {"cache_id": await self._extract(run, await self._prepared(run, task, model))}
+
+    async def _reused(self, run: Run, task: Task) -> str | None:
+        """Complete with a cache that another extraction made while this one waited."""
+        record, survey = await self._inputs(task)
+        if not record.digest:
+            return None
+        found = await self._caches.find(task.options.key(record, survey), task.options.hook_points)
+        if found is None:
+            return None
+        await run.reuse(found)
+        return found.id
+
+    async def _inputs(self, task: Task) -> tuple[BaseModel, Any]:
+        return await self._catalogue.model(task.model_id), await self._datasets.survey(task.dataset_id)
+
+    async def _prepared(self, run: Run, task: Task, model: LeasedModel) -> _Work:
+        record, survey = await self._inputs(task)
+        if record.digest != model.description["digest"]:
+            raise errors.Failed("the model's files are not those that were registered", reason="CHECKSUM_MISMATCH")
+        tokenized = await run.unless_stopped(
+            self._datasets.tokenize(task.dataset_id, task.options, model.tokenizer, model.facts.vocab_size)
+        )
+        plan = await asyncio.to_thread(_plan, task, tokenized, model)
+        return _Work(task, task.options.key(record, survey), record, model, tokenized, plan)
+
+    async def _extract(self, run: Run, work: _Work) -> str:
+        done = await run.resume(work.plan, work.samples, work.size_bytes)
+        identity = await work.model.run(_identity, work)
+        meter = _Meter(run, work, done)
+        await _fill(run, work, done, meter)
+        moments = await run.moments(work.plan)
+        product = Product(
+            plan=work.plan,
+            key=work.key,
+            sequences=sequence_tensors(work.tokenized.sequences, work.plan),
+            statistics=statistics_tensors(moments),
+            describe=lambda shards, sequences, statistics: _manifest(
+                work, moments, identity, shards=shards, sequences=sequences, statistics=statistics
+            ),
+            shape=work.shape,
+            tokens_per_second=meter.tokens_per_second,
+        )
+        return await run.publish(product)
+
+
+class _Meter:
+    """Tells how far an extraction is: an event every 5 %, the row more often."""
+
+    def __init__(self, run: Run, work: _Work, done: set[int]) -> None:
+        finished = [unit for unit in work.plan.units if unit.index in done]
+        self._run = run
+        self._total = work.samples
+        self._samples = sum(len(unit.sequences) for unit in finished)
+        self._tokens = sum(unit.rows for unit in finished)
+        self._tokens_before = self._tokens
+        self._told = self._percent // EVENT_STEP
+        self._started = self._written = time.monotonic()
+
+    @property
+    def _percent(self) -> float:
+        return 100.0 * self._samples / self._total
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of this attempt, None where everything was done before."""
+        tokens = self._tokens - self._tokens_before
+        return tokens / (time.monotonic() - self._started) if tokens else None
+
+    async def add(self, samples: int, tokens: int) -> None:
+        """Count a batch."""
+        self._samples += samples
+        self._tokens += tokens
+        tell = self._percent // EVENT_STEP > self._told
+        now = time.monotonic()
+        if not tell and now - self._written < ROW_SECONDS:
+            return
+        self._told, self._written = self._percent // EVENT_STEP, now
+        figures = {
+            "samples_processed": self._samples,
+            "total_samples": self._total,
+            "tokens": self._tokens,
+            "tokens_per_second": round(self.tokens_per_second or 0.0, 1),
+        }
+        await self._run.progress(self._percent, figures, tell=tell)
+
+
+async def _fill(run: Run, work: _Work, done: set[int], meter: _Meter) -> None:
+    """Compute the units that are missing; one is written while the next one is computed."""
+    options, model = work.task.options, work.model
+    writing: asyncio.Task[None] | None = None
+    try:
+        for unit in (unit for unit in work.plan.units if unit.index not in done):
+            filler = await asyncio.to_thread(
+                UnitFiller, work.tokenized.sequences, work.plan, unit, options.hook_points, DTYPES[options.dtype]
+            )
+            for batch in unit.batches:
+                await run.checkpoint()
+                rows = await model.run(filler.run, model.model, model.family, batch)
+                await meter.add(len(batch.indices), rows)
+            if writing is not None:
+                await writing
+            writing = asyncio.create_task(run.save_unit(unit, filler.tensors, filler.moments))
+        if writing is not None:
+            await writing
+    finally:
+        if writing is not None:
+            await asyncio.gather(writing, return_exceptions=True)
+
+
+def _plan(task: Task, tokenized: Tokenized, model: LeasedModel) -> Plan:
+    options = task.options
+    try:
+        return make_plan(
+            tokenized.sequences,
+            layout=options.layout,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            row_bytes=row_bytes(options, model.facts),
+            uncounted_ids=special_ids(model.tokenizer) if model.tokenizer is not None else (),
+        )
+    except NothingCounted as error:
+        raise errors.Invalid(str(error), reason="DATASET_UNUSABLE", violations=[("dataset_id", str(error))]) from error
+
+
+def _identity(work: _Work) -> dict[str, float]:
+    batch = work.plan.units[0].batches[0]
+    ids, mask = map(torch.from_numpy, work.tokenized.sequences.padded(batch.indices, batch.length))
+    return identity_errors(work.model.model, work.model.family, work.task.options.hook_points, ids, mask)
+
+
+def _manifest(
+    work: _Work,
+    moments: Mapping[str, Moments],
+    identity: Mapping[str, float],
+    *,
+    shards: tuple[ShardEntry, ...],
+    sequences: FileEntry,
+    statistics: FileEntry,
+) -> Manifest:
+    options, plan, tokenizer = work.task.options, work.plan, work.model.tokenizer
+    return Manifest(
+        hook_points=hook_point_entries({name: moments[name] for name in options.hook_points}),
+        layout=plan.layout,
+        dtype=options.dtype,
+        shuffled=plan.layout == "rows",
+        tokens=plan.tokens,
+        samples=work.samples,
+        max_length=plan.max_length,
+        uncounted_ids=plan.uncounted_ids,
+        shards=shards,
+        sequences=sequences,
+        statistics=statistics,
+        model={**work.model.description, "revision": work.record.revision},
+        dataset={**work.tokenized.description, "max_length": options.max_length},
+        plan={"seed": plan.seed, "batch_size": plan.batch_size, "units": len(plan.units), "digest": plan.digest},
+        extension={"id": options.extension_id, "uri": options.extension_uri} if options.extension_id else None,
+        tokenizer={"digest": tokenizer_digest(tokenizer)} if tokenizer is not None else None,
+        identity_errors=dict(identity),
+    )

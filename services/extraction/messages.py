@@ -1,0 +1,202 @@
+"""Between the protos and the domain's records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from lensmesh.common.v1 import types_pb2
+from lensmesh.extraction.v1 import extraction_pb2 as pb
+
+from services.extraction.domain import Cache, Extraction, Filter, Page, Planned, RequestKey, Wanted
+from services.extraction.operations import Damage
+from services.kit.auth import current_caller
+from services.kit.idempotency import digest_of
+from services.residency.shards import Layout
+
+LAYOUTS: Mapping[int, Layout | None] = {
+    pb.LAYOUT_UNSPECIFIED: None,
+    pb.LAYOUT_ROWS: "rows",
+    pb.LAYOUT_SEQUENCES: "sequences",
+}
+DTYPES: Mapping[int, str] = {
+    types_pb2.DTYPE_UNSPECIFIED: "",
+    types_pb2.DTYPE_FLOAT32: "float32",
+    types_pb2.DTYPE_BFLOAT16: "bfloat16",
+    types_pb2.DTYPE_FLOAT16: "float16",
+}
+DEFAULT_LIMIT = 50
+
+
+def wanted(request: pb.ExtractActivationsRequest) -> Wanted:
+    """What a request asks for."""
+    return Wanted(
+        model_id=request.model_id,
+        dataset_id=request.dataset_id,
+        layer_indices=tuple(request.layer_indices),
+        hook_points=tuple(request.hook_points),
+        sites=tuple(request.sites),
+        layout=LAYOUTS[request.layout],
+        sample_count=request.sample_count if request.HasField("sample_count") else None,
+        batch_size=request.batch_size,
+        max_length=request.max_length,
+        dtype=DTYPES[request.dtype],
+        extension_id=request.extension_id,
+        seed=request.seed,
+        max_tokens=request.max_tokens,
+    )
+
+
+def request_key(request: pb.ExtractActivationsRequest) -> RequestKey:
+    """How a repetition of a request is recognised."""
+    body = pb.ExtractActivationsRequest()
+    body.CopyFrom(request)
+    body.ClearField("request_id")
+    return RequestKey(
+        caller=current_caller().subject,
+        method="lensmesh.extraction.v1.ExtractionService/ExtractActivations",
+        request_id=request.request_id,
+        digest=digest_of(body.SerializeToString(deterministic=True)),
+    )
+
+
+def wanted_page(request: pb.ListExtractionsRequest | pb.ListActivationCachesRequest) -> Filter:
+    """Which page a request asks for."""
+    status = ""
+    if isinstance(request, pb.ListExtractionsRequest) and request.status:
+        status = pb.ExtractionStatus.Name(request.status).removeprefix("EXTRACTION_STATUS_").lower()
+    return Filter(request.model_id, status, request.limit or DEFAULT_LIMIT, request.offset, request.page_token)
+
+
+def planned(plan: Planned) -> pb.ExtractActivationsResponse:
+    """The answer to `validate_only`."""
+    return pb.ExtractActivationsResponse(
+        estimated_time_seconds=plan.estimate.seconds if plan.match == "miss" else 0.0,
+        estimated_bytes=plan.estimate.size_bytes if plan.match == "miss" else 0,
+        cache=pb.CacheMatch.Value(f"CACHE_MATCH_{plan.match.upper()}"),
+        fits_limit=plan.fits_limit,
+        message="Nothing was started",
+    )
+
+
+def started(extraction: Extraction) -> pb.ExtractActivationsResponse:
+    """The answer to a request that was accepted."""
+    return pb.ExtractActivationsResponse(
+        extraction_id=extraction.id,
+        status=_status(extraction),
+        estimated_time_seconds=0.0 if extraction.reused else extraction.estimated_seconds,
+        message=extraction.message,
+    )
+
+
+def extraction_message(extraction: Extraction) -> pb.Extraction:
+    """One extraction."""
+    return pb.Extraction(
+        extraction_id=extraction.id,
+        model_id=extraction.model_id,
+        dataset_id=extraction.dataset_id,
+        status=_status(extraction),
+        progress=extraction.progress,
+        cache_id=extraction.cache_id,
+        storage_uri=extraction.storage_uri,
+        file_size_bytes=extraction.size_bytes,
+        extraction_time_seconds=extraction.seconds,
+        samples_processed=extraction.samples_processed,
+        total_samples=extraction.total_samples,
+        tokens=extraction.tokens,
+        activation_shape=extraction.activation_shape,
+        reused=extraction.reused,
+        message=extraction.message,
+        hook_points=extraction.hook_points,
+        error_code=extraction.error_code,
+        error_message=extraction.error_message,
+        waiting_for=extraction.waiting_for,
+        job_id=extraction.job_id or "",
+        created_by=extraction.created_by,
+        created_at=_time(extraction.created_at),
+        finished_at=_time(extraction.finished_at),
+        tokens_per_second=extraction.tokens_per_second,
+        identity_error=extraction.identity_error,
+    )
+
+
+def extraction_page(page: Page) -> pb.ListExtractionsResponse:
+    """A page of extractions."""
+    return pb.ListExtractionsResponse(extractions=[extraction_message(item) for item in page.items], **_page(page))
+
+
+def cache_message(cache: Cache, *, with_shards: bool = True) -> pb.ActivationCache:
+    """One cache; lists leave its shards out."""
+    manifest = cache.manifest
+    points, model, extension = manifest["hook_points"], manifest["model"], manifest["extension"]
+    return pb.ActivationCache(
+        id=cache.id,
+        model_id=cache.model_id,
+        dataset_id=cache.dataset_id or "",
+        hook_points=cache.hook_points,
+        layout=pb.Layout.Value(f"LAYOUT_{manifest['layout'].upper()}"),
+        dtype=types_pb2.Dtype.Value(f"DTYPE_{manifest['dtype'].upper()}"),
+        tokens=manifest["tokens"],
+        samples=manifest["samples"],
+        max_length=manifest["max_length"],
+        size_bytes=cache.size_bytes,
+        storage_uri=cache.storage_uri,
+        model_digest=model["digest"],
+        revision=model["revision"],
+        quantization=types_pb2.Quantization.Value(f"QUANTIZATION_{model['quantization'].upper()}"),
+        extension_id=extension["id"] if extension else None,
+        shards=[_shard(index, shard) for index, shard in enumerate(manifest["shards"])] if with_shards else [],
+        statistics=[_statistics(point) for point in points],
+        created_at=_time(cache.created_at),
+        last_accessed_at=_time(cache.last_accessed_at),
+    )
+
+
+def cache_page(page: Page) -> pb.ListActivationCachesResponse:
+    """A page of caches."""
+    caches = [cache_message(item, with_shards=False) for item in page.items]
+    return pb.ListActivationCachesResponse(activation_caches=caches, **_page(page))
+
+
+def opened(cache: Cache) -> pb.OpenedCache:
+    """A cache for a reader on the same host."""
+    widths = [point["width"] for point in cache.manifest["hook_points"]]
+    return pb.OpenedCache(cache=cache_message(cache), widths=widths)
+
+
+def problem(damage: Damage) -> pb.ShardProblem:
+    """A file that is not intact."""
+    return pb.ShardProblem(index=damage.index, file=damage.file, problem=damage.problem)
+
+
+def _status(extraction: Extraction) -> pb.ExtractionStatus:
+    return pb.ExtractionStatus.Value(f"EXTRACTION_STATUS_{extraction.status.upper()}")
+
+
+def _shard(index: int, shard: Mapping[str, Any]) -> pb.Shard:
+    return pb.Shard(index=index, rows=shard["rows"], size_bytes=shard["size_bytes"], digest=shard["digest"])
+
+
+def _statistics(point: Mapping[str, Any]) -> pb.HookPointStatistics:
+    return pb.HookPointStatistics(
+        hook_point=point["name"], width=point["width"], mean_norm=point["mean_norm"], variance=point["variance"]
+    )
+
+
+def _page(page: Page) -> dict[str, Any]:
+    return {
+        "total": page.total,
+        "limit": page.limit,
+        "offset": page.offset,
+        "next_page_token": page.next_page_token,
+    }
+
+
+def _time(value: datetime | None) -> Timestamp | None:
+    if value is None:
+        return None
+    stamp = Timestamp()
+    stamp.FromDatetime(value)
+    return stamp

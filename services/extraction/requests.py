@@ -1,0 +1,136 @@
+"""What a request means for a model and a dataset: every default filled in, every wrong field named."""
+
+from __future__ import annotations
+
+from services.extraction.domain import BaseModel, Estimate, Options, Rates, Survey, Wanted
+from services.kit import errors
+from services.residency.families import SITES, Facts, UnknownHookPoint, facts, hook_points, site_of
+from services.residency.shards import DTYPES, Layout
+
+DEFAULT_SITES = ("resid_post",)
+MOST_DEFAULT_LENGTH = 1024
+BYTES_PER_TOKEN = 3.5
+"""Of text, where no extraction of a dataset has told better."""
+FLOPS = {"cpu": 5e10, "cuda": 2e13}
+"""Operations per second assumed of a device until the first extraction has told better."""
+_PAIR_INPUTS = {"mlp_in", "ln2_normalized"}
+_QUANTIZED_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+
+
+def resolve(wanted: Wanted, model: BaseModel, dataset: Survey, extension_uri: str = "") -> Options:
+    """The options of a request; `extension_uri` is the handle of its extension's files.
+
+    Raises:
+        errors.Invalid: a field is wrong by itself or for this model or dataset; it is named.
+        errors.Conflict: the model's files were not read yet.
+        errors.Unsupported: the model has no hook points.
+    """
+    if not model.config:
+        raise errors.Conflict("the model's files were not read yet; load it once", metadata={"model_id": model.id})
+    if model.config.get("is_encoder_decoder"):
+        raise errors.Unsupported(f"models of type {model.model_type} have no hook points")
+    if dataset.rows is not None and wanted.sample_count is not None and wanted.sample_count > dataset.rows:
+        raise errors.Invalid.of("sample_count", f"the dataset has {dataset.rows} rows", rows=dataset.rows)
+    if wanted.max_length > model.context_length:
+        raise errors.Invalid.of(
+            "max_length",
+            f"the model's context is {model.context_length} tokens",
+            context_length=model.context_length,
+        )
+    chosen = _hook_points(wanted, model)
+    return Options(
+        hook_points=chosen,
+        layout=wanted.layout or _layout(chosen),
+        dtype=wanted.dtype or _dtype(model),
+        batch_size=wanted.batch_size or model.batch_size,
+        max_length=wanted.max_length or min(model.context_length, MOST_DEFAULT_LENGTH),
+        sample_count=wanted.sample_count,
+        max_tokens=wanted.max_tokens,
+        extension_id=wanted.extension_id,
+        extension_uri=extension_uri,
+        seed=wanted.seed,
+    )
+
+
+def estimate(options: Options, model: BaseModel, dataset: Survey, *, rates: Rates, device: str) -> Estimate:
+    """Seconds, bytes and samples that an extraction is expected to take."""
+    by_size = dataset.size_bytes / BYTES_PER_TOKEN
+    rows = dataset.rows or options.sample_count or max(1, int(by_size / options.max_length))
+    samples = min(rows, options.sample_count or rows)
+    per_sample = rates.tokens_per_sample or min(options.max_length, max(1.0, by_size / rows))
+    tokens = samples * per_sample
+    if options.max_tokens:
+        tokens = min(tokens, options.max_tokens)
+    stored = samples * options.max_length if options.layout == "sequences" else tokens
+    depth = max(_depth(name, model) for name in options.hook_points)
+    guess = FLOPS["cuda" if device.startswith("cuda") else "cpu"] / (2 * max(1, model.parameter_count) * depth)
+    return Estimate(
+        seconds=round(tokens / (rates.tokens_per_second or guess), 3),
+        size_bytes=int(stored * row_bytes(options, facts(model.config))),
+        samples=samples,
+    )
+
+
+def row_bytes(options: Options, known: Facts) -> int:
+    """Bytes of all hook points' vectors of one token."""
+    wide = sum(site_of(name)[1] == "mlp_hidden" for name in options.hook_points)
+    width = wide * known.intermediate_size + (len(options.hook_points) - wide) * known.hidden_size
+    return width * DTYPES[options.dtype].itemsize
+
+
+def _hook_points(wanted: Wanted, model: BaseModel) -> tuple[str, ...]:
+    if wanted.hook_points:
+        for other in ("layer_indices", "sites"):
+            if getattr(wanted, other):
+                raise errors.Invalid.of(other, "give either hook_points, or layer_indices with sites")
+        for name in wanted.hook_points:
+            _check_hook_point(name, wanted, model)
+        return wanted.hook_points
+    if not wanted.layer_indices:
+        raise errors.Invalid.of("layer_indices", "give layer_indices or hook_points")
+    for layer in wanted.layer_indices:
+        _check_layer("layer_indices", layer, model)
+    for site in wanted.sites:
+        if site not in SITES:
+            raise errors.Invalid.of("sites", f"unknown site {site!r}; known: {', '.join(SITES)}")
+    return tuple(hook_points(wanted.sites or DEFAULT_SITES, wanted.layer_indices))
+
+
+def _check_hook_point(name: str, wanted: Wanted, model: BaseModel) -> None:
+    try:
+        layer, _ = site_of(name)
+    except UnknownHookPoint as error:
+        raise errors.Invalid.of("hook_points", str(error)) from error
+    if isinstance(layer, int):
+        _check_layer("hook_points", layer, model)
+    elif not wanted.extension_id:
+        raise errors.Invalid.of("hook_points", f"layer {layer} is no layer of the model; extensions have such layers")
+
+
+def _check_layer(field: str, layer: int, model: BaseModel) -> None:
+    if not 0 <= layer < model.num_layers:
+        raise errors.Invalid.of(
+            field, f"layer {layer} is not one of the model's, 0 to {model.num_layers - 1}", num_layers=model.num_layers
+        )
+
+
+def _layout(names: tuple[str, ...]) -> Layout:
+    """`rows` where every hook point is the input or the output of a whole MLP pair."""
+    sites: dict[object, set[str]] = {}
+    for layer, site in map(site_of, names):
+        sites.setdefault(layer, set()).add(site)
+    pairs = all("mlp_out" in found and found & _PAIR_INPUTS for found in sites.values())
+    return "rows" if pairs and all(found <= {"mlp_out", *_PAIR_INPUTS} for found in sites.values()) else "sequences"
+
+
+def _dtype(model: BaseModel) -> str:
+    if model.quantization in _QUANTIZED_DTYPES:
+        return _QUANTIZED_DTYPES[model.quantization]
+    own = facts(model.config).dtype or "float32"
+    return own if own in DTYPES else "float32"
+
+
+def _depth(name: str, model: BaseModel) -> float:
+    """Share of the model's layers that a forward pass runs to reach a hook point."""
+    layer = site_of(name)[0]
+    return (layer + 1) / model.num_layers if isinstance(layer, int) else 1.0
