@@ -80,7 +80,24 @@ class ArtifactStore:
                 shutil.rmtree(path, ignore_errors=True)
                 marker.unlink(missing_ok=True)
 
-    async def publish(self, conn: asyncpg.Connection, kind: str, staged: Path, meta: dict[str, Any]) -> Artifact:
+    def seal(self, staged: Path) -> tuple[str, int]:
+        """Flush a staged directory to the disk; its digest and bytes, for a `publish` that should not take so long.
+
+        Raises:
+            errors.Invalid: a symbolic link or a special file is among the files.
+            errors.Exhausted: `CACHE_FULL`.
+        """
+        with full_disk_named():
+            return _seal(staged)
+
+    async def publish(
+        self,
+        conn: asyncpg.Connection,
+        kind: str,
+        staged: Path,
+        meta: dict[str, Any],
+        sealed: tuple[str, int] | None = None,
+    ) -> Artifact:
         """Make a staged directory an artifact; it exists exactly if the caller's transaction commits.
 
         Files are flushed to disk before the rename, the rename before the row. Content that exists already is kept and
@@ -91,6 +108,7 @@ class ArtifactStore:
             kind: first part of the uri: `[a-z][a-z0-9_-]*`, up to 40 characters.
             staged: a directory that `staging` gave, or one below it.
             meta: facts for the row, plain JSON.
+            sealed: what `seal` gave for it, unless it is to be done here.
 
         Raises:
             errors.Invalid: a symbolic link or a special file is among the files.
@@ -99,7 +117,7 @@ class ArtifactStore:
         assert conn.is_in_transaction(), "an artifact belongs to the transaction that refers to it"
         _check_kind(kind)
         with full_disk_named():
-            digest, size = await asyncio.to_thread(_seal, staged)
+            digest, size = sealed if sealed is not None else await asyncio.to_thread(_seal, staged)
             uri = f"artifact://{kind}/{digest}"
             await conn.execute(_QUERIES["lock"], uri, self.store_id)
             await asyncio.to_thread(_move, staged, self.root / kind / digest)
