@@ -335,12 +335,14 @@ class VerifyActivationCacheResponse(_message.Message):
     def __init__(self, id: _Optional[str] = ..., ok: _Optional[bool] = ..., problems: _Optional[_Iterable[_Union[ShardProblem, _Mapping]]] = ...) -> None: ...
 
 class ShardProblem(_message.Message):
-    __slots__ = ("index", "problem")
+    __slots__ = ("index", "problem", "file")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
     index: int
     problem: str
-    def __init__(self, index: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+    file: str
+    def __init__(self, index: _Optional[int] = ..., problem: _Optional[str] = ..., file: _Optional[str] = ...) -> None: ...
 
 class ReadShardRequest(_message.Message):
     __slots__ = ("id", "index", "offset", "length")
