@@ -25,7 +25,7 @@ HOST_SERVICE = "lensmesh.residency.v1.ModelHostService"
 async def compose(context: Context) -> Part:
     """What this service contributes to its process."""
     assert context.registry is not None, "the extension service needs a registry"
-    settings = ExtensionSettings()
+    settings = ExtensionSettings(**context.settings.model_dump())
     store = PostgresStore(context.database, context.jobs, context.artifacts)
     catalogue = Catalogue(context.registry, context.host_id)
     peers = Peers(

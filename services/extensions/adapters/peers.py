@@ -61,12 +61,28 @@ class Peers:
         )
 
     async def active_extensions(self, model_ids: set[str]) -> set[str]:
-        """Looked up in the groups of these bases."""
+        """What is active on the hosts; a lens of a group stands for its extension there."""
         active: set[str] = set()
         for model_id in sorted(model_ids):
-            for group in await self._groups_of(model_id):
-                active.update(lens.extension_id for lens in group.lenses if lens.id == group.active_lens_id)
-        return active - {""}
+            lens_id = await self._active_lens(model_id)
+            if lens_id:
+                lenses = (lens for group in await self._groups_of(model_id) for lens in group.lenses)
+                active.add(next((lens.extension_id for lens in lenses if lens.id == lens_id), lens_id))
+        return active
+
+    async def _active_lens(self, model_id: str) -> str:
+        wanted = devices_pb2.LocateModelRequest(model_id=model_id)
+        with translated_calls():
+            try:
+                location = await self._placement.LocateModel(wanted, timeout=LOOK_UP_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                    return ""
+                raise
+            state = await self._host(location.address).GetState(
+                residency_pb2.GetStateRequest(), timeout=LOOK_UP_SECONDS
+            )
+        return next((model.active_lens_id for model in state.models if model.model_id == model_id), "")
 
     async def lenses_of(self, extension: Extension) -> list[str]:
         """Looked up in the groups of its base."""
@@ -115,8 +131,7 @@ class Peers:
             ),
         )
         with translated_calls():
-            host = residency_pb2_grpc.ModelHostServiceStub(self._host(await self._address(extension.model_id)))
-            text = await host.Generate(request)
+            text = await self._host(await self._address(extension.model_id)).Generate(request)
         return Generated(text.text, tuple(text.token_ids), text.seconds)
 
     async def _address(self, model_id: str) -> str:
@@ -131,10 +146,10 @@ class Peers:
             location = await self._placement.EnsureResident(request, timeout=LOAD_SECONDS)
         return location.address
 
-    def _host(self, address: str) -> grpc.aio.Channel:
+    def _host(self, address: str) -> residency_pb2_grpc.ModelHostServiceStub:
         if address not in self._hosts:
             self._hosts[address] = self._connect(address)
-        return self._hosts[address]
+        return residency_pb2_grpc.ModelHostServiceStub(self._hosts[address])
 
     async def reserve(self, owner: str, size_bytes: int) -> None:
         """In the ledger of this process's device."""

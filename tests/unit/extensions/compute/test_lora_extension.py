@@ -142,9 +142,7 @@ def test_an_extension_fits_only_its_own_base(tmp_path: Path) -> None:
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(
-    "name", ["q", "Task", "a", "my-lora", "default", "base", "x" * 64, "-ab", "a.b", "c_fc"]
-)
+@pytest.mark.parametrize("name", ["q", "Task", "a", "my-lora", "default", "base", "x" * 64, "-ab", "a.b", "c_fc"])
 def test_names_that_break_keys_are_refused(name: str) -> None:
     with pytest.raises(ConfigInvalid) as invalid:
         require_task_name(name, ["transformer.h.0.mlp.c_fc"])
