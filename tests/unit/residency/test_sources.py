@@ -1,0 +1,172 @@
+"""Local identifiers stay below the roots; hub models come through huggingface_hub from an endpoint of our own."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from services.residency.checkpoint import CheckpointError, read_headers
+from services.residency.loading import load_model
+from services.residency.sources import Source, SourceNotFound, SourceUnavailable, digest, fetch, find_local, inspect
+from services.residency.splice import logits
+from tests import models
+
+COMMIT = "c" * 40
+
+
+@pytest.mark.parametrize(
+    "identifier",
+    ["", ".", "..", "../a/m", "a/../../b", "/etc", "a\0b", "a\\m", "a%2fm", "x" * 501, "missing", "a/m/config.json"],
+)
+def test_identifiers_that_name_no_directory_below_a_root(tmp_path, identifier):
+    (tmp_path / "a" / "m").mkdir(parents=True)
+    (tmp_path / "a" / "m" / "config.json").write_text("{}")
+    with pytest.raises(SourceNotFound) as caught:
+        find_local(identifier, [tmp_path])
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_symbolic_link_may_not_lead_out_of_the_root(tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
+    with pytest.raises(SourceNotFound):
+        find_local("link", [tmp_path / "root"])
+
+
+def test_roots_are_looked_up_in_order_and_dots_in_names_are_fine(tmp_path):
+    for root in ("one", "two"):
+        (tmp_path / root / "mistralai" / "Mistral-7B-v0.1").mkdir(parents=True)
+    (tmp_path / "two" / "only").mkdir()
+    roots = [tmp_path / "one", tmp_path / "two"]
+    assert find_local("mistralai/Mistral-7B-v0.1", roots) == (roots[0] / "mistralai/Mistral-7B-v0.1").resolve()
+    assert find_local("only", roots) == (roots[1] / "only").resolve()
+
+
+def test_the_digest_follows_content_and_not_names_of_directories(tmp_path):
+    one, two = models.copied(tmp_path / "a", "gpt2"), models.copied(tmp_path / "b", "gpt2")
+    assert digest(one) == digest(two)
+    file = two / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(1, 1))
+    assert digest(one) != digest(two)
+    (one / "config.json").write_text((one / "config.json").read_text() + " ")
+    assert digest(one) != digest(two)
+
+
+def test_a_directory_without_a_config_cannot_be_inspected(tmp_path):
+    path = models.copied(tmp_path, "gpt2")
+    (path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        inspect(Source("local", "gpt2"), [tmp_path], tmp_path)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's HTTP API as a download uses, over one directory."""
+
+    files: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self.do_GET(body=False)
+
+    def do_GET(self, *, body: bool = True) -> None:
+        path = self.path.partition("?")[0]
+        self.asked.append(f"{self.command} {path}")
+        if path.startswith("/api/models/org/tiny/tree/"):
+            self._answer(json.dumps(self._tree()).encode(), body)
+        elif path.startswith("/api/models/org/tiny"):
+            self._answer(json.dumps(self._listing()).encode(), body)
+        elif path.startswith(("/org/tiny/resolve/main/", f"/org/tiny/resolve/{COMMIT}/")):
+            file = self.files / path.rpartition("/")[2]
+            self._answer(file.read_bytes() if file.is_file() else None, body, error="EntryNotFound")
+        else:
+            self._answer(None, body, error="RepoNotFound")
+
+    def _listing(self) -> dict:
+        names = [{"rfilename": file.name} for file in sorted(self.files.iterdir())]
+        return {"id": "org/tiny", "modelId": "org/tiny", "sha": COMMIT, "private": False, "siblings": names, "tags": []}
+
+    def _tree(self) -> list[dict]:
+        files = sorted(self.files.iterdir())
+        return [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
+
+    def _answer(self, content: bytes | None, body: bool, error: str = "") -> None:
+        if content is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", error)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        start, end = 0, len(content)
+        if wanted := self.headers.get("Range"):
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, end = int(first), min(int(last) + 1 if last else end, end)
+        self.send_response(206 if wanted else 200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{len(content)}-{abs(hash(content))}"')
+        self.send_header("Content-Length", str(end - start))
+        self.end_headers()
+        if body:
+            self.wfile.write(content[start:end])
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    from huggingface_hub import constants
+
+    handler = type("Served", (Hub,), {"files": models.copied(tmp_path / "served", "gpt2"), "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", endpoint, raising=False)
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_model_is_downloaded_without_its_pickles_and_loads(hub, tmp_path):
+    (hub.files / "pytorch_model.bin").write_bytes(b"pickle")
+    (hub.files / "evil.py").write_text("")
+    path = fetch(Source("huggingface", "org/tiny"), [], tmp_path / "cache")
+    assert {file.name for file in path.iterdir()} & {"pytorch_model.bin", "evil.py"} == set()
+    expected = logits(models.tiny("gpt2"), models.batch())
+    assert torch.equal(logits(load_model(path, "none"), models.batch()), expected)
+
+
+def test_a_hub_model_is_inspected_without_downloading_its_weights(hub, tmp_path):
+    found = inspect(Source("huggingface", "org/tiny"), [], tmp_path / "cache")
+    assert found.config["model_type"] == "gpt2"
+    local = {entry.name: (entry.shape, entry.dtype, entry.nbytes) for entry in read_headers(hub.files)}
+    assert {entry.name: (entry.shape, entry.dtype, entry.nbytes) for entry in found.entries} == local
+    assert found.digest == ""
+    weights = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file())
+    assert weights < (hub.files / "model.safetensors").stat().st_size
+
+
+def test_a_model_that_the_hub_does_not_have(hub, tmp_path):
+    with pytest.raises(SourceNotFound):
+        fetch(Source("huggingface", "org/other"), [], tmp_path / "cache")
+
+
+def test_a_hub_that_does_not_answer_is_a_passing_failure(hub, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceUnavailable):
+        fetch(Source("huggingface", "org/tiny"), [], tmp_path / "cache")
