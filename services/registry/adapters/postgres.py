@@ -1,0 +1,103 @@
+"""The registry's rows in PostgreSQL: one transaction, with events and jobs written inside it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+
+from services.kit import events, idempotency
+from services.kit.database import Database
+from services.kit.errors import LensmeshError
+from services.kit.jobs import JobStore
+from services.registry.adapters.rows import columns
+from services.registry.adapters.rows.datasets import PostgresDatasets
+from services.registry.adapters.rows.groups import PostgresGroups
+from services.registry.adapters.rows.models import PostgresModels
+from services.registry.adapters.rows.placement import PostgresPlacement
+from services.registry.domain import Counted, Model, load_failure
+from services.registry.ports import Answered, RequestKey
+
+LOAD_KIND = "model_load"
+PRELOAD_KIND = "group_preload"
+
+
+class PostgresTransaction:
+    """Implements Transaction on one connection that is in a transaction."""
+
+    def __init__(self, conn: asyncpg.Connection, jobs: JobStore) -> None:
+        self.models = PostgresModels(conn)
+        self.placement = PostgresPlacement(conn)
+        self.groups = PostgresGroups(conn)
+        self.datasets = PostgresDatasets(conn)
+        self._conn = conn
+        self._jobs = jobs
+
+    async def emit(self, event: str, resource_id: str, data: Mapping[str, Any]) -> None:
+        """Write an event."""
+        await events.emit(self._conn, event, resource_id, data)
+
+    async def enqueue_load(self, job_id: str, model: Model, payload: Mapping[str, Any], subject: str) -> None:
+        """Queue the job that loads a model; its own events are `load:…` of the job."""
+        await self._jobs.enqueue(
+            self._conn,
+            kind=LOAD_KIND,
+            payload=dict(payload),
+            created_by=subject,
+            event_prefix="load",
+            event_data={"model_id": model.id},
+            job_id=job_id,
+        )
+
+    async def enqueue_preload(self, job_id: str, payload: Mapping[str, Any], subject: str) -> None:
+        """Queue the job that preloads a group; its own events are `preload:…` of the job."""
+        await self._jobs.enqueue(
+            self._conn,
+            kind=PRELOAD_KIND,
+            payload=dict(payload),
+            created_by=subject,
+            event_prefix="preload",
+            event_data={"group_id": payload["group_id"]},
+            job_id=job_id,
+        )
+
+    async def job_outcome(self, job_id: str) -> tuple[str, LensmeshError]:
+        """A job's state, and why it ended so; one that is gone counts as failed."""
+        row = await self._conn.fetchrow("SELECT state, error_code, error_message FROM jobs WHERE id = $1", job_id)
+        if row is None:
+            return "failed", load_failure("INTERNAL", "The load's job is gone")
+        if row["state"] == "cancelled":
+            return "cancelled", load_failure("CANCELLED", "The load was cancelled")
+        return row["state"], load_failure(row["error_code"] or "INTERNAL", row["error_message"] or "")
+
+    @asynccontextmanager
+    async def once(self, request: RequestKey) -> AsyncIterator[Answered]:
+        """Do the block once per request id."""
+        async with idempotency.idempotent(
+            self._conn,
+            caller=request.caller,
+            method=request.method,
+            request_id=request.request_id,
+            request_digest=request.digest,
+        ) as answered:
+            yield answered
+
+    async def counted(self) -> Counted:
+        """Figures for metrics."""
+        return columns.build(Counted, await self.models.counted())
+
+
+class PostgresStore:
+    """Implements Store."""
+
+    def __init__(self, database: Database, jobs: JobStore) -> None:
+        self._database = database
+        self._jobs = jobs
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[PostgresTransaction]:
+        """All of it or nothing."""
+        async with self._database.transaction() as conn:
+            yield PostgresTransaction(conn, self._jobs)

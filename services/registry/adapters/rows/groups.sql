@@ -1,0 +1,67 @@
+-- get --
+SELECT * FROM groups WHERE id = $1
+
+-- lock --
+SELECT id FROM groups WHERE id = $1 FOR NO KEY UPDATE
+
+-- page --
+SELECT * FROM groups
+WHERE ($1::text IS NULL OR model_id = $1) AND ($2::timestamptz IS NULL OR (created_at, id) < ($2, $3::text))
+ORDER BY created_at DESC, id DESC LIMIT $4 OFFSET $5
+
+-- count --
+SELECT count(*) FROM groups WHERE $1::text IS NULL OR model_id = $1
+
+-- delete --
+DELETE FROM groups WHERE id = $1
+
+-- lock_of_model --
+SELECT id FROM groups WHERE model_id = $1 ORDER BY id FOR NO KEY UPDATE
+
+-- of_model --
+SELECT * FROM groups WHERE model_id = $1 ORDER BY created_at, id
+
+-- lenses --
+-- With the bytes of the copy on the host that serves the base.
+SELECT l.*, r.charge_bytes
+FROM lenses l
+JOIN groups g ON g.id = l.group_id
+JOIN models_placed m ON m.id = g.model_id
+LEFT JOIN lens_residencies r ON r.lens_id = l.id AND r.host_id = m.host_id
+WHERE l.group_id = ANY ($1)
+ORDER BY l.created_at, l.id
+
+-- lens_failed --
+UPDATE lenses SET error_code = $2, error_message = $3 WHERE id = $1
+
+-- remove_lens --
+WITH gone AS (DELETE FROM lenses WHERE id = $1 RETURNING id),
+     freed AS (DELETE FROM lens_residencies WHERE lens_id = $1)
+UPDATE groups SET active_lens_id = NULL WHERE active_lens_id = $1
+
+-- displace_lens --
+DELETE FROM lens_residencies WHERE lens_id = $1 AND host_id = $2
+
+-- lenses_on --
+SELECT lens_id, charge_bytes FROM lens_residencies WHERE model_id = $1 AND host_id = $2
+
+-- activate --
+WITH this AS (UPDATE groups SET active_lens_id = $2 WHERE id = $1 RETURNING id, model_id)
+UPDATE groups g SET active_lens_id = NULL FROM this, lenses l
+WHERE g.model_id = this.model_id AND g.id <> this.id AND l.id = g.active_lens_id AND l.kind = 'extension'
+
+-- activate_extension --
+-- The lens of that extension where a group has one; else no altering lens, and a reading one stays.
+UPDATE groups g SET active_lens_id = coalesce(
+    (SELECT l.id FROM lenses l WHERE l.group_id = g.id AND l.extension_id = $2 ORDER BY l.created_at LIMIT 1),
+    (SELECT l.id FROM lenses l WHERE l.id = g.active_lens_id AND l.kind <> 'extension'))
+WHERE g.model_id = $1
+
+-- record_switch --
+INSERT INTO switches (group_id, kind, seconds) VALUES ($1, $2, $3)
+
+-- switch_seconds --
+SELECT coalesce(
+    (SELECT avg(seconds) FROM (
+        SELECT seconds FROM switches WHERE group_id = $1 AND kind = $2 ORDER BY id DESC LIMIT 20) own),
+    (SELECT avg(seconds) FROM (SELECT seconds FROM switches WHERE kind = $2 ORDER BY id DESC LIMIT 20) anybody))

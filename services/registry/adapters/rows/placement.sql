@@ -1,0 +1,89 @@
+-- register --
+WITH former AS (SELECT incarnation FROM hosts WHERE host_id = $1)
+INSERT INTO hosts (host_id, incarnation, address, device, kind, total_bytes, budget_bytes, services)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+ON CONFLICT (host_id) DO UPDATE SET incarnation = $2, address = $3, device = $4, kind = $5, total_bytes = $6,
+    budget_bytes = $7, services = $8, lost = false, registered_at = clock_timestamp(), heartbeat_at = clock_timestamp()
+RETURNING (SELECT incarnation FROM former) AS former
+
+-- heartbeat --
+UPDATE hosts SET heartbeat_at = clock_timestamp(), measured_bytes = $3, temperature_celsius = $4, utilization_ratio = $5
+WHERE host_id = $1 AND incarnation = $2 AND NOT lost RETURNING host_id
+
+-- lock_hosts --
+SELECT host_id FROM hosts WHERE NOT lost ORDER BY host_id FOR NO KEY UPDATE
+
+-- hosts --
+SELECT * FROM hosts_counted WHERE NOT lost ORDER BY name
+
+-- all_hosts --
+SELECT * FROM hosts_counted ORDER BY name
+
+-- host --
+SELECT * FROM hosts_counted WHERE host_id = $1
+
+-- lock_host --
+SELECT host_id FROM hosts WHERE host_id = $1 FOR NO KEY UPDATE
+
+-- silent --
+SELECT host_id FROM hosts WHERE NOT lost AND heartbeat_at < clock_timestamp() - make_interval(secs => $1)
+ORDER BY host_id FOR NO KEY UPDATE
+
+-- lose --
+UPDATE hosts SET lost = true WHERE host_id = $1
+
+-- drop_reservations --
+DELETE FROM reservations WHERE host_id = $1
+
+-- residencies --
+-- $1 a host, $2 a model, $3 a job; null is any. The copy that serves is the oldest one.
+SELECT r.*, m.pinned, h.address, h.device, h.incarnation, coalesce(l.bytes, 0)::bigint AS lens_bytes,
+       coalesce(l.ids, '{}') AS lens_ids
+FROM residencies r
+JOIN hosts h USING (host_id)
+JOIN models m ON m.id = r.model_id
+LEFT JOIN LATERAL (
+    SELECT sum(charge_bytes) AS bytes, array_agg(lens_id::text ORDER BY lens_id) AS ids FROM lens_residencies
+    WHERE model_id = r.model_id AND host_id = r.host_id
+) l ON true
+WHERE ($1::text IS NULL OR r.host_id = $1) AND ($2::text IS NULL OR r.model_id = $2)
+  AND ($3::text IS NULL OR r.job_id = $3)
+ORDER BY r.state <> 'resident', r.loaded_at, r.host_id, r.model_id
+
+-- revert_unloads --
+UPDATE residencies SET state = 'resident' WHERE state = 'unloading' AND job_id IS NULL
+
+-- abandoned_loads --
+SELECT DISTINCT r.job_id FROM residencies r LEFT JOIN jobs j ON j.id = r.job_id
+WHERE r.job_id IS NOT NULL AND r.state IN ('loading', 'unloading')
+  AND (j.id IS NULL OR j.state IN ('completed', 'failed', 'cancelled'))
+
+-- arrived --
+UPDATE residencies SET loaded_at = coalesce(loaded_at, clock_timestamp()), last_used_at = clock_timestamp()
+WHERE model_id = $1 AND host_id = $2
+RETURNING loaded_at
+
+-- touch --
+UPDATE residencies SET last_used_at = clock_timestamp() WHERE model_id = $1 AND host_id = $2
+
+-- use --
+UPDATE residencies r SET leases = s.leases, active_lens_id = nullif(s.active, ''),
+    last_used_at = greatest(r.last_used_at, clock_timestamp() - make_interval(secs => s.idle))
+FROM unnest($2::text[], $3::integer[], $4::text[], $5::float8[]) AS s (model_id, leases, active, idle)
+WHERE r.host_id = $1 AND r.model_id = s.model_id
+
+-- remove --
+DELETE FROM residencies WHERE model_id = $1 AND host_id = $2 RETURNING model_id
+
+-- charge --
+UPDATE residencies SET charge_bytes = least(required_bytes, charge_bytes + $3)
+WHERE job_id = $1 AND host_id = $2 AND state = 'loading'
+
+-- reserved_by --
+SELECT coalesce(sum(bytes), 0)::bigint FROM reservations WHERE host_id = $1 AND owner = $2
+
+-- release --
+DELETE FROM reservations WHERE host_id = $1 AND owner = $2
+
+-- fingerprint --
+SELECT fingerprint FROM fingerprints WHERE model_id = $1 AND host_id = $2 AND quantization = $3 AND incarnation = $4

@@ -1,0 +1,24 @@
+"""Settings of the registry."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from services.kit.config import Settings
+
+
+class RegistrySettings(Settings):
+    """Limits of placement and of users; spec/003's figures are the defaults."""
+
+    loads_per_hour: Annotated[int, Field(ge=0)] = 10
+    """Model loads that one user may start within an hour; the token claim of the same name replaces it."""
+    max_concurrent_loads: Annotated[int, Field(ge=1)] = 2
+    """Loads that run at the same time in the whole mesh; the others wait as queued jobs."""
+    max_resident_models: Annotated[int, Field(ge=1)] = 3
+    """Models that one host process holds at the same time."""
+    host_timeout: Annotated[float, Field(gt=0)] = 15.0
+    """Seconds of silence after which a host counts as lost."""
+    heartbeat_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds between the heartbeats that hosts are asked for."""

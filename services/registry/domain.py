@@ -1,0 +1,463 @@
+"""What the registry knows: models, hosts and their ledgers, groups and lenses, datasets; and the ids' rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from services.kit.errors import Conflict, Exhausted, Failed, Invalid, LensmeshError, NotFound, Unavailable
+
+GB = 1_000_000_000
+_BY_REASON: dict[str, type[LensmeshError]] = {
+    "INSUFFICIENT_MEMORY": Exhausted,
+    "QUOTA_EXCEEDED": Exhausted,
+    "DEVICE_OOM": Exhausted,
+    "NO_HOST": Unavailable,
+    "UNAVAILABLE": Unavailable,
+    "CANCELLED": Conflict,
+}
+MAX_IDENTIFIER = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks."""
+
+    subject: str
+    internal: bool
+    """The mesh itself: per-user limits do not apply."""
+    admin: bool
+    """Has the scope model:admin."""
+    loads_per_hour: int | None
+    """Replaces the setting of that name, when the token says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Files of a model."""
+
+    source: str
+    """huggingface, local or custom."""
+    identifier: str
+    """Hub id, or path below a model root."""
+    revision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A registered base transformer, as its row is."""
+
+    id: str
+    name: str
+    model_type: str
+    architecture: str | None
+    source: str
+    model_identifier: str
+    revision: str | None
+    config: dict[str, Any]
+    quantization: str
+    status: str
+    """pending, loading, ready, failed or unloaded."""
+    progress: float
+    memory_usage_bytes: int | None
+    load_time_seconds: float | None
+    estimated_memory_bytes: int | None
+    estimated_load_seconds: float | None
+    parameter_count: int | None
+    hidden_size: int | None
+    num_layers: int | None
+    vocab_size: int | None
+    context_length: int | None
+    file_bytes: int | None
+    digest: str | None
+    defaults: dict[str, Any] | None
+    perplexities: list[dict[str, Any]]
+    error_code: str | None
+    error_message: str | None
+    fingerprint: str | None
+    fell_back_to_cpu: bool
+    pinned: bool
+    preload: bool
+    wanted: bool
+    """Desired state: it should be on a device."""
+    version: int
+    created_by: str
+    created_at: datetime
+    loaded_at: datetime | None
+    last_used_at: datetime | None
+    updated_at: datetime
+    host_id: str | None = None
+    """Host whose copy serves it."""
+    device: str | None = None
+    """`host/device` of that copy."""
+
+    @property
+    def files(self) -> Source:
+        """Where its files come from."""
+        return Source(self.source, self.model_identifier, self.revision or "")
+
+    @property
+    def etag(self) -> str:
+        """Version that an update must name."""
+        return str(self.version)
+
+    @property
+    def inspected(self) -> bool:
+        """Whether its files were read: false while its hub was unreachable."""
+        return bool(self.config)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a model's files hold, as a host reads them."""
+
+    config: dict[str, Any]
+    model_type: str
+    architecture: str
+    parameter_count: int
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    context_length: int
+    file_bytes: int
+    digest: str
+    defaults: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes that a load needs, by cause."""
+
+    weights: int
+    quantization_state: int
+    activations: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.quantization_state + self.activations + self.overhead
+
+    def corrected(self, measured: int | None) -> Need:
+        """With the bytes that an earlier load of the same weights really took; unchanged without a measurement."""
+        if measured is None:
+            return self
+        return Need(
+            max(0, measured - self.quantization_state), self.quantization_state, self.activations, self.overhead
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """A model in one host process."""
+
+    model_id: str
+    host_id: str
+    state: str
+    """loading, resident, unloading, or lost with its host."""
+    quantization: str
+    required_bytes: int
+    charge_bytes: int
+    job_id: str | None
+    leases: int
+    active_lens_id: str | None
+    loaded_at: datetime | None
+    last_used_at: datetime
+    pinned: bool = False
+    lens_bytes: int = 0
+    lens_ids: tuple[str, ...] = ()
+    address: str = ""
+    device: str = ""
+    """As torch names it."""
+    incarnation: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """What its leaving gives back."""
+        return self.charge_bytes + self.lens_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A device-owning process and the ledger of its device."""
+
+    host_id: str
+    incarnation: str
+    address: str
+    device: str
+    kind: str
+    total_bytes: int
+    budget_bytes: int
+    measured_bytes: int
+    services: tuple[str, ...]
+    temperature_celsius: float | None
+    utilization_ratio: float | None
+    lost: bool
+    heartbeat_at: datetime
+    used_bytes: int = 0
+    reserved_bytes: int = 0
+    silent_seconds: float = 0.0
+    residents: tuple[Residency, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`host/device`."""
+        return f"{self.host_id}/{self.device}"
+
+    @property
+    def free_bytes(self) -> int:
+        """What neither a model, a lens, a load nor a reservation holds."""
+        return self.budget_bytes - self.used_bytes - self.reserved_bytes
+
+    def answers_to(self, device: str) -> bool:
+        """Whether a caller who names `device` means this one: `cpu`, `cuda:0`, `host` or `host/device`."""
+        return device in ("", self.device, self.host_id, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class HostedModel:
+    """A model as its host sees it."""
+
+    model_id: str
+    quantization: str
+    memory_bytes: int
+    lenses: Mapping[str, int]
+    """Bytes by lens id."""
+    active_lens_id: str | None
+    fingerprint: str
+    leases: int
+    idle_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """A model that has to leave first."""
+
+    model_id: str
+    bytes: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Whether and how a model fits a device."""
+
+    host: Host
+    fits: bool
+    available_bytes: int
+    """Free before any eviction."""
+    obtainable_bytes: int
+    """Free after everything idle had left."""
+    evictions: tuple[Eviction, ...]
+
+    @property
+    def device(self) -> str:
+        """`host/device`."""
+        return self.host.name
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What a load needs and where it would go; placements best first."""
+
+    need: Need
+    placements: tuple[Placement, ...]
+    estimated_seconds: float
+    fell_back: bool = False
+
+    @property
+    def best(self) -> Placement | None:
+        """The placement that a load takes, None when it fits nowhere."""
+        return next((placement for placement in self.placements if placement.fits), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Lens:
+    """A small artifact on one group's base."""
+
+    id: str
+    group_id: str
+    kind: str
+    transcoder_id: str | None
+    extension_id: str | None
+    artifact_uri: str | None
+    activation_source_model_id: str | None
+    base_digest: str | None
+    layer: int | None
+    size_bytes: int
+    error_code: str | None
+    error_message: str | None
+    created_by: str
+    created_at: datetime
+    charge_bytes: int | None = None
+    """Bytes on the device of the copy that serves; None when it is not there."""
+
+    @property
+    def alters(self) -> bool:
+        """Whether the model's outputs change while it is active."""
+        return self.kind == "extension"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One base and its lenses."""
+
+    id: str
+    name: str
+    model_id: str
+    active_lens_id: str | None
+    created_by: str
+    created_at: datetime
+    lenses: tuple[Lens, ...] = ()
+
+    def lens(self, lens_id: str) -> Lens:
+        """One of its lenses.
+
+        Raises:
+            NotFound: it has none of this id.
+        """
+        for lens in self.lenses:
+            if lens.id == lens_id:
+                return lens
+        raise NotFound(f"Group {self.id} has no lens {lens_id}", metadata={"group_id": self.id, "lens_id": lens_id})
+
+
+@dataclass(frozen=True, slots=True)
+class LensArtifact:
+    """Files of a lens, and what they were made for."""
+
+    uri: str
+    base_digest: str
+    size_bytes: int
+    model_id: str
+    layer: int | None = None
+    d_in: int | None = None
+    activation_source_model_id: str = ""
+    """Model whose activations the lens reads; its base when empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Registered text."""
+
+    id: str
+    name: str
+    source: str
+    identifier: str
+    split: str
+    text_field: str
+    prompt_field: str | None
+    target_field: str | None
+    size_bytes: int
+    rows: int | None
+    digest: str | None
+    created_by: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Which part of a list."""
+
+    limit: int
+    offset: int
+    after: tuple[datetime, str] | None
+    """created_at and id of the last row of the page before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A page of rows."""
+
+    rows: list[Any]
+    total: int
+    page: Page
+
+    @property
+    def next(self) -> tuple[datetime, str] | None:
+        """Where the next page starts; None at the end."""
+        if len(self.rows) < self.page.limit:
+            return None
+        return (self.rows[-1].created_at, self.rows[-1].id)
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Figures for metrics."""
+
+    models: Mapping[str, int] = field(default_factory=dict)
+    """Models by status."""
+    pinned: int = 0
+    lru_age_seconds: float = 0.0
+    """Seconds since the least recently used resident model was used."""
+    lenses: int = 0
+    """Lenses on devices."""
+    saved_bytes: int = 0
+    """What sharing bases saves against one base per lens."""
+
+
+def check_identifier(source: str, identifier: str) -> None:
+    """Refuse what could leave a root, before any path is joined.
+
+    Raises:
+        Invalid: names `model_identifier`.
+    """
+    _check_path("model_identifier", source, identifier)
+
+
+def check_dataset_identifier(source: str, identifier: str) -> None:
+    """The same for a dataset.
+
+    Raises:
+        Invalid: names `identifier`.
+    """
+    _check_path("identifier", source, identifier)
+
+
+def _check_path(name: str, source: str, identifier: str) -> None:
+    if not identifier:
+        raise Invalid.of(name, "must be given")
+    if len(identifier) > MAX_IDENTIFIER:
+        raise Invalid.of(name, f"must have at most {MAX_IDENTIFIER} characters")
+    if not re.fullmatch(r"[A-Za-z0-9_\-./]+", identifier):
+        raise Invalid.of(name, "may hold letters, digits, `_`, `-`, `.` and `/` only")
+    parts = identifier.split("/")
+    if identifier.startswith("/") or any(part in ("", ".", "..") for part in parts):
+        raise Invalid.of(name, "must be a relative name without empty, `.` or `..` parts")
+    if source == "huggingface" and len(parts) > 2:
+        raise Invalid.of(name, "must be `name` or `owner/name` on the hub")
+
+
+def model_not_found(model_id: str) -> NotFound:
+    """No such model."""
+    return NotFound(f"There is no model {model_id}", reason="MODEL_NOT_FOUND", metadata={"model_id": model_id})
+
+
+def insufficient_memory(required: int, available: int, device: str) -> Exhausted:
+    """It does not fit; both sides in GB (10^9 bytes)."""
+    return Exhausted(
+        f"{device or 'No device'} has room for {available / GB:.3f} GB, and {required / GB:.3f} GB are needed",
+        reason="INSUFFICIENT_MEMORY",
+        metadata={
+            "required_memory_gb": round(required / GB, 6),
+            "available_memory_gb": round(max(0, available) / GB, 6),
+            "device": device,
+        },
+    )
+
+
+def load_failure(reason: str, message: str) -> LensmeshError:
+    """The failure of a load that was written down, as an error again."""
+    return _BY_REASON.get(reason, Failed)(message, reason=reason)
+
+
+def not_resident(group_id: str, model_id: str) -> Conflict:
+    """The group's base is not on a device."""
+    return Conflict(
+        f"The base of group {group_id} is not on a device; load model {model_id} first",
+        reason="GROUP_NOT_RESIDENT",
+        metadata={"group_id": group_id, "model_id": model_id},
+    )

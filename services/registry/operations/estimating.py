@@ -1,0 +1,105 @@
+"""What a model's files hold and what a load of it needs, asked from a host and corrected by what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.kit.errors import Invalid, Unavailable
+from services.registry.domain import Facts, LoadPlan, Model, Need, Source
+from services.registry.operations.planning import ASSUMED_BYTES_PER_SECOND, plan_load
+from services.registry.operations.registry import Registry, no_host
+
+
+async def inspect(registry: Registry, source: Source, model_type: str) -> Facts:
+    """What the files hold.
+
+    Raises:
+        Invalid: the config's model type is another than `model_type`, or the host finds the source wrong.
+        Unavailable: no host, or the hub does not answer.
+    """
+    host = await registry.host_to_ask()
+    facts = await registry.hosts.inspect(host.address, source)
+    if model_type and model_type != facts.model_type:
+        raise Invalid.of(
+            "model_type", f"the model's config says {facts.model_type}", config_model_type=facts.model_type
+        )
+    return facts
+
+
+async def inspect_if_reachable(registry: Registry, source: Source, model_type: str) -> Facts | None:
+    """The same; None when the source is the hub, which may be asked later."""
+    try:
+        return await inspect(registry, source, model_type)
+    except Unavailable:
+        if source.source != "huggingface":
+            raise
+        return None
+
+
+def columns_of(facts: Facts) -> dict[str, Any]:
+    """The columns of a model's row that its files decide."""
+    return {
+        "model_type": facts.model_type,
+        "architecture": facts.architecture or None,
+        "config": facts.config,
+        "parameter_count": facts.parameter_count,
+        "hidden_size": facts.hidden_size,
+        "num_layers": facts.num_layers,
+        "vocab_size": facts.vocab_size,
+        "context_length": facts.context_length,
+        "file_bytes": facts.file_bytes,
+        "digest": facts.digest or None,
+        "defaults": facts.defaults,
+    }
+
+
+async def inspected(registry: Registry, model_id: str) -> Model:
+    """The model with its sizes, which are read now when they could not be read at creation.
+
+    Raises:
+        Unavailable: the hub still does not answer.
+    """
+    async with registry.store.transaction() as tx:
+        model = await tx.models.get(model_id)
+    if model.inspected:
+        return model
+    facts = await inspect(registry, model.files, model.model_type)
+    async with registry.store.transaction() as tx:
+        return await tx.models.update(model_id, **columns_of(facts))
+
+
+async def need_of(registry: Registry, source: Source, quantization: str, *, model_id: str = "") -> tuple[Need, float]:
+    """Bytes and seconds that a load is expected to take."""
+    host = await registry.host_to_ask()
+    need = await registry.hosts.estimate(host.address, source, quantization)
+    async with registry.store.transaction() as tx:
+        measured, seconds = await tx.models.measured(model_id, quantization)
+        speed = await tx.models.load_speed()
+    need = need.corrected(measured)
+    return need, seconds or (need.weights + need.quantization_state) / float(speed or ASSUMED_BYTES_PER_SECOND)
+
+
+async def estimate_model(registry: Registry, model_id: str, quantization: str | None, device: str) -> LoadPlan:
+    """What a load would need, where it fits and what would be evicted. Changes nothing.
+
+    Raises:
+        NotFound: no such model.
+        Unavailable: `NO_HOST`.
+    """
+    model = await inspected(registry, model_id)
+    need, seconds = await need_of(registry, model.files, quantization or model.quantization, model_id=model_id)
+    return await plan(registry, need, device=device, seconds=seconds)
+
+
+async def plan(registry: Registry, need: Need, *, device: str, seconds: float, fall_back: bool = False) -> LoadPlan:
+    """Placements of a need over the live hosts.
+
+    Raises:
+        Unavailable: `NO_HOST`: none has this device.
+    """
+    async with registry.store.transaction() as tx:
+        hosts = await tx.placement.hosts()
+    if not any(host.answers_to(device) for host in hosts):
+        raise no_host(device)
+    limit = registry.limits.max_resident_models
+    return plan_load(need, hosts, device=device, fall_back=fall_back, limit=limit, seconds=seconds)

@@ -1,0 +1,231 @@
+"""Groups: create, read, delete, their status, and what is done with all their lenses at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from services.kit.errors import Invalid, LensmeshError
+from services.kit.ids import new_id
+from services.registry.domain import Caller, Group, Listed, Page, Residency, not_resident
+from services.registry.operations.admission import does_not_fit
+from services.registry.operations.estimating import estimate_model
+from services.registry.operations.lenses import bring, take_lens_off
+from services.registry.operations.loading import await_job, ensure_resident, move_model
+from services.registry.operations.planning import ASSUMED_BYTES_PER_SECOND
+from services.registry.operations.registry import Registry
+from services.registry.ports import LoadLease, RequestKey
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStatus:
+    """Where a group's parts are."""
+
+    group: Group
+    resident: bool
+    """Whether the base is on a device."""
+    device: str | None
+    resident_lens_ids: tuple[str, ...]
+    fully_loaded: bool
+    shared_bytes: int
+    lens_bytes: int
+    saved_bytes: int
+    within_seconds: float
+    cross_seconds: float
+
+
+async def create_group(registry: Registry, caller: Caller, name: str, model_id: str, request: RequestKey) -> Group:
+    """Make a group on a base.
+
+    Raises:
+        NotFound: `MODEL_NOT_FOUND`.
+    """
+    async with registry.store.transaction() as tx, tx.once(request) as once:
+        if once.answer is None:
+            await tx.models.get(model_id)
+            row = {"id": new_id("grp"), "name": name, "model_id": model_id, "created_by": caller.subject}
+            once.answer = {"id": (await tx.groups.insert(row)).id}
+        return await tx.groups.get(once.answer["id"])
+
+
+async def get_group(registry: Registry, group_id: str) -> tuple[Group, int]:
+    """One group, and its bytes with all lenses, estimated.
+
+    Raises:
+        NotFound: there is none.
+    """
+    async with registry.store.transaction() as tx:
+        group = await tx.groups.get(group_id)
+        model = await tx.models.get(group.model_id)
+    return group, estimated_bytes(group, model.memory_usage_bytes or model.estimated_memory_bytes or 0)
+
+
+async def list_groups(registry: Registry, page: Page, model_id: str | None) -> tuple[Listed, list[int]]:
+    """Groups, newest first, with their estimated bytes."""
+    async with registry.store.transaction() as tx:
+        listed = await tx.groups.page(page, model_id=model_id)
+        sizes = []
+        for group in listed.rows:
+            model = await tx.models.get(group.model_id)
+            sizes.append(estimated_bytes(group, model.memory_usage_bytes or model.estimated_memory_bytes or 0))
+    return listed, sizes
+
+
+def estimated_bytes(group: Group, base: int) -> int:
+    """Base and every lens, measured where it is on a device."""
+    return base + sum(lens.size_bytes if lens.charge_bytes is None else lens.charge_bytes for lens in group.lenses)
+
+
+async def delete_group(registry: Registry, group_id: str) -> None:
+    """Delete a group; its lenses leave the devices, their artifacts stay.
+
+    Raises:
+        NotFound: there is none.
+    """
+    async with registry.store.transaction() as tx:
+        group = await tx.groups.get(group_id)
+        copies = await tx.placement.of_model(group.model_id)
+    for lens in group.lenses:
+        await take_lens_off(registry, copies, lens.id)
+    async with registry.store.transaction() as tx:
+        for lens in group.lenses:
+            await tx.groups.remove_lens(lens.id)
+        await tx.groups.delete(group_id)
+        await tx.emit("group:deleted", group_id, {"group_id": group_id})
+
+
+async def group_status(registry: Registry, group_id: str) -> GroupStatus:
+    """Where a group's parts are, what sharing saves, and how long switches take.
+
+    Raises:
+        NotFound: there is none.
+    """
+    async with registry.store.transaction() as tx:
+        group = await tx.groups.get(group_id)
+        model = await tx.models.get(group.model_id)
+        copies = await tx.placement.of_model(group.model_id)
+        within = await tx.groups.switch_seconds(group_id, "within")
+        cross = await tx.groups.switch_seconds(group_id, "cross")
+        speed = float(await tx.models.load_speed() or ASSUMED_BYTES_PER_SECOND)
+    copy = next((c for c in copies if c.state == "resident"), None)
+    here = tuple(lens.id for lens in group.lenses if copy is not None and lens.id in copy.lens_ids)
+    base = copy.charge_bytes if copy is not None else 0
+    largest = max((lens.size_bytes for lens in group.lenses), default=0)
+    return GroupStatus(
+        group=group,
+        resident=copy is not None,
+        device=f"{copy.host_id}/{copy.device}" if copy is not None else None,
+        resident_lens_ids=here,
+        fully_loaded=copy is not None and len(here) == len(group.lenses),
+        shared_bytes=base,
+        lens_bytes=sum(lens.charge_bytes or 0 for lens in group.lenses if lens.id in here),
+        saved_bytes=base * max(0, len(here) - 1),
+        within_seconds=within if within is not None else largest / speed,
+        cross_seconds=cross or model.load_time_seconds or model.estimated_load_seconds or 0.0,
+    )
+
+
+async def analyze(registry: Registry, group_id: str, lens_ids: Sequence[str], query: Mapping[str, Any]) -> Any:
+    """Read a text through lenses of a group, the active one when none is named; the host's answer.
+
+    Raises:
+        Invalid: no lens named and none active; neither text nor token_ids, or both.
+        NotFound: no such group or lens.
+        Conflict: `GROUP_NOT_RESIDENT`.
+    """
+    if bool(query["text"]) == bool(query["token_ids"]):
+        raise Invalid.of("text", "give text or token_ids, and not both")
+    async with registry.store.transaction() as tx:
+        group = await tx.groups.get(group_id)
+        copies = await tx.placement.of_model(group.model_id)
+    wanted = list(lens_ids) or [group.active_lens_id or ""]
+    if not wanted[0]:
+        raise Invalid.of("lens_ids", "must be given while no lens is active")
+    lenses = [group.lens(lens_id) for lens_id in wanted]
+    copy = next((c for c in copies if c.state == "resident"), None)
+    if copy is None:
+        raise not_resident(group_id, group.model_id)
+    for lens in lenses:
+        if lens.id not in copy.lens_ids:
+            await bring(registry, lens, copy)
+    async with registry.store.transaction() as tx:
+        await tx.placement.touch(copy.model_id, copy.host_id)
+    return await registry.hosts.analyze(copy.address, copy.model_id, wanted, query)
+
+
+async def preload_group(registry: Registry, caller: Caller, group_id: str, lens_ids: Sequence[str]) -> tuple[str, int]:
+    """Queue a job that brings the base and the lenses to the device; its id and how many lenses.
+
+    Raises:
+        NotFound: no such group or lens.
+    """
+    async with registry.store.transaction() as tx:
+        group = await tx.groups.get(group_id)
+        wanted = [group.lens(lens_id).id for lens_id in lens_ids] or [lens.id for lens in group.lenses]
+        job_id = new_id("job")
+        payload = {"group_id": group_id, "model_id": group.model_id, "lens_ids": wanted}
+        await tx.enqueue_preload(job_id, payload, caller.subject)
+    return job_id, len(wanted)
+
+
+async def run_preload(registry: Registry, lease: LoadLease) -> dict[str, Any]:
+    """Do the preload that a job stands for; a lens that fails does not hold up the others.
+
+    Raises:
+        LensmeshError: the base could not be loaded.
+    """
+    group_id, wanted = lease.payload["group_id"], list(lease.payload["lens_ids"])
+    copy = await lease.unless_stopped(_base(registry, lease.payload["model_id"]))
+    failed: list[str] = []
+    loaded, size = 0, copy.charge_bytes
+    for lens_id in ["", *wanted]:
+        if lens_id:
+            async with registry.store.transaction() as tx:
+                lens = (await tx.groups.get(group_id)).lens(lens_id)
+            try:
+                size += await lease.unless_stopped(bring(registry, lens, copy))
+                loaded += 1
+            except LensmeshError as error:
+                failed.append(lens_id)
+                async with registry.store.transaction() as tx:
+                    await tx.groups.lens_failed(lens_id, error.reason, error.message)
+        done = loaded + len(failed)
+        percent = 100.0 * (done + 1) / (len(wanted) + 1)
+        figures = {"loaded": loaded, "total": len(wanted), "bytes": size, "progress": percent, "task_id": lease.id}
+        async with lease.commit() as tx:
+            facts = {"group_id": group_id, "lens_id": lens_id or None, **figures}
+            await tx.emit("group:preload", group_id, facts)
+            await lease.progress(percent, figures)
+    return {"group_id": group_id, "loaded": loaded, "failed": failed}
+
+
+async def _base(registry: Registry, model_id: str) -> Residency:
+    """The copy that serves, after loading one where it fits best."""
+    async with registry.store.transaction() as tx:
+        copies = await tx.placement.of_model(model_id)
+    placed = next((copy.host_id for copy in copies if copy.state in ("resident", "loading")), None)
+    if placed is None:
+        found = await estimate_model(registry, model_id, None, "")
+        if found.best is None:
+            raise does_not_fit(found, registry.limits.max_resident_models)
+        placed = found.best.host.host_id
+    return await ensure_resident(registry, placed, model_id)
+
+
+async def move_group(registry: Registry, caller: Caller, group_id: str, device: str) -> GroupStatus:
+    """Move base and lenses to another device; answers when they are there.
+
+    Raises:
+        Conflict: `GROUP_NOT_RESIDENT`; `IN_USE` while leases are held.
+        Exhausted: `INSUFFICIENT_MEMORY`.
+    """
+    async with registry.store.transaction() as tx:
+        group = await tx.groups.get(group_id)
+        copies = await tx.placement.of_model(group.model_id)
+    if not any(copy.state == "resident" for copy in copies):
+        raise not_resident(group_id, group.model_id)
+    started = await move_model(registry, caller, group.model_id, device)
+    if started.task_id:
+        await await_job(registry, started.task_id)
+    return await group_status(registry, group_id)

@@ -1,0 +1,296 @@
+"""Lenses: attach, detach, switch, and bring them back after their base was loaded anew."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from services.kit.errors import Conflict, Invalid, LensmeshError, NotFound, Unsupported
+from services.kit.ids import new_id
+from services.registry.domain import (
+    Caller,
+    Group,
+    Lens,
+    LensArtifact,
+    Model,
+    Residency,
+    insufficient_memory,
+    not_resident,
+)
+from services.registry.operations.registry import Registry
+from services.registry.ports import RequestKey, Switched, Transaction
+
+_FIELDS = {"transcoder": "transcoder_id", "extension": "extension_id", "tuned_lens": "artifact_uri"}
+"""The field that names what a lens of a kind is made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewLens:
+    """What a caller says about a lens."""
+
+    kind: str
+    transcoder_id: str
+    extension_id: str
+    artifact_uri: str
+    activation_source_model_id: str
+
+
+async def attach_lens(registry: Registry, caller: Caller, group_id: str, new: NewLens, request: RequestKey) -> Lens:
+    """Add a lens to a group, and bring it to the device when the base is there; both or neither.
+
+    Raises:
+        Invalid: a field that the kind needs is missing, or one that it does not know is given.
+        NotFound: no such group, transcoder, extension or activation source.
+        Conflict: `LENS_INCOMPATIBLE`, with both values.
+        Exhausted: `INSUFFICIENT_MEMORY`.
+    """
+    _check_fields(new)
+    async with registry.store.transaction() as tx:
+        group = await tx.groups.get(group_id)
+        model = await tx.models.get(group.model_id)
+        if new.activation_source_model_id:
+            await tx.models.get(new.activation_source_model_id)
+    artifact = await _artifact(registry, new)
+    if artifact is not None:
+        check_fit(model, artifact)
+    async with registry.store.transaction() as tx, tx.once(request) as once:
+        if once.answer is not None:
+            return (await tx.groups.get(group_id)).lens(once.answer["id"])
+        lens = await tx.groups.add_lens(_row(caller, group_id, new, artifact))
+        once.answer = {"id": lens.id}
+        copy = await _serving(tx, group.model_id)
+    if copy is not None:
+        try:
+            await bring(registry, lens, copy)
+        except LensmeshError:
+            async with registry.store.transaction() as tx:
+                await tx.groups.remove_lens(lens.id)
+            raise
+    async with registry.store.transaction() as tx:
+        return (await tx.groups.get(group_id)).lens(lens.id)
+
+
+async def detach_lens(registry: Registry, group_id: str, lens_id: str) -> None:
+    """Take a lens off its group and off the devices.
+
+    Raises:
+        NotFound: no such group or lens.
+        Conflict: `IN_USE` when a forward holds it.
+    """
+    async with registry.store.transaction() as tx:
+        group = await tx.groups.get(group_id)
+        group.lens(lens_id)
+        copies = await tx.placement.of_model(group.model_id)
+    await take_lens_off(registry, copies, lens_id)
+    async with registry.store.transaction() as tx:
+        await tx.groups.remove_lens(lens_id)
+
+
+async def switch_lens(registry: Registry, group_id: str, lens_id: str | None) -> Switched:
+    """Make a lens of a group the active one, or none. Switches on one base take turns, so that rows tell the truth.
+
+    Raises:
+        NotFound: no such group or lens.
+        Conflict: `GROUP_NOT_RESIDENT`.
+        Exhausted: `INSUFFICIENT_MEMORY`: the lens is not on the device and has no room there.
+    """
+    start = time.perf_counter()
+    async with registry.store.transaction() as tx:
+        group = await tx.groups.get(group_id)
+        lens = None if lens_id is None else group.lens(lens_id)
+        copy = await _serving(tx, group.model_id)
+    if copy is None:
+        raise not_resident(group_id, group.model_id)
+    if lens is not None and lens.id not in copy.lens_ids:
+        await bring(registry, lens, copy)
+    async with registry.store.transaction() as tx:
+        await tx.groups.of_model(group.model_id, lock=True)
+        switched = await registry.hosts.switch_lens(copy.address, copy.model_id, lens_id)
+        await tx.groups.activate(group_id, lens_id)
+        await _tell_switch(tx, group_id, lens_id, switched)
+    registry.gauges.switched("within", time.perf_counter() - start)
+    return switched
+
+
+async def switch_extension(
+    registry: Registry, model_id: str, extension_id: str | None, artifact_uri: str, base_digest: str
+) -> Switched:
+    """Activate an extension on its base, or the base alone; groups that hold it show it as their active lens.
+
+    Raises:
+        NotFound: no such model.
+        Conflict: the base is not on a device; `LENS_INCOMPATIBLE`.
+    """
+    start = time.perf_counter()
+    async with registry.store.transaction() as tx:
+        model = await tx.models.get(model_id)
+        groups = await tx.groups.of_model(model_id)
+        copy = await _serving(tx, model_id)
+    if copy is None:
+        raise Conflict(
+            f"Model {model_id} is {model.status}, not on a device",
+            metadata={"model_id": model_id, "status": model.status},
+        )
+    holders = [(g, lens) for g in groups for lens in g.lenses if extension_id and lens.extension_id == extension_id]
+    lens_id = holders[0][1].id if holders else extension_id
+    if extension_id is not None and lens_id is not None and lens_id not in copy.lens_ids:
+        artifact = LensArtifact(artifact_uri, base_digest, 0, model_id)
+        check_fit(model, artifact)
+        await _place(registry, lens_id, "extension", artifact, copy)
+    async with registry.store.transaction() as tx:
+        await tx.groups.of_model(model_id, lock=True)
+        switched = await registry.hosts.switch_lens(copy.address, model_id, lens_id)
+        await tx.groups.activate_extension(model_id, extension_id)
+        for group, lens in holders:
+            await _tell_switch(tx, group.id, lens.id, switched)
+    registry.gauges.switched("within", time.perf_counter() - start)
+    return switched
+
+
+async def bring(registry: Registry, lens: Lens, copy: Residency) -> int:
+    """Bring a lens to a copy of its base; its bytes there.
+
+    Raises:
+        Exhausted: `INSUFFICIENT_MEMORY`.
+        LensmeshError: the host refused it; it is nowhere then.
+    """
+    artifact = LensArtifact(
+        lens.artifact_uri or "",
+        lens.base_digest or "",
+        lens.size_bytes,
+        copy.model_id,
+        layer=lens.layer,
+        activation_source_model_id=lens.activation_source_model_id or "",
+    )
+    return await _place(registry, lens.id, lens.kind, artifact, copy)
+
+
+async def restore_lenses(registry: Registry, model_id: str, host_id: str) -> None:
+    """After a load: attach the lenses of the base's groups, activate the altering one; a failure stays its own."""
+    async with registry.store.transaction() as tx:
+        copy = await _serving(tx, model_id)
+        groups = await tx.groups.of_model(model_id)
+    if copy is None or copy.host_id != host_id:
+        return
+    for group in groups:
+        for lens in group.lenses:
+            await _restore(registry, group, lens, copy)
+
+
+async def _restore(registry: Registry, group: Group, lens: Lens, copy: Residency) -> None:
+    code: str | None = None
+    message: str | None = None
+    try:
+        await bring(registry, lens, copy)
+        if lens.alters and group.active_lens_id == lens.id:
+            await registry.hosts.switch_lens(copy.address, copy.model_id, lens.id)
+    except LensmeshError as error:
+        code, message = error.reason, error.message
+    async with registry.store.transaction() as tx:
+        await tx.groups.lens_failed(lens.id, code, message)
+
+
+async def take_lens_off(registry: Registry, copies: Sequence[Residency], lens_id: str) -> None:
+    """Detach a lens from every copy of its base that has it."""
+    for copy in copies:
+        if lens_id in copy.lens_ids and copy.state == "resident":
+            with suppress(NotFound):
+                await registry.hosts.detach_lens(copy.address, copy.model_id, lens_id)
+
+
+def check_fit(model: Model, artifact: LensArtifact) -> None:
+    """Whether a lens was made for this base.
+
+    Raises:
+        Conflict: `LENS_INCOMPATIBLE`, with both values.
+    """
+    pairs = (
+        ("base_digest", artifact.base_digest, model.digest),
+        ("width", artifact.d_in, model.hidden_size),
+    )
+    for name, lens, base in pairs:
+        if lens and base and lens != base:
+            raise _incompatible(f"its {name} is {lens}, the base's is {base}", f"lens_{name}", lens, name, base)
+    if artifact.layer is not None and model.num_layers and artifact.layer >= model.num_layers:
+        text = f"it reads layer {artifact.layer}, the base has {model.num_layers} layers"
+        raise _incompatible(text, "lens_layer", artifact.layer, "num_layers", model.num_layers)
+
+
+def _incompatible(text: str, lens_name: str, lens: object, base_name: str, base: object) -> Conflict:
+    return Conflict(
+        f"The lens does not fit the base: {text}",
+        reason="LENS_INCOMPATIBLE",
+        metadata={lens_name: lens, base_name: base},
+    )
+
+
+async def _place(registry: Registry, lens_id: str, kind: str, artifact: LensArtifact, copy: Residency) -> int:
+    """Charge the ledger, attach, and correct the charge by what it really costs."""
+    async with registry.store.transaction() as tx:
+        host = await tx.placement.lock_host(copy.host_id)
+        if artifact.size_bytes > host.free_bytes:
+            raise insufficient_memory(artifact.size_bytes, host.free_bytes, host.name)
+        await tx.groups.place_lens(lens_id, copy.model_id, copy.host_id, artifact.size_bytes)
+    try:
+        size = await registry.hosts.attach_lens(copy.address, copy.model_id, lens_id, kind, artifact)
+    except LensmeshError:
+        async with registry.store.transaction() as tx:
+            await tx.groups.displace_lens(lens_id, copy.host_id)
+        raise
+    async with registry.store.transaction() as tx:
+        await tx.groups.place_lens(lens_id, copy.model_id, copy.host_id, size)
+    return size
+
+
+async def _serving(tx: Transaction, model_id: str) -> Residency | None:
+    return next((copy for copy in await tx.placement.of_model(model_id) if copy.state == "resident"), None)
+
+
+async def _tell_switch(tx: Transaction, group_id: str, lens_id: str | None, switched: Switched) -> None:
+    await tx.groups.record_switch(group_id, "within", switched.seconds)
+    facts = {"group_id": group_id, "lens_id": lens_id, "kind": "within"}
+    await tx.emit("group:switching", group_id, facts)
+    figures = {
+        "seconds": switched.seconds,
+        "memory_before_bytes": switched.memory_before_bytes,
+        "memory_after_bytes": switched.memory_after_bytes,
+    }
+    await tx.emit("group:switched", group_id, {**facts, **figures})
+
+
+def _check_fields(new: NewLens) -> None:
+    if new.kind == "text_lens":
+        raise Unsupported("Lenses of kind text_lens are reserved", metadata={"kind": new.kind})
+    wanted = _FIELDS.get(new.kind)
+    for name in ("transcoder_id", "extension_id", "artifact_uri"):
+        value = getattr(new, name)
+        if name == wanted and not value:
+            raise Invalid.of(name, f"must be given for kind {new.kind}")
+        if name != wanted and value:
+            raise Invalid.of(name, f"is not a field of kind {new.kind}")
+
+
+async def _artifact(registry: Registry, new: NewLens) -> LensArtifact | None:
+    if new.kind == "transcoder":
+        return await registry.peers.transcoder(new.transcoder_id)
+    if new.kind == "extension":
+        return await registry.peers.extension(new.extension_id)
+    return None
+
+
+def _row(caller: Caller, group_id: str, new: NewLens, artifact: LensArtifact | None) -> dict[str, object]:
+    return {
+        "id": new_id("lens"),
+        "group_id": group_id,
+        "kind": new.kind,
+        "transcoder_id": new.transcoder_id or None,
+        "extension_id": new.extension_id or None,
+        "artifact_uri": (artifact.uri if artifact else new.artifact_uri) or None,
+        "activation_source_model_id": new.activation_source_model_id or None,
+        "base_digest": (artifact.base_digest if artifact else "") or None,
+        "layer": artifact.layer if artifact else None,
+        "size_bytes": artifact.size_bytes if artifact else 0,
+        "created_by": caller.subject,
+    }

@@ -1,0 +1,83 @@
+"""What every operation is given: the ports and the limits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from services.kit.errors import Unavailable
+from services.registry.domain import Host
+from services.registry.ports import DatasetFiles, Gauges, ModelHosts, Peers, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Settings that decisions depend on."""
+
+    loads_per_hour: int
+    """Loads that one user may start within an hour."""
+    max_resident_models: int
+    """Models on one device."""
+    host_timeout: float
+    """Seconds of silence after which a host is lost."""
+    heartbeat_seconds: float
+    """Seconds between heartbeats."""
+
+
+class Endings:
+    """Wakes who waits in this process for jobs that end in this process; others look at the rows once a second."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, set[asyncio.Event]] = defaultdict(set)
+
+    def ended(self, job_id: str) -> None:
+        """The job's handler is done."""
+        for event in self._waiting.pop(job_id, ()):
+            event.set()
+
+    async def wait(self, job_id: str, seconds: float = 1.0) -> None:
+        """Until the job ended here, at most so long."""
+        event = asyncio.Event()
+        self._waiting[job_id].add(event)
+        try:
+            async with asyncio.timeout(seconds):
+                await event.wait()
+        except TimeoutError:
+            pass
+        finally:
+            if job_id in self._waiting:
+                self._waiting[job_id].discard(event)
+                if not self._waiting[job_id]:
+                    del self._waiting[job_id]
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """The control plane's ports and limits."""
+
+    store: Store
+    hosts: ModelHosts
+    peers: Peers
+    files: DatasetFiles
+    gauges: Gauges
+    limits: Limits
+    endings: Endings = field(default_factory=Endings)
+
+    async def host_to_ask(self, device: str = "") -> Host:
+        """A live host that can read model files, one that answers to `device` if there is.
+
+        Raises:
+            Unavailable: `NO_HOST`.
+        """
+        async with self.store.transaction() as tx:
+            hosts = await tx.placement.hosts()
+        if not hosts:
+            raise no_host()
+        return min(hosts, key=lambda host: (not host.answers_to(device), "extraction" not in host.services, host.name))
+
+
+def no_host(device: str = "") -> Unavailable:
+    """Nobody offers a device."""
+    text = f"No live host has device {device}" if device else "No host has announced itself yet"
+    return Unavailable(text, reason="NO_HOST", metadata={"device": device}, retry_after=5.0)

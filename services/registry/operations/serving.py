@@ -1,0 +1,97 @@
+"""Calls that are forwarded once to the host that has the model, and what hosts' jobs ask about places and bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.kit.errors import Conflict
+from services.registry.domain import Residency, insufficient_memory
+from services.registry.operations.registry import Registry
+
+DEFAULT_SAMPLES = 64
+DEFAULT_NEW_TOKENS = 64
+
+
+async def locate(registry: Registry, model_id: str) -> Residency:
+    """The copy of a model that serves.
+
+    Raises:
+        NotFound: `MODEL_NOT_FOUND`.
+        Conflict: it is nowhere.
+    """
+    async with registry.store.transaction() as tx:
+        copies = await tx.placement.of_model(model_id)
+        copy = next((copy for copy in copies if copy.state == "resident"), None)
+        if copy is not None:
+            await tx.placement.touch(copy.model_id, copy.host_id)
+            return copy
+        model = await tx.models.get(model_id)
+    raise Conflict(
+        f"Model {model_id} is {model.status}, not on a device; load it first",
+        metadata={"model_id": model_id, "status": model.status},
+    )
+
+
+async def measure_perplexity(
+    registry: Registry, model_id: str, dataset_id: str, sample_count: int, max_length: int
+) -> dict[str, Any]:
+    """Perplexity of a loaded model on a dataset, kept in its record.
+
+    Raises:
+        NotFound: no such model or dataset.
+        Conflict: the model is nowhere.
+    """
+    async with registry.store.transaction() as tx:
+        await tx.datasets.get(dataset_id)
+    copy = await locate(registry, model_id)
+    result = await registry.hosts.measure_perplexity(
+        copy.address, model_id, dataset_id, sample_count or DEFAULT_SAMPLES, max_length
+    )
+    async with registry.store.transaction() as tx:
+        await tx.models.append_perplexity(model_id, result)
+    return result
+
+
+async def generate(registry: Registry, model_id: str, query: dict[str, Any], extension_id: str) -> Any:
+    """Continue a prompt with a loaded model, with an extension when one is named; the host's answer.
+
+    Raises:
+        NotFound: no such model or extension.
+        Conflict: the model is nowhere; `LENS_INCOMPATIBLE`: the extension is of another base.
+    """
+    copy = await locate(registry, model_id)
+    extension = None
+    if extension_id:
+        artifact = await registry.peers.extension(extension_id)
+        if artifact.model_id != model_id:
+            raise Conflict(
+                f"Extension {extension_id} belongs to model {artifact.model_id}",
+                reason="LENS_INCOMPATIBLE",
+                metadata={"extension_model_id": artifact.model_id, "model_id": model_id},
+            )
+        extension = (extension_id, artifact)
+    query = {**query, "max_new_tokens": query["max_new_tokens"] or DEFAULT_NEW_TOKENS}
+    return await registry.hosts.generate(copy.address, model_id, query, extension)
+
+
+async def reserve(registry: Registry, host_id: str, owner: str, size: int) -> int:
+    """Promise bytes of a device to a job, in place of what it had there; never more than the ledger has.
+
+    Raises:
+        NotFound: no such host.
+        Unavailable: `NO_HOST`: it is lost.
+        Exhausted: `INSUFFICIENT_MEMORY`; the former reservation stays.
+    """
+    async with registry.store.transaction() as tx:
+        host = await tx.placement.lock_host(host_id)
+        available = host.free_bytes + await tx.placement.reserved_by(host_id, owner)
+        if size > available:
+            raise insufficient_memory(size, available, host.name)
+        await tx.placement.reserve(host_id, owner, size)
+    return size
+
+
+async def release(registry: Registry, host_id: str, owner: str) -> None:
+    """Give reserved bytes back; nothing happens when there are none."""
+    async with registry.store.transaction() as tx:
+        await tx.placement.release(host_id, owner)

@@ -1,0 +1,152 @@
+"""Taking models off devices: on request, for another model's sake, or to clear a device."""
+
+from __future__ import annotations
+
+from services.kit.errors import Conflict, LensmeshError, NotFound
+from services.registry.domain import Model, Residency
+from services.registry.operations.planning import may_leave
+from services.registry.operations.registry import Registry
+from services.registry.ports import Transaction
+
+
+async def unload_model(registry: Registry, model_id: str, wait_seconds: float) -> Model:
+    """Take a model off every device; answers when the memory is back.
+
+    Raises:
+        Conflict: it is loading or was never loaded; `IN_USE` when leases are held after the wait.
+    """
+    async with registry.store.transaction() as tx:
+        model = await tx.models.get(model_id, lock=True)
+        copies = await tx.placement.of_model(model_id)
+        await tx.models.update(model_id, wanted=False)
+    if not copies and model.status != "unloaded":
+        raise Conflict(
+            f"Model {model_id} is {model.status}, not on a device",
+            metadata={"model_id": model_id, "status": model.status},
+        )
+    await unload_copies(registry, model_id, wait_seconds=wait_seconds, cause="user")
+    async with registry.store.transaction() as tx:
+        return await tx.models.get(model_id)
+
+
+async def unload_copies(
+    registry: Registry, model_id: str, *, wait_seconds: float, cause: str, only: tuple[str, ...] = ()
+) -> int:
+    """Take a model's copies off their hosts, those of `only` when given; bytes that came back.
+
+    Raises:
+        Conflict: `ALREADY_LOADING`; `IN_USE` when leases are held after the wait: that copy stays.
+    """
+    async with registry.store.transaction() as tx:
+        await tx.models.get(model_id, lock=True)
+        copies = [r for r in await tx.placement.of_model(model_id) if not only or r.host_id in only]
+        loading = next((r for r in copies if r.state == "loading"), None)
+        if loading is not None:
+            raise Conflict(
+                f"Model {model_id} is loading; cancel job {loading.job_id} instead",
+                reason="ALREADY_LOADING",
+                metadata={"model_id": model_id, "task_id": loading.job_id or ""},
+            )
+        for copy in copies:
+            if copy.state == "resident":
+                await tx.placement.change(model_id, copy.host_id, state="unloading")
+    freed = 0
+    for position, copy in enumerate(copies):
+        try:
+            if copy.state != "lost":
+                await take_off(registry, copy, wait_seconds)
+        except LensmeshError:
+            await _keep(registry, copies[position:])
+            raise
+        async with registry.store.transaction() as tx:
+            await departed(tx, copy, cause=cause, wanted=False)
+        freed += copy.bytes
+    return freed
+
+
+async def _keep(registry: Registry, copies: list[Residency]) -> None:
+    async with registry.store.transaction() as tx:
+        for copy in copies:
+            if copy.state == "resident":
+                await tx.placement.change(copy.model_id, copy.host_id, state="resident")
+
+
+async def take_off(registry: Registry, copy: Residency, wait_seconds: float) -> None:
+    """Ask the host; one that has it no longer is as good.
+
+    Raises:
+        Conflict: `IN_USE`.
+    """
+    try:
+        await registry.hosts.unload(copy.address, copy.model_id, wait_seconds)
+    except NotFound:
+        return
+
+
+async def departed(
+    tx: Transaction,
+    copy: Residency,
+    *,
+    cause: str,
+    wanted: bool | None = None,
+    evicted_for: str = "",
+) -> None:
+    """A copy is off its host: rows and events say so. The model is `unloaded` when it was the last one.
+
+    Args:
+        tx: the transaction; the model is locked in it.
+        copy: what left.
+        cause: why, for the event.
+        wanted: whether it should still be on a device; unchanged when None.
+        evicted_for: job of the load that it made room for.
+    """
+    model = await tx.models.get(copy.model_id, lock=True)
+    if evicted_for:
+        await tx.placement.left(evicted_for, copy.model_id, copy.host_id, copy.bytes)
+    elif not await tx.placement.remove(copy.model_id, copy.host_id):
+        return
+    rest = {r.state for r in await tx.placement.of_model(copy.model_id)}
+    status = model.status
+    if not rest & {"resident", "unloading"}:
+        status = "loading" if "loading" in rest else "unloaded"
+    changes: dict[str, object] = {"status": status, "last_used_at": model.last_used_at}
+    if status != "ready":
+        changes |= {"memory_usage_bytes": None, "progress": 0.0, "fingerprint": None}
+    if wanted is not None:
+        changes["wanted"] = wanted
+    await tx.models.update(copy.model_id, **changes)
+    facts = {
+        "model_id": copy.model_id,
+        "status": status,
+        "device": f"{copy.host_id}/{copy.device}",
+        "freed_bytes": copy.bytes,
+        "cause": cause,
+    }
+    if evicted_for or cause == "device_cleared":
+        await tx.emit("model:evicted", copy.model_id, facts)
+    if status == "unloaded":
+        await tx.emit("model:unloaded", copy.model_id, facts)
+
+
+async def clear_device(registry: Registry, device: str) -> tuple[list[str], int]:
+    """Unload what is idle and not pinned on a device, and empty its allocator's cache; who left, and the bytes.
+
+    Raises:
+        NotFound: no live host has it.
+    """
+    async with registry.store.transaction() as tx:
+        host = next((h for h in await tx.placement.hosts() if device in (h.name, h.host_id)), None)
+    if host is None:
+        raise NotFound(f"There is no live device {device}", metadata={"device": device})
+    left: list[str] = []
+    freed = 0
+    for copy in [r for r in host.residents if may_leave(r)]:
+        try:
+            freed += await unload_copies(
+                registry, copy.model_id, wait_seconds=0.0, cause="device_cleared", only=(host.host_id,)
+            )
+        except Conflict:  # it came into use meanwhile
+            continue
+        registry.gauges.evicted("device_cleared")
+        left.append(copy.model_id)
+    return left, freed + await registry.hosts.empty_cache(host.address)

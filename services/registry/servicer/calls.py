@@ -1,0 +1,93 @@
+"""What every call has: who asks, what makes it repeatable, and which page of a list it wants."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from datetime import datetime
+from typing import Any, TypeVar
+
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
+
+from services.kit.auth import current_caller
+from services.kit.errors import Invalid
+from services.kit.idempotency import digest_of
+from services.registry.domain import Caller, Listed, Page
+from services.registry.ports import RequestKey
+
+M = TypeVar("M", bound=Message)
+DEFAULT_LIMIT = 50
+
+
+def caller() -> Caller:
+    """Who asks.
+
+    Raises:
+        Unauthenticated: outside of a call.
+    """
+    found = current_caller()
+    claim = found.claims.get("loads_per_hour")
+    return Caller(
+        subject=found.subject,
+        internal=found.internal,
+        admin=found.internal or "model:admin" in found.scopes,
+        loads_per_hour=claim if isinstance(claim, int) and not isinstance(claim, bool) else None,
+    )
+
+
+def request_key(method: str, request: Any) -> RequestKey:
+    """What makes a call idempotent: caller, method, its request_id, and a digest of everything else in it."""
+    body = type(request)()
+    body.CopyFrom(request)
+    body.ClearField("request_id")
+    digest = digest_of(body.SerializeToString(deterministic=True))
+    return RequestKey(caller().subject, method, request.request_id, digest)
+
+
+def page(request: Any) -> Page:
+    """Which part of a list is wanted.
+
+    Raises:
+        Invalid: a page_token that no list gave, or one together with an offset.
+    """
+    limit = request.limit or DEFAULT_LIMIT
+    if not request.page_token:
+        return Page(limit, request.offset, None)
+    if request.offset:
+        raise Invalid.of("offset", "may not be given together with page_token")
+    try:
+        at, resource_id = json.loads(base64.urlsafe_b64decode(request.page_token.encode()))
+        return Page(limit, 0, (datetime.fromisoformat(at), str(resource_id)))
+    except (ValueError, TypeError, binascii.Error) as error:
+        raise Invalid.of("page_token", "is not one that a list gave") from error
+
+
+def paging(listed: Listed) -> dict[str, Any]:
+    """The fields that every page has."""
+    token = ""
+    if listed.next is not None:
+        at, resource_id = listed.next
+        token = base64.urlsafe_b64encode(json.dumps([at.isoformat(), resource_id]).encode()).decode()
+    return {
+        "total": listed.total,
+        "limit": listed.page.limit,
+        "offset": listed.page.offset,
+        "next_page_token": token,
+    }
+
+
+def masked(message: M, mask: FieldMask) -> M:
+    """Only the fields that the mask names; everything when it is empty.
+
+    Raises:
+        Invalid: a path that the message does not have.
+    """
+    if not mask.paths:
+        return message
+    if not mask.IsValidForDescriptor(message.DESCRIPTOR):
+        raise Invalid.of("read_mask", f"names a field that {message.DESCRIPTOR.name} does not have")
+    chosen = type(message)()
+    mask.MergeMessage(message, chosen)
+    return chosen
