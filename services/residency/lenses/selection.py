@@ -1,0 +1,86 @@
+"""Encode and select in one pass over blocks of rows, so that the dense pre-activations never exist as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.residency.lenses.codes import Codes
+
+ACTIVATIONS = ("topk", "batch_topk", "jumprelu")
+BLOCK_ELEMENTS = 4 * 1024 * 1024
+"""Pre-activations held at once; 16 MiB in float32. Larger blocks gain nothing, and the allocator returns them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A linear encoder: weight [D, d_in], bias [D]; both of one dtype."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def blocks(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first row, pre-activations [rows, D]) over x [N, d_in]. A block is overwritten by the next one."""
+        step = max(1, BLOCK_ELEMENTS // len(self.weight))
+        buffer = x.new_empty(min(step, len(x)), len(self.weight))
+        for start in range(0, len(x), step):
+            part = x[start : start + step]
+            yield start, torch.addmm(self.bias, part, self.weight.T, out=buffer[: len(part)])
+
+
+def largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and int64 indices, both [N, k], of each row's k largest entries of pre [N, D], in no order; exact.
+
+    The k largest lie in the k chunks with the largest maxima, so a sweep of maxima leaves k * chunk candidates of D.
+    A chunk is every (D / chunk)-th column, which makes the sweep one vectorised reduction.
+    """
+    chunk, width = 8, pre.shape[1]
+    if width % chunk or width // chunk < 2 * k:
+        values, indices = pre.topk(k, dim=1, sorted=False)
+        return values, indices
+    chunks = pre.view(len(pre), chunk, width // chunk)
+    best = largest(chunks.amax(1), k)[1]
+    candidates = chunks.gather(2, best[:, None, :].expand(-1, chunk, -1)).flatten(1)
+    values, position = candidates.topk(k, dim=1, sorted=False)
+    return values, (position // k) * (width // chunk) + best.gather(1, position % k)
+
+
+def select_topk(encoder: Encoder, x: Tensor, k: int) -> Codes:
+    """Codes of the k largest positive pre-activations of every row of x [N, d_in]."""
+    values = x.new_empty(len(x), k)
+    latents = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    for start, pre in encoder.blocks(x):
+        values[start : start + len(pre)], latents[start : start + len(pre)] = largest(pre, k)
+    return Codes.of_rows(values, latents, len(encoder.weight))
+
+
+def select_batch_topk(encoder: Encoder, x: Tensor, k: int) -> Codes:
+    """Codes of the N * k largest positive pre-activations of all of x [N, d_in] together; exact.
+
+    BatchTopK (Bussmann et al. 2024, arXiv:2412.06410, eq. 3) in two stages: `width` candidates of every row, then the
+    best of them all. A row all of whose candidates won may hide more winners; then the width is doubled.
+    """
+    dict_size, width = len(encoder.weight), min(4 * k, len(encoder.weight))
+    while True:
+        codes = select_topk(encoder, x, width)
+        if len(codes) <= len(x) * k:
+            return codes
+        kept = codes.value.topk(len(x) * k, sorted=False).indices.sort().values
+        best = Codes(codes.rows, dict_size, codes.row[kept], codes.latent[kept], codes.value[kept])
+        if width == dict_size or int(torch.bincount(best.row, minlength=len(x)).max()) < width:
+            return best
+        width = min(2 * width, dict_size)
+
+
+def select_above(encoder: Encoder, x: Tensor, threshold: Tensor) -> Codes:
+    """Codes of the positive pre-activations above `threshold` [D] (strictly, as SAELens' JumpReLU has it)."""
+    rows, latents, values = [], [], []
+    for start, pre in encoder.blocks(x):
+        row, latent = (~((pre <= threshold) | (pre <= 0))).nonzero(as_tuple=True)
+        rows.append(row + start)
+        latents.append(latent)
+        values.append(pre[row, latent])
+    return Codes(len(x), len(encoder.weight), torch.cat(rows), torch.cat(latents), torch.cat(values))

@@ -1,0 +1,194 @@
+"""One transcoder in training: its weights, its optimiser, its counters."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from services.residency.lenses.codes import Codes
+from services.residency.lenses.transcoder import Transcoder
+from services.training.compute import sparsity
+from services.training.compute.config import TrainConfig
+from services.training.compute.dead import revive
+from services.training.compute.initial import Scale, initial_parameters
+from services.training.compute.metrics import batch_variance
+from services.training.compute.nested import Nested, Parameters, Prefixes, nested_gradients
+from services.training.compute.report import StepReport
+from services.training.compute.schedule import learning_rate
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A step's loss is not a finite number; the coder is as it was before that step.
+
+    Attributes:
+        coder: its name. step: steps done before. facts: figures of the batch.
+    """
+
+    def __init__(self, coder: str, step: int, facts: dict[str, Any]) -> None:
+        super().__init__(f"the loss of {coder} is not finite after {step} steps")
+        self.coder, self.step, self.facts = coder, step, facts
+
+
+class Coder:
+    """Trains in scaled units: x * scale.source to y * scale.target. `transcoder` folds the factors into the weights."""
+
+    def __init__(self, name: str, config: TrainConfig, scale: Scale, parameters: Parameters) -> None:
+        """Take a resolved configuration and first weights, which are trained in place."""
+        device = parameters["W_enc"].device
+        self.name, self.config, self.scale, self.parameters, self.step_count = name, config, scale, parameters, 0
+        weights = torch.tensor(config.prefix_weights, dtype=torch.float64)
+        self._prefixes = Prefixes(config.shape.prefix_widths, (weights / weights.sum()).float().to(device))
+        self._optimizer = torch.optim.Adam(list(parameters.values()), lr=learning_rate(config, 0), fused=True)
+        self._threshold = torch.zeros((), device=device)
+        self._idle_rows = torch.zeros(config.dict_size, dtype=torch.int64, device=device)
+
+    @classmethod
+    def start(cls, name: str, config: TrainConfig, x: Tensor, y: Tensor) -> Coder:
+        """A new coder for a resolved configuration, from a float32 sample x [N, d_in], y [N, d_out]."""
+        scale = Scale.of(x, y)
+        parameters = initial_parameters(config, scale, x, y)
+        if config.activation == "jumprelu":
+            codes = sparsity.select_batch_topk(
+                sparsity.Encoder(parameters["W_enc"], parameters["b_enc"]),
+                x[: config.batch_size] * scale.source,
+                config.shape.top_k,
+            )
+            parameters["threshold"] = sparsity.lowest(codes).expand(config.dict_size).clone()
+        return cls(name, config, scale, parameters)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, y: Tensor) -> StepReport:
+        """Train on one batch x [N, d_in], y [N, d_out], as stored.
+
+        Raises:
+            NonFiniteLoss: nothing was changed.
+        """
+        begin = time.perf_counter()
+        x, y = x.float() * self.scale.source, y.float() * self.scale.target
+        codes, nested = self._gradients(x, y)
+        l2_loss = float(nested.errors @ self._prefixes.weights)
+        variance = batch_variance(y)
+        if not math.isfinite(l2_loss):
+            facts = {"l2_loss": l2_loss, "rows": len(x), "finite_x": _finite(x), "finite_y": _finite(y)}
+            raise NonFiniteLoss(self.name, self.step_count, facts)
+        dead = (self._idle_rows >= self.config.dead_after_tokens).nonzero().flatten()
+        aux_loss = self._revive(dead, x, nested)
+        norm, rate = self._update(nested.gradients)
+        self._count(codes, len(x))
+        if self.config.activation == "jumprelu":
+            sparsity.steer(self.parameters["threshold"], codes, self.config.shape.top_k)
+        else:
+            self._threshold = sparsity.follow_threshold(
+                self.config, self.parameters, self._threshold, x, self.step_count
+            )
+        self.step_count += 1
+        seconds = time.perf_counter() - begin
+        return StepReport(
+            coder=self.name,
+            step=self.step_count,
+            tokens_seen=self.step_count * self.config.batch_size,
+            seconds=seconds,
+            tokens_per_second=len(x) / seconds,
+            learning_rate=rate,
+            loss=l2_loss + self.config.aux_weight * aux_loss,
+            l2_loss=l2_loss,
+            aux_loss=aux_loss,
+            fvu_per_prefix=[error / variance if variance else math.inf for error in nested.errors.tolist()],
+            l0_per_prefix=self._l0(codes),
+            dead_fraction=len(dead) / self.config.dict_size,
+            gradient_norm=norm,
+        )
+
+    def transcoder(self, info: dict[str, Any] | None = None) -> Transcoder:
+        """The trained map in units of the data; the factors are folded in here, and nowhere else."""
+        source, target = self.scale.source, self.scale.target
+        threshold = self.parameters.get("threshold", self._threshold.expand(self.config.dict_size))
+        weights = {
+            "W_enc": (self.parameters["W_enc"] * source).T,
+            "b_enc": self.parameters["b_enc"].clone(),
+            "W_dec": self.parameters["W_dec"] / target,
+            "b_dec": self.parameters["b_dec"] / target,
+            "threshold": threshold.clone(),
+        }
+        if "W_skip" in self.parameters:
+            weights["W_skip"] = self.parameters["W_skip"] * (source / target)
+        return Transcoder(self.config.shape, weights, info)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that changes while training but the step count; `restore` takes it back bit for bit."""
+        state = {f"parameter.{name}": tensor for name, tensor in self.parameters.items()}
+        for name, tensor in self.parameters.items():
+            for key, value in self._optimizer.state.get(tensor, {}).items():
+                state[f"optimizer.{name}.{key}"] = value
+        return state | {"threshold": self._threshold, "idle_rows": self._idle_rows}
+
+    def restore(self, tensors: dict[str, Tensor], step_count: int) -> None:
+        """Go on from what `tensors` gave after `step_count` steps.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape; nothing was changed.
+        """
+        for name, parameter in self.parameters.items():
+            found = tensors.get(f"parameter.{name}")
+            if found is None or found.shape != parameter.shape:
+                raise ValueError(f"parameter.{name}: missing, or not {list(parameter.shape)}")
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+            prefix = f"optimizer.{name}."
+            self._optimizer.state[parameter] = {
+                key.removeprefix(prefix): value.clone().to(parameter.device)
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+        self._threshold = tensors["threshold"].clone().to(self._threshold.device)
+        self._idle_rows.copy_(tensors["idle_rows"])
+        self.step_count = step_count
+
+    def _gradients(self, x: Tensor, y: Tensor) -> tuple[Codes, Nested]:
+        if self.config.activation != "jumprelu":
+            codes = sparsity.select(self.config, self.parameters, x)
+            return codes, nested_gradients(self.parameters, codes, x, y, self._prefixes)
+        window = sparsity.Window.of(self.config, self.parameters, x)
+        nested = nested_gradients(self.parameters, window.codes, x, y, self._prefixes)
+        nested.gradients["threshold"] = window.gradient(self.parameters["threshold"], nested.by_value)
+        return window.codes.where(window.codes.value != 0), nested
+
+    def _revive(self, dead: Tensor, x: Tensor, nested: Nested) -> float:
+        if not len(dead) or not self.config.aux_k:
+            return 0.0
+        revival = revive(
+            self.parameters, dead, x, nested.residual, aux_k=self.config.aux_k, weight=self.config.aux_weight
+        )
+        for name, gradient in revival.gradients.items():
+            nested.gradients[name].index_add_(0, dead, gradient)
+        return revival.loss
+
+    def _update(self, gradients: Parameters) -> tuple[float, float]:
+        norm = float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
+        rate = learning_rate(self.config, self.step_count)
+        for name, parameter in self.parameters.items():
+            parameter.grad = gradients[name]
+            if norm > self.config.gradient_clip:
+                parameter.grad.mul_(self.config.gradient_clip / norm)
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if "threshold" in self.parameters:
+            self.parameters["threshold"].clamp_(min=0)
+        return norm, rate
+
+    def _count(self, codes: Codes, rows: int) -> None:
+        self._idle_rows += rows
+        self._idle_rows[codes.latent] = 0
+
+    def _l0(self, codes: Codes) -> list[float]:
+        within = codes.counts().cumsum(0)[torch.tensor(self._prefixes.widths, device=codes.latent.device) - 1]
+        return (within / codes.rows).tolist()
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())

@@ -1,0 +1,94 @@
+"""How each activation picks its codes while training, and how its thresholds follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.residency.lenses.codes import Codes
+from services.residency.lenses.selection import Encoder, select_above, select_batch_topk, select_topk
+from services.training.compute.config import TrainConfig
+from services.training.compute.nested import Parameters
+
+FOLLOW = 0.25
+"""Weight of the newest estimate in the running threshold."""
+PROBE_EVERY, PROBE_ROWS = 4, 256
+"""How often, and on how many rows, a topk coder's threshold is estimated."""
+BANDWIDTH = 0.1
+"""Width of the window around a threshold in which it gets a gradient; pre-activations start with variance 1."""
+STEERING = 0.05
+"""How far all thresholds of a jumprelu coder move per step, as a part of themselves, when L0 is twice top_k."""
+
+
+def encoder(config: TrainConfig, parameters: Parameters) -> Encoder:
+    """The encoder in the number format of its product."""
+    dtype = getattr(torch, config.dtype)
+    return Encoder(parameters["W_enc"].to(dtype), parameters["b_enc"].to(dtype))
+
+
+def select(config: TrainConfig, parameters: Parameters, x: Tensor) -> Codes:
+    """Codes of a batch x [N, d_in] with topk or batch_topk; values in float32."""
+    pick = select_topk if config.activation == "topk" else select_batch_topk
+    codes = pick(encoder(config, parameters), x.to(getattr(torch, config.dtype)), config.shape.top_k)
+    return Codes(codes.rows, codes.dict_size, codes.row, codes.latent, codes.value.float())
+
+
+def follow_threshold(config: TrainConfig, parameters: Parameters, threshold: Tensor, x: Tensor, step: int) -> Tensor:
+    """The running threshold, a scalar tensor, after step `step`: the one under which L0 is top_k on average.
+
+    It is what batch_topk selects by once trained, and the JumpReLU stand-in that other tools read for topk.
+    """
+    if step % PROBE_EVERY and config.activation == "topk":
+        return threshold
+    rows = x[:PROBE_ROWS] if config.activation == "topk" else x
+    newest = lowest(
+        select_batch_topk(encoder(config, parameters), rows.to(getattr(torch, config.dtype)), config.shape.top_k)
+    )
+    return newest if step == 0 else threshold + FOLLOW * (newest - threshold)
+
+
+def lowest(codes: Codes) -> Tensor:
+    """The smallest active value, a float32 scalar; 0 when nothing is active."""
+    return codes.value.min().float() if len(codes) else codes.value.new_zeros((), dtype=torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """JumpReLU's codes and what its thresholds need.
+
+    Rajamanoharan et al. 2024 (arXiv:2407.14435), eq. 11: with K a box of width BANDWIDTH around the threshold t,
+    d JumpReLU(z)/dt = -t K((z - t)/w)/w.
+
+    Attributes:
+        codes: entries above the window's lower edge; value 0 where they are below their threshold.
+        inside: bool [nnz], those inside the window.
+    """
+
+    codes: Codes
+    inside: Tensor
+
+    @classmethod
+    def of(cls, config: TrainConfig, parameters: Parameters, x: Tensor) -> Window:
+        """Of a batch x [N, d_in]."""
+        threshold, dtype = parameters["threshold"], getattr(torch, config.dtype)
+        edge = (threshold - BANDWIDTH / 2).to(dtype)
+        near = select_above(encoder(config, parameters), x.to(dtype), edge)
+        value, limit = near.value.float(), threshold[near.latent]
+        active = ~(value <= limit)
+        codes = Codes(near.rows, near.dict_size, near.row, near.latent, value * active)
+        return cls(codes, (value - limit).abs() < BANDWIDTH / 2)
+
+    def gradient(self, threshold: Tensor, by_value: Tensor) -> Tensor:
+        """dL/dthreshold [D] from dL/dz of the entries, [nnz]."""
+        each = -by_value * threshold[self.codes.latent] * self.inside / BANDWIDTH
+        return torch.zeros_like(threshold).index_add_(0, self.codes.latent, each)
+
+
+def steer(threshold: Tensor, codes: Codes, top_k: int) -> None:
+    """Move all thresholds [D] together, in place, towards top_k active latents per row.
+
+    The published sparsity losses leave L0 to a coefficient that has to be searched for; here it is asked for.
+    """
+    threshold.mul_(1 + STEERING * max(-1.0, min(1.0, len(codes) / (codes.rows * top_k) - 1)))

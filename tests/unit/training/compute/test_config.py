@@ -1,0 +1,94 @@
+"""Every wrong field of a training is named, and rules give what the documents say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from services.training.compute import ConfigError, TrainConfig, fit
+from services.training.compute.config import default_top_k
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(**({"dict_size": 64, "num_tokens": 512, "batch_size": 32, "top_k": 4} | changes))
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("dict_size", {"dict_size": 0}),
+        ("dict_size", {"dict_size": 64.0}),
+        ("group_sizes", {"group_sizes": (16, 16)}),
+        ("group_sizes", {"group_sizes": (0, 64)}),
+        ("group_sizes", {"group_sizes": (-1, 65)}),
+        ("prefix_widths", {"prefix_widths": (16, 32)}),
+        ("prefix_widths", {"prefix_widths": ()}),
+        ("prefix_widths", {"prefix_widths": (32, 16, 64)}),
+        ("prefix_widths", {"prefix_widths": (16, 64), "group_sizes": (16, 48)}),
+        ("prefix_weights", {"group_sizes": (16, 48), "prefix_weights": (1.0,)}),
+        ("prefix_weights", {"group_sizes": (16, 48), "prefix_weights": (0.0, 0.0)}),
+        ("top_k", {"top_k": 0}),
+        ("top_k", {"top_k": 65}),
+        ("top_k", {"top_k": True}),
+        ("activation", {"activation": "relu"}),
+        ("lr_schedule", {"lr_schedule": "step"}),
+        ("dtype", {"dtype": "int8"}),
+        ("batch_size", {"batch_size": 0}),
+        ("num_tokens", {"num_tokens": 31}),
+        ("learning_rate", {"learning_rate": 0.0}),
+        ("learning_rate", {"learning_rate": float("nan")}),
+        ("aux_k", {"aux_k": -1}),
+        ("aux_weight", {"aux_weight": -0.5}),
+        ("dead_after_tokens", {"dead_after_tokens": 0}),
+        ("gradient_clip", {"gradient_clip": float("inf")}),
+        ("warmup_fraction", {"warmup_fraction": 1.5}),
+        ("seed", {"seed": 0.5}),
+    ],
+)
+def test_a_wrong_field_is_named(field: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: ") as caught:
+        config(**changes)
+    assert isinstance(caught.value, ConfigError)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "x", "y"),
+    [
+        ("batch_size", torch.zeros(31, 4), torch.zeros(31, 4)),
+        ("y", torch.zeros(64, 4), torch.zeros(63, 4)),
+        ("y", torch.zeros(64, 4), torch.zeros(64, 4, dtype=torch.float64)),
+        ("x", torch.zeros(64), torch.zeros(64, 4)),
+        ("x", torch.zeros(64, 4, dtype=torch.int32), torch.zeros(64, 4, dtype=torch.int32)),
+    ],
+)
+def test_wrong_tensors_are_named(field: str, x: torch.Tensor, y: torch.Tensor) -> None:
+    with pytest.raises(ConfigError) as caught:
+        fit(x, y, config())
+    assert caught.value.field == field
+
+
+def test_both_forms_of_the_groups_mean_the_same() -> None:
+    increments, cumulative = config(group_sizes=(8, 24, 32)), config(prefix_widths=(8, 32, 64))
+    assert increments.groups == cumulative.groups == (8, 24, 32)
+    assert increments.shape.prefix_widths == (8, 32, 64)
+
+
+def test_default_groups_are_the_proportions_of_spec002() -> None:
+    assert TrainConfig(dict_size=36864, num_tokens=4096).groups == (2304, 4608, 9216, 20736)
+    assert TrainConfig(dict_size=12288, num_tokens=4096).groups == (768, 1536, 3072, 6912)
+    assert sum(TrainConfig(dict_size=5, num_tokens=4096, top_k=1).groups) == 5
+
+
+def test_default_top_k_is_the_rule_of_spec002() -> None:
+    assert [default_top_k(size) for size in (16, 4096, 12288, 36864)] == [16, 32, 64, 192]
+
+
+def test_resolving_writes_every_rule_out_and_changes_nothing_given() -> None:
+    resolved = config(learning_rate=0.5).resolved(d_out=10)
+    assert (resolved.learning_rate, resolved.aux_k, resolved.dead_after_tokens) == (0.5, 5, 51)
+    assert None not in {resolved.group_sizes, resolved.top_k, resolved.prefix_weights, resolved.learning_rate}
+    assert TrainConfig(**resolved.to_dict()).resolved(d_out=10).to_dict() == resolved.to_dict()
+    assert config(aux_k=0).resolved(10).aux_k == 0

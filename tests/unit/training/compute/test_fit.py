@@ -1,0 +1,198 @@
+"""Training as a whole: it learns, its seed decides, it goes on bit for bit, it stops at values that are not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from services.training.compute import InMemory, NonFiniteLoss, TrainConfig, Trainer, compute_fvu, fit
+from services.training.compute.batches import Order
+from services.training.compute.coder import Coder
+from services.training.compute.schedule import learning_rate
+
+
+def planted(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sparse features read from 32 dimensions and written to 24, on top of a constant; d_in differs from d_out."""
+    world = torch.Generator().manual_seed(99)
+    read, write = torch.randn(40, 32, generator=world), torch.randn(40, 24, generator=world)
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.rand(rows, 40, generator=generator) * (torch.rand(rows, 40, generator=generator) < 0.05)
+    return features @ read + 3, features @ write * 0.01 - 5
+
+
+def config(**changes: Any) -> TrainConfig:
+    base = {"dict_size": 64, "group_sizes": (16, 48), "top_k": 4, "batch_size": 128, "num_tokens": 128 * 60}
+    return TrainConfig(**(base | {"learning_rate": 1e-2} | changes))
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_it_learns_a_planted_map(activation: str, skip: bool) -> None:
+    transcoder, reports = fit(*planted(4096), config(activation=activation, skip=skip, num_tokens=128 * 400))
+    x, y = planted(2048, seed=1)
+    assert compute_fvu(y, transcoder(x)) < 0.2
+    assert reports[-1].fvu < 0.2 < reports[0].fvu
+    active = transcoder.encode(x).gt(0).sum(1).float().mean().item()
+    assert active < 4.4
+    assert skip or active > 3.6  # a linear path leaves less to do
+    last = reports[-1]
+    assert (
+        last.fvu == last.fvu_per_prefix[-1] == last.fvu_min <= last.fvu_mean <= last.fvu_max == last.fvu_per_prefix[0]
+    )
+    assert len(last.fvu_per_prefix) == len(last.l0_per_prefix) == 2
+    assert last.l0_per_prefix[0] < last.l0_per_prefix[1] == last.l0
+
+
+def test_the_first_prefix_is_trained_and_not_only_cut_off() -> None:
+    nested, _ = fit(*planted(4096), config(num_tokens=128 * 200))
+    plain, _ = fit(*planted(4096), config(num_tokens=128 * 200, prefix_weights=(0.0, 1.0)))
+    x, y = planted(2048, seed=1)
+    assert compute_fvu(y, nested(x, 1)) < 0.9 * compute_fvu(y, plain(x, 1))
+
+
+def test_every_step_is_reported_in_order() -> None:
+    seen = []
+    _, reports = fit(*planted(1024), config(num_tokens=128 * 3 + 1), on_step=seen.append)
+    assert seen == reports
+    assert [report.step for report in reports] == [1, 2, 3, 4]
+    assert reports[-1].tokens_seen == 512
+    assert all(report.seconds > 0 and report.gradient_norm > 0 for report in reports)
+    assert reports[0].to_dict()["fvu_per_prefix"] == list(reports[0].fvu_per_prefix)
+
+
+def test_the_report_adds_up() -> None:
+    _, reports = fit(*planted(1024), config(dead_after_tokens=128, num_tokens=128 * 20))
+    for report in reports:
+        assert report.loss == pytest.approx(report.l2_loss + report.aux_loss / 32)
+    assert any(report.aux_loss > 0 for report in reports if report.dead_fraction > 0)
+
+
+def test_scaling_the_data_changes_nothing_but_the_units() -> None:
+    x, y = planted(1024)
+    plain, _ = fit(x, y, config())
+    scaled, _ = fit(x * 8, y / 4, config())  # powers of two: exact
+    assert torch.allclose(scaled(x * 8) * 4, plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_seed_decides() -> None:
+    x, y = planted(1024)
+    first, again, other = (fit(x, y, config(seed=seed))[0] for seed in (3, 3, 4))
+    assert torch.equal(first.W_enc, again.W_enc)
+    assert torch.equal(first.W_dec, again.W_dec)
+    assert not torch.equal(first.W_enc, other.W_enc)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu"])
+def test_a_restored_training_goes_on_bit_for_bit(activation: str) -> None:
+    (x1, y1), (x2, y2) = planted(500), planted(500, seed=5)
+    source = InMemory({"blocks.1": (x1, y1), "blocks.2": (x2, y2)})
+    configs = dict.fromkeys(source.coders, config(activation=activation, dead_after_tokens=256, num_tokens=128 * 12))
+    whole = Trainer(source, configs)
+    for _ in range(7):
+        whole.step()
+    tensors, facts = whole.state()
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    rest = [[report.loss for report in step] for step in whole.run()]
+
+    resumed = Trainer(source, configs)
+    resumed.restore(tensors, facts)
+    assert [[report.loss for report in step] for step in resumed.run()] == rest
+    for name, expected in whole.state()[0].items():
+        assert torch.equal(resumed.state()[0][name], expected), name
+    for name, transcoder in whole.transcoders().items():
+        for key, tensor in transcoder.state_dict().items():
+            assert torch.equal(resumed.transcoders()[name].state_dict()[key], tensor), key
+
+
+def test_the_state_of_another_training_is_refused() -> None:
+    x, y = planted(500)
+    trainer = Trainer(InMemory({"a": (x, y)}), {"a": config()})
+    tensors, facts = trainer.state()
+    before = trainer.coders[0].parameters["W_enc"].clone()
+    with pytest.raises(ValueError, match="scales"):
+        Trainer(InMemory({"a": (x * 3, y)}), {"a": config()}).restore(tensors, facts)
+    with pytest.raises(ValueError, match=r"parameter\.W_dec"):
+        trainer.restore({name: t for name, t in tensors.items() if "W_dec" not in name}, facts)
+    assert torch.equal(trainer.coders[0].parameters["W_enc"], before)
+
+
+def test_coders_of_one_stream_are_trained_as_each_alone() -> None:
+    (x1, y1), (x2, y2) = planted(500), planted(500, seed=5)
+    together = Trainer(InMemory({"a": (x1, y1), "b": (x2, y2)}), {"a": config(), "b": config(top_k=2)})
+    for _ in range(5):
+        together.step()
+    alone = Trainer(InMemory({"b": (x2, y2)}), {"b": config(top_k=2)})
+    for _ in range(5):
+        alone.step()
+    assert torch.equal(together.coders[1].parameters["W_enc"], alone.coders[0].parameters["W_enc"])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
+    x, y = planted(512)
+    trainer = Trainer(InMemory({"a": (x, y)}), {"a": config()})
+    trainer.step()
+    before = {name: tensor.clone() for name, tensor in trainer.state()[0].items()}
+    y[:] = float("nan")
+    with pytest.raises(NonFiniteLoss) as caught:
+        trainer.step()
+    assert (caught.value.coder, caught.value.step) == ("a", 1)
+    assert caught.value.facts["finite_y"] is False
+    assert caught.value.facts["finite_x"] is True
+    for name, tensor in trainer.state()[0].items():
+        assert torch.equal(tensor, before[name]), name
+    assert trainer.step_count == 1
+
+
+def test_a_nan_in_the_input_is_not_taken_for_silence() -> None:
+    x, y = planted(512)
+    x[:, 0] = float("nan")
+    with pytest.raises(NonFiniteLoss):
+        fit(x, y, config())
+
+
+def test_dead_latents_come_back_through_their_encoder() -> None:
+    x, y = planted(2048)
+    resolved = config(dead_after_tokens=128, num_tokens=128 * 200).resolved(24)
+    coder = Coder.start("a", resolved, x, y)
+    coder.parameters["b_enc"][:32] = -1e3  # half of the latents can never be active
+    encoder_before = coder.parameters["W_enc"][:32].clone()
+    order = Order(len(x), 128, 0)
+    for step in range(60):
+        rows = order.batch(step)
+        report = coder.step(x[rows], y[rows])
+        if step == 1:
+            assert report.dead_fraction >= 0.5
+            assert torch.equal(coder.parameters["W_enc"][:32], encoder_before)  # far below zero: no gradient yet
+            coder.parameters["b_enc"][:32] = -3.0
+    assert not torch.equal(coder.parameters["W_enc"][:32], encoder_before)
+
+
+def test_every_row_is_seen_once_a_pass_in_another_order_each_time() -> None:
+    order = Order(100, 32, seed=1)
+    stream = torch.cat([order.batch(step) for step in range(7)])[:200]
+    first, second = stream[:100], stream[100:]
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(100))
+    assert first.tolist() != second.tolist()
+    runs = Order(100, 32, seed=1, run=8).batch(0)
+    assert ((runs[1:] - runs[:-1]) == 1).sum() >= 24  # neighbours stay together
+
+
+def test_learning_rate_rises_holds_and_falls() -> None:
+    linear = config(num_tokens=128 * 100, warmup_fraction=0.1).resolved(24)
+    rates = [learning_rate(linear, step) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates[10] == rates[79] == 1e-2
+    assert rates[90] == pytest.approx(5e-3)
+    assert 0 < rates[99] < 1e-3
+    constant = config(lr_schedule="constant").resolved(24)
+    assert learning_rate(constant, 59) == 1e-2
+    cosine = config(lr_schedule="cosine", warmup_fraction=0.0).resolved(24)
+    assert learning_rate(cosine, 30) == pytest.approx(5e-3)
+
+
+def test_bfloat16_products_train_float32_weights() -> None:
+    transcoder, reports = fit(*planted(4096), config(dtype="bfloat16", num_tokens=128 * 200))
+    assert transcoder.W_enc.dtype == torch.float32
+    assert reports[-1].fvu < 0.3 < reports[0].fvu
