@@ -78,6 +78,10 @@ class Journey:
             wait_for_load(self.api, self.model_id, started["task_id"], self.console)
         return self.api.call("GetModel", id=self.model_id)
 
+    def unload(self) -> None:
+        """Take the model off its device, after forwards that still use it."""
+        self.api.call("UnloadModel", id=self.model_id, wait_seconds=60)
+
     def wait(self, job_id: str, title: str) -> Event:
         """Wait for a job under a bar."""
         return wait_for_job(self.api, job_id, title, self.console)

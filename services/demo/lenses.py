@@ -40,7 +40,7 @@ def group(journey: Journey, step: Step) -> None:
 
 
 def _cold_load(journey: Journey) -> float:
-    journey.api.call("UnloadModel", id=journey.model_id, wait_seconds=60)
+    journey.unload()
     start = time.perf_counter()
     journey.load("none")
     return time.perf_counter() - start

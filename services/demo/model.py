@@ -44,9 +44,9 @@ def load(journey: Journey, step: Step) -> None:
     fits = [place["device"] for place in plan["placements"] if place["fits"]]
     journey.say(f"int8 needs {_mib(plan['required_memory_bytes'])}; it fits {', '.join(fits) or 'nowhere'}")
     step.check(bool(fits), "the int8 model fits a device")
-    for quantization in ("int8", "none"):
-        step.figures[quantization] = _measure(journey, quantization)
-    int8, none = step.figures["int8"], step.figures["none"]
+    step.figures["int8"] = int8 = _measure(journey, "int8")
+    journey.unload()
+    step.figures["none"] = none = _measure(journey, "none")
     step.figures["perplexity_ratio"] = ratio = int8["perplexity"] / none["perplexity"]
     step.check(abs(ratio - 1) <= _INT8_TOLERANCE, f"int8 perplexity is within 1 % (it is off by {ratio - 1:+.2%})")
     step.check(int8["memory_usage_bytes"] < none["memory_usage_bytes"], "int8 takes fewer bytes")
