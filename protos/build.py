@@ -1,7 +1,7 @@
-"""Generate the committed stubs, the descriptor set that ships with them, and the image that buf lints: all from PyPI packages, offline.
+"""Generate the committed stubs, the descriptor set that ships with them, and the image that buf lints, all offline.
 
 `python protos/build.py [OUT]` writes `OUT/lensmesh`, `OUT/buf` (default `protos/gen`) and `build/image.binpb`.
-`buf/validate/validate.proto` is in no package as source; its descriptor inside protovalidate is handed to protoc instead.
+`buf/validate/validate.proto` is in no package as source; protoc gets its descriptor, which protovalidate holds.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ def configure(process: str, level: str) -> None:
     )
 
     def add_process(_: object, __: str, event: structlog.types.EventDict) -> structlog.types.EventDict:
-        return event | {"process": process}
+        event["process"] = process
+        return event
 
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
