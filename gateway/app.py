@@ -29,7 +29,7 @@ from gateway.transcode import Transcoder
 from gateway.websocket import EventSocket
 from services.kit import trace
 from services.kit.auth import TokenVerifier
-from services.kit.errors import LensmeshError, Unauthenticated
+from services.kit.errors import LensmeshError
 from services.kit.logs import get_logger
 
 _EXPOSED = ["X-Request-Id", "Retry-After", "Content-Range", "Accept-Ranges", "ETag", "Allow"]
@@ -68,15 +68,13 @@ class Gateway:
         table = routes.build(files)
         every = [*table.routes, *([table.websocket] if table.websocket else [])]
         self.settings = settings
-        self.metrics = GatewayMetrics(metrics, table.routes)
+        self._open: set[Exchange] = set()
+        self.metrics = GatewayMetrics(metrics, table.routes, lambda: sum(bool(one.open) for one in self._open))
         self.backends = Backends(settings.backends, (route.method.service for route in every), settings.tls_ca_file)
         verifier = TokenVerifier(settings.jwt_keys, None, issuer=settings.jwt_issuer, audience=settings.jwt_audience)
         self.pages = Pages(table, comments, self.backends, metrics)
         self.transcoder = Transcoder(table, self.backends, verifier, settings)
-        self.socket = (
-            EventSocket(table.websocket, self.backends, verifier, settings) if table.websocket is not None else None
-        )
-        self._open: set[Exchange] = set()
+        self.socket = self._socket(table, verifier)
         self._log = get_logger("gateway.access")
         self._inner: ASGIApp = self._serve
         if settings.cors_origins:
@@ -118,6 +116,12 @@ class Gateway:
             self._open.discard(exchange)
             self._observe(scope, exchange, status, time.perf_counter() - started)
 
+    def _socket(self, table: routes.Table, verifier: TokenVerifier) -> EventSocket | None:
+        if table.websocket is None:
+            return None
+        stall = self.settings.stream_stall_seconds
+        return EventSocket(table.websocket, self.backends, verifier, self.metrics, stall)
+
     def end_streams(self) -> None:
         """End every open stream, so that a stop does not wait for clients that listen for ever."""
         for exchange in self._open:
@@ -153,8 +157,7 @@ class Gateway:
             await self.socket.serve(websocket)
 
     def _told(self, error: Exception) -> Failure:
-        if isinstance(error, Unauthenticated):
-            self.metrics.auth_failures.labels(str(error.metadata.get("cause", "malformed"))).inc()
+        self.metrics.refused(error)
         told = failure(error)
         if told.status == 500 and not isinstance(error, LensmeshError | grpc.aio.AioRpcError):
             self._log.error("unexpected error", exc_info=error)

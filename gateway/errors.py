@@ -100,4 +100,6 @@ def _headers(status: int, error: LensmeshError) -> dict[str, str]:
         made["www-authenticate"] = "Bearer"
     if status == 405:
         made["allow"] = str(error.metadata["allow"])
+    if status == 416:
+        made["content-range"] = f"bytes */{error.metadata['size']}"
     return made

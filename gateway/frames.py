@@ -42,12 +42,12 @@ def is_event(message_type: Any) -> bool:
 
 
 def frame(message: Message) -> Frame:
-    """The frame of a message; an event's own fields join its data, so that a client reads one object."""
+    """The frame of a message; an event's sequence and time join its data, so that a client reads one object."""
     made = encode(message)
     if not is_event(message.DESCRIPTOR):
         return Frame("message", None, made)
-    around = {name: value for name, value in made.items() if name not in ("event", "data") and value != ""}
-    data = {**around, **made.get("data", {}), "sequence": made["sequence"]}
+    around = {name: made[name] for name in ("sequence", "timestamp") if name in made}
+    data = around | made.get("data", {}) | {"sequence": made["sequence"]}
     return Frame(made["event"], str(made["sequence"]), data)
 
 

@@ -10,16 +10,17 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from gateway import body
 from gateway.backends import Backends
-from gateway.config import GatewaySettings
 from gateway.decode import decode
 from gateway.encode import dumps
 from gateway.errors import failure
 from gateway.exchange import SCOPE_KEY, Exchange, call_metadata
 from gateway.frames import frame
+from gateway.metrics import GatewayMetrics
 from gateway.routes import Route
 from gateway.stream import Feed
 from services.kit.auth import TokenVerifier
 from services.kit.errors import DeadlineExceeded, Invalid, LensmeshError, Unauthenticated
+from services.kit.logs import get_logger
 
 FIRST_MESSAGE_SECONDS = 10.0
 """How long a client may take to send its first message."""
@@ -43,16 +44,20 @@ class EventSocket:
     and one that reads nothing for `stream_stall_seconds` is dropped with 1013 and resumes with `after`.
     """
 
-    def __init__(self, route: Route, backends: Backends, verifier: TokenVerifier, settings: GatewaySettings) -> None:
+    def __init__(
+        self, route: Route, backends: Backends, verifier: TokenVerifier, metrics: GatewayMetrics, stall_seconds: float
+    ) -> None:
         """Hold what a connection needs.
 
         Args:
             route: the stream that feeds the events.
             backends: channels to the services.
             verifier: knows the keys of user tokens.
-            settings: when a client is too slow.
+            metrics: counts refusals, and clients that were dropped.
+            stall_seconds: how long a client may take no bytes.
         """
-        self.route, self.backends, self.verifier, self.settings = route, backends, verifier, settings
+        self.route, self.backends, self.verifier, self.metrics = route, backends, verifier, metrics
+        self.stall_seconds = stall_seconds
 
     async def serve(self, websocket: WebSocket) -> None:
         """Accept a connection, answer its subscription, and close it with a code that says why."""
@@ -64,6 +69,10 @@ class EventSocket:
         except WebSocketDisconnect:
             return
         except (LensmeshError, grpc.aio.AioRpcError) as error:
+            self.metrics.refused(error)
+            await _refuse(websocket, error)
+        except Exception as error:
+            get_logger("gateway").error("unexpected error", exc_info=error)
             await _refuse(websocket, error)
 
     async def _subscribe(self, websocket: WebSocket) -> Feed:
@@ -106,9 +115,10 @@ class EventSocket:
             if made.heartbeat:
                 continue
             try:
-                async with asyncio.timeout(self.settings.stream_stall_seconds):
+                async with asyncio.timeout(self.stall_seconds):
                     await websocket.send_text(dumps(made.envelope()).decode())
             except TimeoutError as error:
+                self.metrics.dropped.inc()
                 raise TooSlow from error
 
 

@@ -15,6 +15,7 @@ import httpx
 from google.api import httpbody_pb2
 from google.protobuf import struct_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from lensmesh.events.v1 import events_pb2
 from prometheus_client import CollectorRegistry
 from websockets.asyncio.client import ClientConnection, connect
 
@@ -22,7 +23,6 @@ from gateway import comments, stubs
 from gateway.__main__ import Server, listen, server_config
 from gateway.app import Gateway
 from gateway.config import GatewaySettings
-from lensmesh.events.v1 import events_pb2
 from services.kit import auth, errors
 from services.kit.channels import OPTIONS
 from services.kit.interceptors import CallInterceptor
@@ -140,6 +140,11 @@ class Zoo:
         self.note(request, context)
         if request.name == "none":
             raise errors.NotFound()
+        if request.name == "large":
+            for _ in range(2000):
+                self.sent += 1
+                yield httpbody_pb2.HttpBody(data=bytes(100_000))
+            return
         if self.tells_total:
             await context.send_initial_metadata((("x-total-bytes", str(len(CONTENT))), ("etag", '"abc"')))
         stop = request.offset + request.length if request.length else len(CONTENT)
@@ -247,8 +252,10 @@ async def running(state: Path, **overrides: Any) -> AsyncIterator[Mesh]:
     address = f"127.0.0.1:{listener.getsockname()[1]}"
     server = _TestServer(server_config(gateway, settings), gateway)
     task = asyncio.create_task(server.serve([listener]))
-    async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False, timeout=30) as http:
-        yield Mesh(zoo, gateway, metrics, backend, serving, settings, address, http)
-    server.should_exit = True
-    await task
-    await backend.stop(None)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False, timeout=30) as http:
+            yield Mesh(zoo, gateway, metrics, backend, serving, settings, address, http)
+    finally:
+        server.should_exit = True
+        await task
+        await backend.stop(None)

@@ -51,16 +51,12 @@ async def test_delete_answers_204_without_a_body(mesh: Mesh) -> None:
 async def test_path_query_and_body_reach_their_fields(mesh: Mesh) -> None:
     young = {"kind": "cat", "name": "kit", "grams": 1}
     animal = {"name": "tom", "kind": "cat", "grams": 5, "young": [young], "tags": ["a"]}
-    answer = await mesh.http.patch(
-        "/api/animals/a_7", params={"reason": "why"}, json=animal, headers=mesh.bearer()
-    )
+    answer = await mesh.http.patch("/api/animals/a_7", params={"reason": "why"}, json=animal, headers=mesh.bearer())
     assert answer.status_code == 200
     (request,) = mesh.zoo.requests
     assert (request.animal.id, request.animal.name, request.reason) == ("a_7", "tom", "why")
     assert answer.json()["young"][0]["kind"] == "cat"
-    listed = await mesh.http.get(
-        "/api/animals?filter.kind=cat&tags=a&tags=b&limit=2&tame=true", headers=mesh.bearer()
-    )
+    listed = await mesh.http.get("/api/animals?filter.kind=cat&tags=a&tags=b&limit=2&tame=true", headers=mesh.bearer())
     asked = listed.json()["asked"]
     assert asked["filter"] == {"kind": "cat"}
     assert (asked["tags"], asked["limit"], asked["tame"]) == (["a", "b"], 2, True)
