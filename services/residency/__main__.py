@@ -5,6 +5,7 @@ from __future__ import annotations
 from lensmesh.residency.v1 import residency_pb2_grpc
 
 from services.kit.server import Context, Part, Servicer
+from services.residency.catalogue import Catalogue
 from services.residency.config import ResidencySettings
 from services.residency.memory import survey
 from services.residency.metrics import ResidencyMetrics
@@ -30,7 +31,7 @@ async def compose(context: Context) -> Part:
         settings=settings,
         database=context.database,
         artifacts=context.artifacts,
-        registry=context.registry,
+        catalogue=Catalogue(context.registry, context.host_id),
         metrics=ResidencyMetrics(context.metrics, pool, memory),
     )
     presence = Presence(

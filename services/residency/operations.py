@@ -9,13 +9,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import grpc
 import torch
 
 from services.kit import errors
 from services.kit.artifacts import ArtifactStore
 from services.kit.database import Database
-from services.residency import estimate, loading, reading, records, sources, texts
+from services.residency import estimate, loading, reading, sources, texts
+from services.residency.catalogue import Catalogue
 from services.residency.config import ResidencySettings
 from services.residency.generation import Continuation, Intervention
 from services.residency.lenses import Lens, Reading, Spec
@@ -75,7 +75,7 @@ class Host:
     settings: ResidencySettings
     database: Database
     artifacts: ArtifactStore
-    registry: grpc.aio.Channel
+    catalogue: Catalogue
     metrics: ResidencyMetrics
 
     @property
@@ -261,7 +261,7 @@ class Host:
             errors.Invalid: the dataset cannot be read, or none of it is usable.
         """
         start = time.perf_counter()
-        record = await records.dataset_record(self.registry, dataset_id)
+        record = await self.catalogue.readable(await self.catalogue.dataset(dataset_id))
         async with self.pool.lease(model_id) as lease:
             facts = lease.facts
             length = min(max_length or PERPLEXITY_TOKENS, facts.context_length)

@@ -12,8 +12,10 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from lensmesh.common.v1 import types_pb2
 from lensmesh.residency.v1 import residency_pb2
+from peft import LoraConfig
 from prometheus_client import generate_latest
 
+from services.residency.lenses import extension_files, lora
 from services.residency.lenses.transcoder import Transcoder, TranscoderShape
 from services.residency.splice import logits
 from tests import models
@@ -199,6 +201,82 @@ async def expected_features(host: Host, ids: list[int], uri: str) -> list[list[i
         handle.remove()
     code = Transcoder.load(host.context.artifacts.path(uri)).encode(seen["x"][0])
     return [row.topk(5).indices.tolist() for row in code]
+
+
+def extension(base: torch.nn.Module, digest: str, seed: int):
+    """Writes a LoRA extension that does something."""
+    targets = lora.matched(lora.adaptable(base), ["c_attn", "mlp.c_proj"])
+    make = torch.Generator().manual_seed(seed)
+    weights = {
+        name: torch.randn(tensor.shape, generator=make) * 0.05 if "lora_B" in name else tensor
+        for name, tensor in lora.fresh_weights(targets, 4, seed).items()
+    }
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=sorted(["c_attn", "mlp.c_proj"]))
+    manifest = extension_files.Manifest(
+        kind="lora",
+        task_name=f"task-{seed}",
+        operations=({"op": "lora"},),
+        base_structure=extension_files.structure(base),
+        base_digest=digest,
+    )
+    return lambda folder: extension_files.write(folder, manifest, weights, lora.config_json(config))
+
+
+@pytest.mark.parametrize("quantization", ["NONE", "INT8"])
+async def test_extensions_alter_the_model_only_while_they_are_used(host, quantization):
+    await host.load("m", "gpt2", quantization)
+    before, used = await base_logits(host, "m"), host.pool.used_bytes
+    base = host.pool.get("m").base
+    for seed in (1, 2):
+        uri = await publish(host, "extension", extension(base.model, base.digest, seed))
+        lens = types_pb2.LensSpec(lens_id=f"x{seed}", kind=types_pb2.LENS_KIND_EXTENSION, artifact_uri=uri)
+        await host.stub.AttachLens(residency_pb2.AttachLensRequest(model_id="m", lens=lens))
+    assert host.pool.used_bytes > used
+    for lens_id in ("x1", "x2", "x1"):
+        await host.stub.SwitchLens(residency_pb2.SwitchLensRequest(model_id="m", lens_id=lens_id))
+        assert torch.equal(await base_logits(host, "m"), before)
+        async with host.pool.lease("m", lens_id) as lease:
+            altered = await lease.run(logits, lease.model, models.batch())
+        assert not torch.allclose(altered, before, atol=1e-3)
+    await host.stub.SwitchLens(residency_pb2.SwitchLensRequest(model_id="m"))
+    answer = await host.stub.Analyze(
+        residency_pb2.AnalyzeRequest(model_id="m", lens_ids=["x1", "x2"], text=TEXT, top_k=3)
+    )
+    one, two = (reading.tokens[-1] for reading in answer.readings)
+    assert [p.token_id for p in one.base_predictions] == [p.token_id for p in two.base_predictions]
+    assert [p.probability for p in one.predictions] != [p.probability for p in two.predictions]
+    request = residency_pb2.GenerateRequest(model_id="m", prompt=TEXT, max_new_tokens=6)
+    plain = await host.stub.Generate(request)
+    request.extension.CopyFrom(types_pb2.LensSpec(lens_id="x1", kind=types_pb2.LENS_KIND_EXTENSION))
+    extended = await host.stub.Generate(request)
+    assert list(plain.token_ids) != list(extended.token_ids)
+    for lens_id in ("x1", "x2"):
+        await host.stub.DetachLens(residency_pb2.DetachLensRequest(model_id="m", lens_id=lens_id))
+    assert host.pool.used_bytes == used
+    assert torch.equal(await base_logits(host, "m"), before)
+
+
+async def test_an_extension_of_another_base_is_refused(host):
+    await host.load("m", "gpt2")
+    base = host.pool.get("m").base
+    uri = await publish(host, "extension", extension(base.model, "f" * 64, 1))
+    lens = types_pb2.LensSpec(lens_id="x", kind=types_pb2.LENS_KIND_EXTENSION, artifact_uri=uri)
+    code, reason, facts = await refused(host.stub.AttachLens(residency_pb2.AttachLensRequest(model_id="m", lens=lens)))
+    assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "LENS_INCOMPATIBLE")
+    assert (facts["what"], facts["expected"], facts["found"]) == ("base", "f" * 64, base.digest)
+
+
+async def test_an_extension_in_use_is_not_detached(host):
+    await host.load("m", "gpt2")
+    base = host.pool.get("m").base
+    uri = await publish(host, "extension", extension(base.model, base.digest, 1))
+    lens = types_pb2.LensSpec(lens_id="x", kind=types_pb2.LENS_KIND_EXTENSION, artifact_uri=uri)
+    await host.stub.AttachLens(residency_pb2.AttachLensRequest(model_id="m", lens=lens))
+    detach = residency_pb2.DetachLensRequest(model_id="m", lens_id="x")
+    async with host.pool.lease("m", "x"):
+        _, reason, _ = await refused(host.stub.DetachLens(detach))
+        assert reason == "IN_USE"
+    assert (await host.stub.DetachLens(detach)).freed_bytes > 0
 
 
 async def test_a_lens_of_another_width_or_layer_is_refused_and_the_rest_stays(host):

@@ -58,12 +58,22 @@ def load(spec: Spec, base: Base) -> ExtensionLens:
     """
     if spec.folder is None:
         raise LensCorrupt("an extension has files")
-    try:
-        with base.extensions.using(None):
-            extension = extension_files.attachable(spec.folder, base.model, base_digest=base.digest)
-        base.extensions.attach(spec.lens_id, extension)
-    except ExtensionRefused as error:
-        raise LensIncompatible(error.field, error.description, base.facts.model_type) from error
-    except OSError as error:
-        raise LensCorrupt("the extension's files cannot be read") from error
+    with base.extensions.using(None):
+        try:
+            _require_base(extension_files.read_manifest(spec.folder), base)
+            extension = extension_files.attachable(spec.folder, base.model)
+        except ExtensionRefused as error:
+            raise LensCorrupt(f"the extension's files cannot be used: {error}") from error
+        except OSError as error:
+            raise LensCorrupt("the extension's files cannot be read") from error
+    base.extensions.attach(spec.lens_id, extension)
     return ExtensionLens(spec.lens_id, base)
+
+
+def _require_base(manifest: extension_files.Manifest, base: Base) -> None:
+    """Raises LensIncompatible unless the extension was made for this base, or for one that is built the same."""
+    if manifest.base_digest and manifest.base_digest != base.digest:
+        raise LensIncompatible("base", manifest.base_digest, base.digest)
+    built = extension_files.structure(base.model)
+    if manifest.base_structure != built:
+        raise LensIncompatible("layers", manifest.base_structure, built)
