@@ -151,6 +151,28 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """A load that was accepted, and how it ended."""
+
+    id: str
+    """Its job's."""
+    model_id: str
+    host_id: str
+    quantization: str
+    outcome: str
+    """running, ready, failed or cancelled."""
+    error_code: str | None = None
+    error_message: str | None = None
+
+    @property
+    def failure(self) -> LensmeshError | None:
+        """Why the model did not come; None while it may still, and when it did."""
+        if self.outcome not in ("failed", "cancelled"):
+            return None
+        return load_failure(self.error_code or "INTERNAL", self.error_message or "The load did not end well")
+
+
+@dataclass(frozen=True, slots=True)
 class Residency:
     """A model in one host process."""
 

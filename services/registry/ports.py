@@ -19,6 +19,7 @@ from services.registry.domain import (
     Lens,
     LensArtifact,
     Listed,
+    Load,
     Model,
     Need,
     Page,
@@ -87,8 +88,11 @@ class ModelRows(Protocol):
     ) -> None:
         """Write down how it ended."""
 
-    async def load_outcome(self, load_id: str) -> tuple[str, LensmeshError]:
-        """running, ready, failed or cancelled; and why it failed or was cancelled, when it did."""
+    async def find_load(self, load_id: str) -> Load | None:
+        """A load that was accepted."""
+
+    async def abandoned_loads(self) -> list[str]:
+        """Loads that count as running although their jobs have ended."""
 
 
 class PlacementRows(Protocol):
@@ -134,9 +138,6 @@ class PlacementRows(Protocol):
 
     async def revert_unloads(self) -> None:
         """Models that a registry was unloading when it died count as resident again, until their hosts say more."""
-
-    async def abandoned_loads(self) -> list[str]:
-        """Jobs that ended while the rows still say that their model loads, or leaves for them."""
 
     async def put(self, model_id: str, host_id: str, **columns: Any) -> None:
         """Write a residency, replacing the one that was there."""

@@ -108,9 +108,9 @@ async def ensure_resident(registry: Registry, host_id: str, model_id: str) -> Re
         async with registry.store.transaction() as tx:
             here = next((r for r in await tx.placement.of_model(model_id) if r.host_id == host_id), None)
             if started and (here is None or here.job_id != started):
-                outcome, failure = await tx.models.load_outcome(started)
-                if outcome in ("failed", "cancelled"):
-                    raise failure
+                load = await tx.models.find_load(started)
+                if load is not None and load.failure is not None:
+                    raise load.failure
             if here is not None and here.state == "resident":
                 await tx.placement.touch(model_id, host_id)
                 return here

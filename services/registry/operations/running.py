@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from services.kit.errors import Conflict, Failed, LensmeshError
-from services.registry.domain import Host, HostedModel, Model, Residency
+from services.registry.domain import Host, HostedModel, Load, Model, Residency
 from services.registry.operations.admission import Order, accept
 from services.registry.operations.lenses import restore_lenses
 from services.registry.operations.registry import Registry
@@ -45,30 +45,35 @@ async def settle(registry: Registry, tx: Transaction, job_id: str, error: Lensme
 
     A cancelled one (reason `CANCELLED`) leaves the model as it was before the load.
     """
-    held = await tx.placement.of_job(job_id)
-    loading = next((residency for residency in held if residency.state == "loading"), None)
-    model = None if loading is None else await tx.models.get(loading.model_id, lock=True)
-    for residency in held:
+    load = await tx.models.find_load(job_id)
+    if load is None:
+        return
+    model = await tx.models.get(load.model_id, lock=True)
+    for residency in await tx.placement.of_job(job_id):
         if residency.state == "unloading":
             await tx.placement.change(residency.model_id, residency.host_id, state="resident", job_id=None)
-    if loading is None or model is None:
+        elif residency.state == "loading":
+            await tx.placement.remove(residency.model_id, residency.host_id)
+    if load.outcome != "running":
         return
-    await tx.placement.remove(loading.model_id, loading.host_id)
     cancelled = error.reason == "CANCELLED"
     outcome = "cancelled" if cancelled else "failed"
     await tx.models.end_load(job_id, outcome, error_code=error.reason, error_message=error.message)
-    registry.gauges.load_ended("cancelled" if cancelled else error.reason, loading.quantization, 0.0, None)
-    if model.status != "loading":  # another copy serves
-        return
+    registry.gauges.load_ended("cancelled" if cancelled else error.reason, load.quantization, 0.0, None)
+    if model.status == "loading":  # else another copy serves
+        await _tell_end(tx, model, load, error, cancelled=cancelled)
+
+
+async def _tell_end(tx: Transaction, model: Model, load: Load, error: LensmeshError, *, cancelled: bool) -> None:
     status = ("unloaded" if model.loaded_at else "pending") if cancelled else "failed"
     failure = {} if cancelled else {"error_code": error.reason, "error_message": error.message}
     await tx.models.update(model.id, status=status, progress=0.0, wanted=model.wanted and not cancelled, **failure)
-    facts = {"model_id": model.id, "status": status, "task_id": job_id, "device": f"{loading.host_id}/{loading.device}"}
+    facts = {"model_id": model.id, "status": status, "task_id": load.id, "host_id": load.host_id}
     if cancelled:
         await tx.emit("model:unloaded", model.id, {**facts, "cause": "cancelled", "freed_bytes": 0})
-    else:
-        details = {name: value for name, value in error.metadata.items() if isinstance(value, str | int | float)}
-        await tx.emit("model:failed", model.id, {**facts, **failure, "details": details})
+        return
+    details = {name: value for name, value in error.metadata.items() if isinstance(value, str | int | float)}
+    await tx.emit("model:failed", model.id, {**facts, **failure, "details": details})
 
 
 async def _prepare(registry: Registry, lease: LoadLease) -> tuple[Model, Residency, Host]:
@@ -238,7 +243,7 @@ async def _leave_old_hosts(registry: Registry, model_id: str, host_id: str, orde
 async def settle_abandoned(registry: Registry) -> None:
     """Settle loads whose job ended without a handler: cancelled in the queue, or crashed too often."""
     async with registry.store.transaction() as tx:
-        abandoned = await tx.placement.abandoned_loads()
+        abandoned = await tx.models.abandoned_loads()
     for job_id in abandoned:
         async with registry.store.transaction() as tx:
             _, failure = await tx.job_outcome(job_id)

@@ -195,6 +195,8 @@ CREATE TABLE loads (
 CREATE INDEX loads_user ON loads (created_by, started_at) WHERE cause = 'user';
 CREATE INDEX loads_model ON loads (model_id, quantization, started_at DESC) WHERE outcome = 'ready';
 
+CREATE INDEX loads_running ON loads (id) WHERE outcome = 'running';
+
 CREATE TABLE switches (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     group_id varchar(255) NOT NULL REFERENCES groups ON DELETE CASCADE,

@@ -8,9 +8,8 @@ from typing import Any
 import asyncpg
 
 from services.kit.database import load_queries
-from services.kit.errors import LensmeshError
 from services.registry.adapters.rows import columns
-from services.registry.domain import Listed, Model, Page, load_failure, model_not_found
+from services.registry.domain import Listed, Load, Model, Page, model_not_found
 
 _QUERIES = load_queries(__file__, "models.sql")
 
@@ -106,12 +105,14 @@ class PostgresModels:
         }
         await columns.update(self._conn, "loads", {"id": load_id}, values)
 
-    async def load_outcome(self, load_id: str) -> tuple[str, LensmeshError]:
-        """How a load ended; one that is not known has failed."""
-        row = await self._conn.fetchrow("SELECT outcome, error_code, error_message FROM loads WHERE id = $1", load_id)
-        if row is None:
-            return "failed", load_failure("INTERNAL", "The load is not known")
-        return row["outcome"], load_failure(row["error_code"] or "INTERNAL", row["error_message"] or "")
+    async def find_load(self, load_id: str) -> Load | None:
+        """A load that was accepted."""
+        row = await self._conn.fetchrow("SELECT * FROM loads WHERE id = $1", load_id)
+        return None if row is None else columns.build(Load, row)
+
+    async def abandoned_loads(self) -> list[str]:
+        """Loads that count as running although their jobs have ended."""
+        return [row["id"] for row in await self._conn.fetch(_QUERIES["abandoned_loads"])]
 
     async def counted(self) -> asyncpg.Record:
         """Figures for metrics."""

@@ -60,6 +60,10 @@ SELECT count(*) AS loads,
        coalesce(extract(epoch FROM min(started_at) + interval '1 hour' - clock_timestamp()), 0)::float8 AS seconds
 FROM loads WHERE cause = 'user' AND created_by = $1 AND started_at > clock_timestamp() - interval '1 hour'
 
+-- abandoned_loads --
+SELECT l.id FROM loads l LEFT JOIN jobs j USING (id)
+WHERE l.outcome = 'running' AND (j.id IS NULL OR j.state IN ('completed', 'failed', 'cancelled'))
+
 -- counted --
 SELECT
     (SELECT coalesce(jsonb_object_agg(status, n), '{}')

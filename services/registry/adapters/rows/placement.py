@@ -86,10 +86,6 @@ class PostgresPlacement:
         """Unloads that nobody finishes any more."""
         await self._conn.execute(_QUERIES["revert_unloads"])
 
-    async def abandoned_loads(self) -> list[str]:
-        """Jobs that ended without settling their residencies."""
-        return [row["job_id"] for row in await self._conn.fetch(_QUERIES["abandoned_loads"])]
-
     async def put(self, model_id: str, host_id: str, **values: Any) -> None:
         """Write a residency."""
         row = {"model_id": model_id, "host_id": host_id, **values}

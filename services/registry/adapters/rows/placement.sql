@@ -53,11 +53,6 @@ ORDER BY r.state <> 'resident', r.loaded_at, r.host_id, r.model_id
 -- revert_unloads --
 UPDATE residencies SET state = 'resident' WHERE state = 'unloading' AND job_id IS NULL
 
--- abandoned_loads --
-SELECT DISTINCT r.job_id FROM residencies r LEFT JOIN jobs j ON j.id = r.job_id
-WHERE r.job_id IS NOT NULL AND r.state IN ('loading', 'unloading')
-  AND (j.id IS NULL OR j.state IN ('completed', 'failed', 'cancelled'))
-
 -- arrived --
 UPDATE residencies SET loaded_at = coalesce(loaded_at, clock_timestamp()), last_used_at = clock_timestamp()
 WHERE model_id = $1 AND host_id = $2
