@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import uvicorn
 from pydantic import ValidationError
@@ -31,6 +34,16 @@ class Server(uvicorn.Server):
         """Serve `gateway` as `config` says."""
         super().__init__(config)
         self._gateway = gateway
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on SIGTERM and SIGINT, at once on a second SIGINT, and end with status 0 instead of the signal's."""
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self.handle_exit, signum, None)
+        yield
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(signum)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End the streams, drain, and close the channels."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,6 +14,7 @@ from gateway.comments import Comments
 from gateway.routes import WEBSOCKET_PATH, Route, Table
 from gateway.schema import Schema, Schemas
 from gateway.stubs import HTTP_BODY
+from gateway.template import REST, STAR
 
 _FAILURES = {
     400: "A field is wrong; `details.field_violations` names it.",
@@ -43,13 +43,8 @@ def document(table: Table, comments: Comments) -> dict[str, Any]:
     """The whole document, ready for JSON."""
     schemas = Schemas(comments)
     paths: dict[str, dict[str, Any]] = {}
-    seen: dict[str, int] = {}
     for route in table.routes:
-        name = f"{route.method.descriptor.containing_service.name}_{route.method.descriptor.name}"
-        seen[name] = seen.get(name, 0) + 1
-        identity = name if seen[name] == 1 else f"{name}_{seen[name]}"
-        path = _path(route)
-        paths.setdefault(path, {})[route.binding.verb.lower()] = _operation(route, identity, schemas, comments)
+        paths.setdefault(_path(route), {})[route.binding.verb.lower()] = _operation(route, schemas, comments)
     schemas.components["Error"] = _error()
     made: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -69,12 +64,12 @@ def document(table: Table, comments: Comments) -> dict[str, Any]:
     return made
 
 
-def _operation(route: Route, identity: str, schemas: Schemas, comments: Comments) -> dict[str, Any]:
+def _operation(route: Route, schemas: Schemas, comments: Comments) -> dict[str, Any]:
     method, request = route.method, route.method.descriptor.input_type
     text = comments.get(method.name, "")
     bound = {variable.field for variable in route.template.variables}
     made: dict[str, Any] = {
-        "operationId": identity,
+        "operationId": _identity(route),
         "tags": [method.descriptor.containing_service.name],
         "summary": text.split(". ")[0].rstrip("."),
         "description": text,
@@ -208,8 +203,20 @@ def _tags(table: Table, comments: Comments) -> Iterator[dict[str, str]]:
         yield {"name": service.name, "description": comments.get(service.full_name, "")}
 
 
+def _identity(route: Route) -> str:
+    name = f"{route.method.descriptor.containing_service.name}_{route.method.descriptor.name}"
+    position = route.method.bindings.index(route.binding)
+    return f"{name}_{position + 1}" if position else name
+
+
 def _path(route: Route) -> str:
-    return re.sub(r"=[^{}]*", "", route.template.text)
+    """The path with `{field}` where a client puts a value: `/v1/{name=models/*}` is `/v1/models/{name}`."""
+    segments = list(route.template.segments)
+    for variable in route.template.variables:
+        for index in range(variable.start, variable.stop):
+            if segments[index] in (STAR, REST):
+                segments[index] = f"{{{variable.field}}}"
+    return "/" + "/".join(segments) + (f":{route.template.verb}" if route.template.verb else "")
 
 
 def _json(schema: Schema) -> dict[str, Any]:
