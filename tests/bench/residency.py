@@ -1,0 +1,137 @@
+"""Load, quantise, park, restore and switch, each against the floor of reading the same bytes.
+
+    python -m tests.bench.residency [--megabytes 512] [--repeat 5]
+
+The floor is `safetensors.torch.load_file` plus a clone of every tensor; the fingerprint is timed apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from services.residency.fingerprint import fingerprint
+from services.residency.lenses import Spec
+from services.residency.lenses.transcoder import Transcoder, TranscoderShape
+from services.residency.loading import load_model
+from services.residency.pool import Pool
+from tests.models import tokenizer
+
+
+def synthetic(path: Path, megabytes: int) -> None:
+    """A random bfloat16 Llama of about this size, made of layers of 16 MB."""
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=2048,
+        num_hidden_layers=max(1, (megabytes - 16) // 20),
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(path)
+    tokenizer().save_pretrained(path)
+
+
+async def best(repeat: int, work: Callable[[], Awaitable[object]], after: Callable[[], Awaitable[object]]) -> float:
+    """Shortest seconds of `work`, with `after` untimed behind each."""
+    seconds = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        await work()
+        seconds.append(time.perf_counter() - start)
+        await after()
+    return min(seconds)
+
+
+def floor(files: list[Path]) -> None:
+    for file in files:
+        for tensor in load_file(file).values():
+            tensor.clone()
+
+
+async def nothing() -> None:
+    pass
+
+
+def lens(folder: Path, width: int, seed: int) -> Spec:
+    make = torch.Generator().manual_seed(seed)
+    weights = {
+        "W_enc": torch.randn(width, 16 * width, generator=make),
+        "b_enc": torch.zeros(16 * width),
+        "W_dec": torch.randn(16 * width, width, generator=make),
+        "b_dec": torch.zeros(width),
+        "threshold": torch.zeros(16 * width),
+    }
+    groups = (width, 2 * width, 4 * width, 9 * width)
+    Transcoder(TranscoderShape("topk", 64, groups), weights, {"layer": 0}).save(folder)
+    return Spec(f"lens-{seed}", "transcoder", folder)
+
+
+async def measure(path: Path, repeat: int) -> list[tuple[str, float]]:
+    pool = Pool("cpu", 1 << 40)
+    files = sorted(path.glob("*.safetensors"))
+    rows = [("floor: load_file and clone", await best(repeat, lambda: pool.run(floor, files), nothing))]
+
+    async def reading(quantization: str) -> None:
+        await pool.run(load_model, path, quantization)
+
+    for quantization in ("none", "int8", "int4"):
+        rows.append((f"weights as {quantization}", await best(repeat, lambda q=quantization: reading(q), nothing)))
+
+    async def load() -> None:
+        await pool.load("m", path, "none")
+
+    rows.append(("pool.load: weights, fingerprint, tokenizer", await best(repeat, load, lambda: pool.unload("m"))))
+    resident = await pool.load("m", path, "none")
+    rows.append(("fingerprint", await best(repeat, lambda: pool.run(fingerprint, resident.base.model), nothing)))
+    rows.append(("park", await best(repeat, lambda: pool.park("m"), lambda: pool.restore("m"))))
+    await pool.park("m")
+    rows.append(
+        ("restore, fingerprint included", await best(repeat, lambda: pool.restore("m"), lambda: pool.park("m")))
+    )
+    await pool.restore("m")
+    with tempfile.TemporaryDirectory() as folder:
+        specs = [lens(Path(folder) / str(seed), resident.base.facts.hidden_size, seed) for seed in (1, 2)]
+        rows.append(
+            (
+                "attach a lens",
+                await best(1, lambda: pool.attach("m", specs[0]), lambda: pool.attach("m", specs[1])),
+            )
+        )
+    switches = [await pool.switch("m", specs[turn % 2].lens_id) for turn in range(100)]
+    rows.append(("switch within the group, median", statistics.median(switches)))
+    await pool.close()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=512, help="size of the synthetic model")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each step; the fastest counts")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    with tempfile.TemporaryDirectory() as folder:
+        synthetic(Path(folder), arguments.megabytes)
+        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        rows = asyncio.run(measure(Path(folder), arguments.repeat))
+    table = Table("step", "seconds", "of the floor", title=f"{size / 1e6:.0f} MB of bfloat16 weights, CPU")
+    for name, seconds in rows:
+        table.add_row(name, f"{seconds:.4f}", f"{seconds / rows[0][1]:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
