@@ -15,9 +15,8 @@ from gateway.exchange import Metadata
 from gateway.routes import Route
 from services.kit.channels import OPTIONS, service_config
 from services.kit.errors import Unavailable
+from services.kit.health import REASON_KEY
 
-NOT_READY_KEY = "x-not-ready"
-"""Trailing metadata of a health check: why the service is not ready."""
 READY = "ready"
 HEALTH_SECONDS = 2.0
 """How long a service may take to say whether it is ready."""
@@ -80,7 +79,7 @@ async def _ready(channel: grpc.aio.Channel) -> str:
         return "does not answer" if error.code() is grpc.StatusCode.UNAVAILABLE else error.code().name.lower()
     if answer.status == health_pb2.HealthCheckResponse.SERVING:
         return READY
-    reason = dict(await call.trailing_metadata() or ()).get(NOT_READY_KEY)
+    reason = dict(await call.trailing_metadata() or ()).get(REASON_KEY)
     return str(reason or "not serving")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
@@ -20,6 +20,7 @@ from services.kit.auth import TokenVerifier
 from services.kit.channels import OPTIONS
 from services.kit.config import Settings
 from services.kit.database import Database
+from services.kit.health import Health
 from services.kit.housekeeping import keep_house
 from services.kit.interceptors import CallInterceptor
 from services.kit.jobs import Handler, JobStore, Worker
@@ -145,7 +146,7 @@ async def _until_stopped(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) -
 
 
 @asynccontextmanager
-async def _grpc_server(context: Context, parts: list[Part]) -> AsyncIterator[health.aio.HealthServicer]:
+async def _grpc_server(context: Context, parts: list[Part]) -> AsyncIterator[Health]:
     servicers = [servicer for part in parts for servicer in part.servicers]
     methods: list[Method] = [method for servicer in servicers for method in methods_of(servicer.name)]
     settings = context.settings
@@ -160,7 +161,7 @@ async def _grpc_server(context: Context, parts: list[Part]) -> AsyncIterator[hea
     server = grpc.aio.server(interceptors=[interceptor], options=[*OPTIONS, ("grpc.so_reuseport", 0)])
     for servicer in servicers:
         servicer.add(servicer.implementation, server)
-    serving = health.aio.HealthServicer()
+    serving = Health()
     health_pb2_grpc.add_HealthServicer_to_server(serving, server)
     reflection.enable_server_reflection(
         [s.name for s in servicers] + [health.SERVICE_NAME, reflection.SERVICE_NAME], server
@@ -185,10 +186,9 @@ def _listen(server: grpc.aio.Server, address: str, settings: Settings) -> None:
         raise errors.Unavailable(f"cannot listen on {address}: the port is in use") from error
 
 
-async def _report_health(serving: health.aio.HealthServicer, checks: dict[str, Callable[[], Awaitable[None]]]) -> None:
+async def _report_health(serving: Health, checks: dict[str, Callable[[], Awaitable[None]]]) -> None:
     """Until cancelled, let grpc.health say what /readyz says."""
     while True:
         failing = await metrics.failing_checks(checks)
-        state = health_pb2.HealthCheckResponse.NOT_SERVING if failing else health_pb2.HealthCheckResponse.SERVING
-        await serving.set("", state)
+        await serving.report(failing)
         await asyncio.sleep(READINESS_SECONDS)

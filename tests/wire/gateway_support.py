@@ -14,7 +14,7 @@ import grpc
 import httpx
 from google.api import httpbody_pb2
 from google.protobuf import struct_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from lensmesh.events.v1 import events_pb2
 from prometheus_client import CollectorRegistry
 from websockets.asyncio.client import ClientConnection, connect
@@ -25,6 +25,7 @@ from gateway.app import Gateway
 from gateway.config import GatewaySettings
 from services.kit import auth, errors
 from services.kit.channels import OPTIONS
+from services.kit.health import Health
 from services.kit.interceptors import CallInterceptor
 from services.kit.methods import methods_of
 from services.kit.metrics import RpcMetrics
@@ -203,7 +204,7 @@ class Mesh:
     gateway: Gateway
     metrics: CollectorRegistry
     backend: grpc.aio.Server
-    health: health.aio.HealthServicer
+    health: Health
     settings: GatewaySettings
     address: str
     http: httpx.AsyncClient
@@ -240,9 +241,9 @@ async def running(state: Path, **overrides: Any) -> AsyncIterator[Mesh]:
     interceptor = CallInterceptor(methods, verifier, RpcMetrics(CollectorRegistry(), methods))
     backend = grpc.aio.server(interceptors=[interceptor], options=OPTIONS)
     pb_grpc.add_ZooServiceServicer_to_server(zoo, backend)
-    serving = health.aio.HealthServicer()
+    serving = Health()
     health_pb2_grpc.add_HealthServicer_to_server(serving, backend)
-    await serving.set("", health_pb2.HealthCheckResponse.SERVING)
+    await serving.report({})
     port = backend.add_insecure_port("127.0.0.1:0")
     await backend.start()
     settings.backends = settings.backends or {zoo_stubs.PACKAGE: f"127.0.0.1:{port}"}

@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grpc_health.v1 import health_pb2
 from structlog.testing import capture_logs
 
 from tests.wire.gateway_support import Mesh, running
-
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 @pytest.fixture
@@ -26,13 +23,14 @@ async def mesh(tmp_path: Path) -> AsyncIterator[Mesh]:
 
 
 async def test_health_needs_nothing_and_readiness_every_backend(mesh: Mesh) -> None:
-    await mesh.health.set("", NOT_SERVING)
+    await mesh.health.report({"database": "PostgreSQL does not answer", "café": "schließt"})
     alive = await mesh.http.get("/healthz")
     assert (alive.status_code, alive.json()) == (200, {"status": "ok"})
     waiting = await mesh.http.get("/readyz")
     assert waiting.status_code == 503
-    assert waiting.json() == {"status": "not ready", "backends": {"zoo.v1": "not serving"}}
-    await mesh.health.set("", health_pb2.HealthCheckResponse.SERVING)
+    said = "database: PostgreSQL does not answer; caf?: schlie?t"
+    assert waiting.json() == {"status": "not ready", "backends": {"zoo.v1": said}}
+    await mesh.health.report({})
     ready = await mesh.http.get("/readyz")
     assert (ready.status_code, ready.json()) == (200, {"status": "ready", "backends": {"zoo.v1": "ready"}})
 
