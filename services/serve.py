@@ -49,7 +49,7 @@ async def serve(names: list[str], device: str, listen: str, metrics: str) -> Non
         context = Context(
             settings=settings,
             database=database,
-            jobs=JobStore(database),
+            jobs=JobStore(database, lease_seconds=settings.job_lease_seconds),
             artifacts=ArtifactStore(settings.artifact_dir),
             metrics=new_registry(),
             registry=open_channel(settings.registry_address, settings, _imported()) if owns_device else None,

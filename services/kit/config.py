@@ -81,6 +81,8 @@ class Settings(BaseSettings):
     """Stable name of this process in the mesh; default the machine's name and the gRPC port."""
     job_slots: Annotated[int, Field(ge=1)] = 4
     """Jobs that this process runs side by side; they take turns on the device, batch by batch."""
+    job_lease_seconds: Annotated[float, Field(ge=1)] = 30.0
+    """How long a worker's claim on a job holds without renewal, in seconds; renewed three times as often."""
     drain_seconds: Annotated[float, Field(ge=0)] = 10.0
     """How long running calls and jobs may finish after a stop was asked for, in seconds."""
     model_roots: PathList = Field(default_factory=list)
