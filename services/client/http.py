@@ -36,6 +36,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "ExtractActivations": ("POST", "/api/models/{model_id}/extract-activations"),
     "ListExtractions": ("GET", "/api/extractions"),
     "GetExtraction": ("GET", "/api/extractions/{id}"),
+    "VerifyActivationCache": ("POST", "/api/activation-caches/{id}/verify"),
     "CreateTrainingJob": ("POST", "/api/training-jobs"),
     "ListTrainingJobs": ("GET", "/api/training-jobs"),
     "GetTrainingJob": ("GET", "/api/training-jobs/{id}"),

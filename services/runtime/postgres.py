@@ -90,8 +90,8 @@ class EmbeddedPostgres:
             )
         if made.returncode != 0:
             shutil.rmtree(staged, ignore_errors=True)
-            reason = (made.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise StartError(f"PostgreSQL's initdb failed: {reason}")
+            said = [line for line in made.stderr.splitlines() if "error" in line or "FATAL" in line]
+            raise StartError(f"PostgreSQL's initdb failed: {said[0] if said else made.stderr.strip()}")
         staged.rename(self._data)
 
     async def _find_left_behind(self) -> int | None:

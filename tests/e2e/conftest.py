@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +28,7 @@ class Up:
         self.mesh = mesh
         self.state = state
 
-    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
+    def stop(self, number: signal.Signals) -> int:
         """Ask it to end; its exit status."""
         self.process.send_signal(number)
         return self.process.wait(60)
@@ -73,6 +75,24 @@ def run_up(state: Path, *arguments: str, environment: dict[str, str] | None = No
             process.stdout.close()
 
 
+@contextmanager
+def own_directory() -> Iterator[Path]:
+    """A directory that is removed afterwards.
+
+    Not below pytest's: each session that root starts takes that from PostgreSQL's unprivileged user again.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="lensmesh-e2e-"))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory of this test's own."""
+    with own_directory() as made:
+        yield made
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache directory of the tests' own instead of the user's."""
@@ -87,19 +107,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def mesh(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Up]:
+def mesh(cache: Path) -> Iterator[Up]:
     """One mesh of topology `local` for the tests that do not harm it."""
-    with run_up(tmp_path_factory.mktemp("mesh") / "state") as up:
+    with own_directory() as directory, run_up(directory / "state") as up:
         yield up
 
 
 @pytest.fixture
-def start(tmp_path: Path, cache: Path) -> Iterator[Callable[..., Up]]:
+def start(directory: Path, cache: Path) -> Iterator[Callable[..., Up]]:
     """Start a mesh of this test's own, to be harmed."""
     running = []
 
     def begin(*arguments: str, environment: dict[str, str] | None = None) -> Up:
-        running.append(run_up(tmp_path / "state", *arguments, environment=environment))
+        running.append(run_up(directory / "state", *arguments, environment=environment))
         return running[-1].__enter__()
 
     yield begin

@@ -21,8 +21,8 @@ HEADLINE = {"fvu", "fvu_per_prefix", "ce_recovered", "l0", "dead_fraction"}
 
 
 @pytest.mark.timeout(540)
-def test_the_demo_as_a_user_runs_it(tmp_path: Path, cache: Path):
-    state = tmp_path / "state"
+def test_the_demo_as_a_user_runs_it(directory: Path, cache: Path):
+    state = directory / "state"
     done = subprocess.run(
         lensmesh("demo", "--state", state, "--json"),
         capture_output=True,
@@ -76,8 +76,8 @@ def test_the_demos_path_over_generated_stubs_gives_the_figures_of_http(mesh: Up)
 
 
 @pytest.mark.timeout(300)
-def test_the_demos_path_with_every_service_in_a_process_of_its_own(tmp_path: Path, cache: Path):
-    with run_up(tmp_path / "state", "--topology", "local-split") as up:
+def test_the_demos_path_with_every_service_in_a_process_of_its_own(directory: Path, cache: Path):
+    with run_up(directory / "state", "--topology", "local-split") as up:
         assert set(up.mesh.pids) >= {"extraction", "training", "extensions"}
         assert len(set(up.mesh.grpc.values())) == 4
         steps = small_journey(up, "http")

@@ -23,10 +23,10 @@ from tests.support import eventually
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Path:
-    open_state(tmp_path)
-    ensure_keys(tmp_path / "keys")
-    return tmp_path
+def state(directory: Path) -> Path:
+    open_state(directory)
+    ensure_keys(directory / "keys")
+    return directory
 
 
 @pytest.fixture

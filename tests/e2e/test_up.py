@@ -87,12 +87,11 @@ def test_a_wrong_option_is_one_clear_line(tmp_path: Path, arguments: tuple[str, 
     assert not (tmp_path / "state").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_drains_and_leaves_no_process(start: Callable[..., Up], number: signal.Signals):
+def test_ctrl_c_drains_and_leaves_no_process(start: Callable[..., Up]):
     up = start()
     pids = up.mesh.pids
     assert set(pids.values()) <= {one.pid for one in processes_of(up.state)}
-    assert up.stop(number) == 0
+    assert up.stop(signal.SIGINT) == 0
     assert not [name for name, pid in pids.items() if psutil.pid_exists(pid)]
     assert processes_of(up.state) == []
     assert read_mesh(up.state) is None
@@ -119,7 +118,8 @@ async def test_a_killed_process_comes_back_at_its_own_address(start: Callable[..
     after = read_mesh(up.state)
     assert after is not None
     assert (after.gateway, after.grpc, after.metrics) == (up.mesh.gateway, up.mesh.grpc, up.mesh.metrics)
-    assert up.stop() == 0
+    assert up.stop(signal.SIGTERM) == 0
+    assert processes_of(up.state) == []
 
 
 def _pid(up: Up, name: str) -> int | None:
