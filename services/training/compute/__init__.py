@@ -12,9 +12,10 @@ from services.training.compute.config import ConfigError, TrainConfig
 from services.training.compute.fit import fit
 from services.training.compute.metrics import FvuAccumulator, compute_fvu
 from services.training.compute.report import StepReport
-from services.training.compute.trainer import Trainer
+from services.training.compute.trainer import CoderPlan, Trainer, coders_of
 
 __all__ = [
+    "CoderPlan",
     "ConfigError",
     "FvuAccumulator",
     "InMemory",
@@ -24,6 +25,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "Transcoder",
+    "coders_of",
     "compute_fvu",
     "fit",
 ]

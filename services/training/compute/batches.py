@@ -1,8 +1,8 @@
-"""Which rows every step trains on: decided by seed and step alone, so that the step number is the whole data cursor."""
+"""Where rows come from and in which order: seed and position decide alone, so that a step count is a data cursor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 from services.training.compute.config import ConfigError
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
-"""By coder: inputs [N, d_in] and targets [N, d_out] of the same rows."""
+"""By pair's name: inputs [N, d_in] and targets [N, d_out] of the same rows; row i of all pairs is the same token's."""
 
 
 class Source(Protocol):
-    """Paired activations of one or more coders, row i of all of them from the same token."""
+    """Paired activations of one or more places in a model."""
 
     @property
     def rows(self) -> int:
@@ -23,12 +23,15 @@ class Source(Protocol):
         ...
 
     @property
-    def coders(self) -> Mapping[str, tuple[int, int]]:
-        """Names of the coders, with the widths (d_in, d_out) of their rows."""
+    def widths(self) -> Mapping[str, tuple[int, int]]:
+        """(d_in, d_out) of every pair."""
         ...
 
-    def gather(self, index: Tensor) -> Pairs:
-        """The rows `index`, int64 [n], in that order, as stored."""
+    def batches(self, batch_size: int, seed: int, start: int) -> Iterator[Pairs]:
+        """Batches of `batch_size` rows as stored, without end: pass after pass, each in another order.
+
+        The same seed gives the same rows after the same `start`, the number of rows that are passed over.
+        """
         ...
 
 
@@ -36,7 +39,7 @@ class InMemory:
     """Tensors that are there already."""
 
     def __init__(self, pairs: Pairs) -> None:
-        """Take x [N, d_in] and y [N, d_out] of every coder.
+        """Take x [N, d_in] and y [N, d_out] of every pair.
 
         Raises:
             ConfigError: shapes or dtypes do not fit.
@@ -44,7 +47,7 @@ class InMemory:
         for x, y in pairs.values():
             _check_pair(x, y)
         if len({len(x) for x, _ in pairs.values()}) != 1:
-            raise ConfigError("x", "every coder needs the same number of rows")
+            raise ConfigError("x", "every pair needs the same number of rows")
         self._pairs = pairs
 
     @property
@@ -53,50 +56,34 @@ class InMemory:
         return len(next(iter(self._pairs.values()))[0])
 
     @property
-    def coders(self) -> Mapping[str, tuple[int, int]]:
-        """Widths by coder."""
+    def widths(self) -> Mapping[str, tuple[int, int]]:
+        """Widths by pair."""
         return {name: (x.shape[1], y.shape[1]) for name, (x, y) in self._pairs.items()}
 
-    def gather(self, index: Tensor) -> Pairs:
-        """The rows `index` of every tensor."""
-        return {name: (x[index], y[index]) for name, (x, y) in self._pairs.items()}
+    def batches(self, batch_size: int, seed: int, start: int) -> Iterator[Pairs]:
+        """Rows in a random order of each pass."""
+        for index in shuffled(self.rows, batch_size, seed, start):
+            yield {name: (x[index], y[index]) for name, (x, y) in self._pairs.items()}
 
 
-class Order:
-    """The rows of each step: whole passes over the data, every pass in another order.
-
-    Runs of `run` neighbouring rows stay together, which keeps reads of a cache on disk sequential; its rows were
-    shuffled when it was written.
-    """
-
-    def __init__(self, rows: int, batch_size: int, seed: int, run: int = 1) -> None:
-        """Check that there is a batch.
-
-        Raises:
-            ConfigError: fewer rows than a batch.
-        """
-        if rows < batch_size:
-            raise ConfigError("batch_size", f"{batch_size} is more than the {rows} rows there are")
-        self._rows, self._batch, self._seed, self._run = rows, batch_size, seed, run
-        self._pass: tuple[int, Tensor] | None = None
-
-    def batch(self, step: int) -> Tensor:
-        """Row numbers of step `step`, int64 [batch_size]."""
-        parts, position, missing = [], step * self._batch, self._batch
+def shuffled(rows: int, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:
+    """Row numbers of batch after batch, int64 [batch_size]: whole passes, every pass in another order."""
+    number, position = divmod(start, rows)
+    order = _order_of(rows, seed, number)
+    while True:
+        parts, missing = [], batch_size
         while missing:
-            number, start = divmod(position, self._rows)
-            part = self._order_of(number)[start : start + missing]
+            part = order[position : position + missing]
             parts.append(part)
             position, missing = position + len(part), missing - len(part)
-        return torch.cat(parts)
+            if position == rows:
+                number, position = number + 1, 0
+                order = _order_of(rows, seed, number)
+        yield torch.cat(parts)
 
-    def _order_of(self, number: int) -> Tensor:
-        if self._pass is None or self._pass[0] != number:
-            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + number) % 2**63)
-            runs = torch.randperm(-(-self._rows // self._run), generator=generator)
-            order = (runs[:, None] * self._run + torch.arange(self._run)).flatten()
-            self._pass = (number, order[order < self._rows])
-        return self._pass[1]
+
+def _order_of(rows: int, seed: int, number: int) -> Tensor:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63))
 
 
 def _check_pair(x: Tensor, y: Tensor) -> None:

@@ -119,34 +119,50 @@ class Coder:
         return Transcoder(self.config.shape, weights, info)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that changes while training but the step count; `restore` takes it back bit for bit."""
+        """All tensors that change while training."""
         state = {f"parameter.{name}": tensor for name, tensor in self.parameters.items()}
         for name, tensor in self.parameters.items():
             for key, value in self._optimizer.state.get(tensor, {}).items():
                 state[f"optimizer.{name}.{key}"] = value
         return state | {"threshold": self._threshold, "idle_rows": self._idle_rows}
 
-    def restore(self, tensors: dict[str, Tensor], step_count: int) -> None:
-        """Go on from what `tensors` gave after `step_count` steps.
+    def facts(self) -> dict[str, Any]:
+        """What never changes, as plain JSON; with `tensors` and the step count it is the whole coder."""
+        return {"config": self.config.to_dict(), "scale": [self.scale.source, self.scale.target]}
+
+    @classmethod
+    def restored(
+        cls,
+        name: str,
+        config: TrainConfig,
+        scale: Scale,
+        tensors: dict[str, Tensor],
+        *,
+        step_count: int,
+        device: torch.device | str,
+    ) -> Coder:
+        """The coder that gave `tensors` after `step_count` steps, bit for bit.
 
         Raises:
-            ValueError: a tensor is missing or has another shape; nothing was changed.
+            ValueError: a tensor is missing or has another shape than the configuration says.
         """
-        for name, parameter in self.parameters.items():
-            found = tensors.get(f"parameter.{name}")
-            if found is None or found.shape != parameter.shape:
-                raise ValueError(f"parameter.{name}: missing, or not {list(parameter.shape)}")
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[f"parameter.{name}"])
-            prefix = f"optimizer.{name}."
-            self._optimizer.state[parameter] = {
-                key.removeprefix(prefix): value.clone().to(parameter.device)
-                for key, value in tensors.items()
-                if key.startswith(prefix)
-            }
-        self._threshold = tensors["threshold"].clone().to(self._threshold.device)
-        self._idle_rows.copy_(tensors["idle_rows"])
-        self.step_count = step_count
+        own = {key: value.to(device, copy=True) for key, value in tensors.items()}
+        parameters = {
+            key.removeprefix("parameter."): value for key, value in own.items() if key.startswith("parameter.")
+        }
+        _check_parameters(config, parameters)
+        if not {"threshold", "idle_rows"} <= own.keys():
+            raise ValueError("threshold, idle_rows: missing")
+        coder = cls(name, config, scale, parameters)
+        for key, parameter in parameters.items():
+            prefix = f"optimizer.{key}."
+            moments = {key_.removeprefix(prefix): value for key_, value in own.items() if key_.startswith(prefix)}
+            if step_count and moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+                raise ValueError(f"{prefix}*: missing")
+            if moments:
+                coder._optimizer.state[parameter] = moments
+        coder._threshold, coder._idle_rows, coder.step_count = own["threshold"], own["idle_rows"], step_count
+        return coder
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Codes, Nested]:
         if self.config.activation != "jumprelu":
@@ -188,6 +204,17 @@ class Coder:
     def _l0(self, codes: Codes) -> list[float]:
         within = codes.counts().cumsum(0)[torch.tensor(self._prefixes.widths, device=codes.latent.device) - 1]
         return (within / codes.rows).tolist()
+
+
+def _check_parameters(config: TrainConfig, parameters: Parameters) -> None:
+    wanted = {"W_enc", "b_enc", "W_dec", "b_dec"}
+    wanted |= {"W_skip"} if config.skip else set()
+    wanted |= {"threshold"} if config.activation == "jumprelu" else set()
+    if parameters.keys() != wanted:
+        raise ValueError(f"parameters: {sorted(parameters)}, expected {sorted(wanted)}")
+    for name in wanted - {"b_dec", "W_skip"}:
+        if len(parameters[name]) != config.dict_size:
+            raise ValueError(f"parameter.{name}: {list(parameters[name].shape)} for {config.dict_size} latents")
 
 
 def _finite(tensor: Tensor) -> bool:

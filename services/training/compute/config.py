@@ -70,6 +70,9 @@ class TrainConfig:
     """Decides the initial weights and the order of the rows."""
 
     def __post_init__(self) -> None:
+        for name in ("group_sizes", "prefix_widths", "prefix_weights"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("dict_size", "num_tokens", "batch_size"):
             _whole(name, getattr(self, name), 1)
         if self.batch_size > self.num_tokens:

@@ -10,7 +10,7 @@ from services.residency.lenses.transcoder import Transcoder
 from services.training.compute.batches import InMemory
 from services.training.compute.config import TrainConfig
 from services.training.compute.report import StepReport
-from services.training.compute.trainer import Trainer
+from services.training.compute.trainer import CoderPlan, Trainer
 
 
 def fit(
@@ -28,7 +28,7 @@ def fit(
         ConfigError: (a ValueError) tensors and configuration do not fit, the field is named.
         NonFiniteLoss: the data holds values that are not finite, or the learning rate is far too high.
     """
-    trainer = Trainer(InMemory({"coder": (x, y)}), {"coder": config}, x.device)
+    trainer = Trainer(InMemory({"pair": (x, y)}), {"coder": CoderPlan("pair", config)}, x.device)
     reports = []
     for (report,) in trainer.run():
         reports.append(report)

@@ -11,7 +11,7 @@ from torch import Tensor
 from services.training.compute.config import TrainConfig
 from services.training.compute.nested import Parameters
 
-SAMPLE_ROWS = 65_536
+SAMPLE_ROWS = 16_384
 """Rows that the statistics are taken from, at most."""
 RIDGE = 1e-2
 """Added to the input's covariance, whose mean diagonal is 1, before it is inverted."""

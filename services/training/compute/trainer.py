@@ -4,69 +4,87 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from services.residency.lenses.transcoder import Transcoder
-from services.training.compute.batches import Order, Source
+from services.training.compute.batches import Pairs, Source
 from services.training.compute.coder import Coder
 from services.training.compute.config import ConfigError, TrainConfig
-from services.training.compute.initial import SAMPLE_ROWS
+from services.training.compute.initial import SAMPLE_ROWS, Scale
 from services.training.compute.report import StepReport
+
+State = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors and plain JSON from which a training goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoderPlan:
+    """What one coder learns: the source's pair it is trained on, and how."""
+
+    pair: str
+    config: TrainConfig
 
 
 class Trainer:
-    """Trains one coder per stream of `source`, all on the same rows in the same order.
+    """Trains several coders on the same rows in the same order.
 
-    Everything that decides the outcome is the configuration, the data, `state` and the step count: a trainer that
-    restores a state goes on bit for bit as the one that gave it (on the CPU, with the same number of threads).
+    Everything that decides the outcome is the plans, the data, and `state`: a trainer that goes on from a state does so
+    bit for bit as the one that gave it (on the CPU, with the same number of threads).
     """
 
     def __init__(
-        self, source: Source, configs: Mapping[str, TrainConfig], device: torch.device | str = "cpu", run: int = 1
+        self,
+        source: Source,
+        plans: Mapping[str, CoderPlan],
+        device: torch.device | str = "cpu",
+        state: State | None = None,
     ) -> None:
-        """Start coders from the data's statistics.
+        """Start coders from the data's statistics, or go on from a state.
 
         Args:
             source: the rows.
-            configs: by coder; one batch size, token number and seed for all.
+            plans: by coder's name; one batch size, token number and seed for all.
             device: where the coders live.
-            run: neighbouring rows that stay together when the order is shuffled.
+            state: what `state` of a trainer with the same plans gave.
 
         Raises:
-            ConfigError: a configuration does not fit the data or the others.
+            ConfigError: a plan does not fit the data or the others; nothing was allocated.
+            ValueError: it is a state of another training.
         """
-        if configs.keys() != source.coders.keys():
-            raise ConfigError("configs", f"for {', '.join(sorted(configs))}; the source has {', '.join(source.coders)}")
-        for field in ("batch_size", "num_tokens", "seed"):
-            if len({getattr(config, field) for config in configs.values()}) != 1:
-                raise ConfigError(field, "has to be the same for all coders of one stream")
-        self._source, self._device = source, torch.device(device)
-        first = next(iter(configs.values()))
-        self._order = Order(source.rows, first.batch_size, first.seed, run)
+        first = _check(source, plans)
+        self._source, self._device, self._seed = source, torch.device(device), first.seed
         self.steps, self.batch_size, self.step_count = first.steps, first.batch_size, 0
-        sample = source.gather(self._sample_rows())
-        self.coders = [
-            Coder.start(name, config.resolved(source.coders[name][1]), *(self._ready(t).float() for t in sample[name]))
-            for name, config in configs.items()
-        ]
+        self._pair = {name: plan.pair for name, plan in plans.items()}
+        resolved = {name: plan.config.resolved(source.widths[plan.pair][1]) for name, plan in plans.items()}
+        if state is None:
+            self.coders = self._start(resolved)
+        else:
+            self.coders = coders_of(state, self._device)
+            if {coder.name: coder.config for coder in self.coders} != resolved:
+                raise ValueError("this state belongs to another training")
+            self.step_count = state[1]["step_count"]
+        self._batches: Iterator[Pairs] | None = None
         self.waited_seconds = 0.0
+        """Time that steps spent waiting for their batches."""
 
     def step(self) -> list[StepReport]:
-        """One batch for every coder.
+        """One batch for every coder, in the order of the plans.
 
         Raises:
-            NonFiniteLoss: from the first coder it happens to; the step count is not advanced.
+            NonFiniteLoss: from the first coder it happens to, which is as it was; the step does not count.
         """
+        if self._batches is None:
+            start = self.step_count * self.batch_size
+            self._batches = self._source.batches(self.batch_size, self._seed, start)
         begin = time.perf_counter()
-        batch = self._source.gather(self._order.batch(self.step_count))
+        batch = self._ready(next(self._batches))
         self.waited_seconds += time.perf_counter() - begin
-        reports = []
-        for coder in self.coders:
-            x, y = batch[coder.name]
-            reports.append(coder.step(self._ready(x), self._ready(y)))
+        reports = [coder.step(*batch[self._pair[coder.name]]) for coder in self.coders]
         self.step_count += 1
         return reports
 
@@ -75,36 +93,55 @@ class Trainer:
         while self.step_count < self.steps:
             yield self.step()
 
-    def transcoders(self, info: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Transcoder]:
-        """The coders as they are now, in units of the data; `info` by coder travels with them."""
-        return {coder.name: coder.transcoder(dict((info or {}).get(coder.name, {}))) for coder in self.coders}
+    def transcoders(self) -> dict[str, Transcoder]:
+        """The coders as they are now, in units of the data."""
+        return {coder.name: coder.transcoder() for coder in self.coders}
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain JSON from which `restore` goes on; the tensors are live until the next step."""
+    def state(self) -> State:
+        """What another trainer goes on from; its tensors are our own and change with the next step."""
         tensors = {f"{coder.name}/{key}": value for coder in self.coders for key, value in coder.tensors().items()}
-        scales = {coder.name: [coder.scale.source, coder.scale.target] for coder in self.coders}
-        return tensors, {"step_count": self.step_count, "scales": scales}
+        coders = {coder.name: coder.facts() for coder in self.coders}
+        return tensors, {"step_count": self.step_count, "coders": coders}
 
-    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Go on from a state.
-
-        Raises:
-            ValueError: it is a state of other coders; nothing was changed.
-        """
-        scales = {coder.name: [coder.scale.source, coder.scale.target] for coder in self.coders}
-        if facts["scales"] != scales:
-            raise ValueError("scales: this state was trained on other data")
-        for coder in self.coders:
-            own = {
-                key.removeprefix(f"{coder.name}/"): t for key, t in tensors.items() if key.startswith(f"{coder.name}/")
-            }
-            coder.restore(own, facts["step_count"])
-        self.step_count = facts["step_count"]
-
-    def _sample_rows(self) -> Tensor:
+    def _start(self, configs: Mapping[str, TrainConfig]) -> list[Coder]:
         rows = min(self._source.rows, SAMPLE_ROWS)
-        batches = -(-rows // self.batch_size)
-        return torch.cat([self._order.batch(step) for step in range(batches)])[:rows]
+        parts = list(islice(self._source.batches(self.batch_size, self._seed, 0), -(-rows // self.batch_size)))
+        coders = []
+        for name, config in configs.items():
+            x, y = (torch.cat([part[self._pair[name]][side] for part in parts])[:rows] for side in (0, 1))
+            coders.append(Coder.start(name, config, x.to(self._device).float(), y.to(self._device).float()))
+        return coders
 
-    def _ready(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)
+    def _ready(self, batch: Pairs) -> Pairs:
+        return {name: (x.to(self._device), y.to(self._device)) for name, (x, y) in batch.items()}
+
+
+def coders_of(state: State, device: torch.device | str = "cpu") -> list[Coder]:
+    """The coders of a state, without any data.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape than its configuration says.
+    """
+    tensors, facts = state
+    coders = []
+    for name, found in facts["coders"].items():
+        own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+        config = TrainConfig(**found["config"])
+        scale = Scale(*found["scale"])
+        coders.append(Coder.restored(name, config, scale, own, step_count=facts["step_count"], device=device))
+    return coders
+
+
+def _check(source: Source, plans: Mapping[str, CoderPlan]) -> TrainConfig:
+    if not plans:
+        raise ConfigError("plans", "there is no coder to train")
+    for name, plan in plans.items():
+        if plan.pair not in source.widths:
+            raise ConfigError("plans", f"{name} is to learn {plan.pair}, which the source does not hold")
+    first = next(iter(plans.values())).config
+    for field in ("batch_size", "num_tokens", "seed"):
+        if any(getattr(plan.config, field) != getattr(first, field) for plan in plans.values()):
+            raise ConfigError(field, "has to be the same for all coders of one stream")
+    if source.rows < first.batch_size:
+        raise ConfigError("batch_size", f"{first.batch_size} is more than the {source.rows} rows there are")
+    return first

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from itertools import islice
 from typing import Any
 
 import pytest
 import torch
 
-from services.training.compute import InMemory, NonFiniteLoss, TrainConfig, Trainer, compute_fvu, fit
-from services.training.compute.batches import Order
+from services.training.compute import (
+    CoderPlan,
+    ConfigError,
+    InMemory,
+    NonFiniteLoss,
+    TrainConfig,
+    Trainer,
+    coders_of,
+    compute_fvu,
+    fit,
+)
+from services.training.compute.batches import shuffled
 from services.training.compute.coder import Coder
 from services.training.compute.schedule import learning_rate
 
@@ -84,54 +96,75 @@ def test_the_seed_decides() -> None:
     assert not torch.equal(first.W_enc, other.W_enc)
 
 
+def plans(names: str = "a", **changes: Any) -> dict[str, CoderPlan]:
+    return {name: CoderPlan(name, config(**changes)) for name in names}
+
+
 @pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu"])
 def test_a_restored_training_goes_on_bit_for_bit(activation: str) -> None:
-    (x1, y1), (x2, y2) = planted(500), planted(500, seed=5)
-    source = InMemory({"blocks.1": (x1, y1), "blocks.2": (x2, y2)})
-    configs = dict.fromkeys(source.coders, config(activation=activation, dead_after_tokens=256, num_tokens=128 * 12))
-    whole = Trainer(source, configs)
+    source = InMemory({"a": planted(500), "b": planted(500, seed=5)})
+    wanted = plans("ab", activation=activation, dead_after_tokens=256, num_tokens=128 * 12)
+    whole = Trainer(source, wanted)
     for _ in range(7):
         whole.step()
     tensors, facts = whole.state()
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    kept = ({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(facts)))
     rest = [[report.loss for report in step] for step in whole.run()]
 
-    resumed = Trainer(source, configs)
-    resumed.restore(tensors, facts)
+    resumed = Trainer(source, wanted, state=kept)
     assert [[report.loss for report in step] for step in resumed.run()] == rest
     for name, expected in whole.state()[0].items():
         assert torch.equal(resumed.state()[0][name], expected), name
     for name, transcoder in whole.transcoders().items():
         for key, tensor in transcoder.state_dict().items():
-            assert torch.equal(resumed.transcoders()[name].state_dict()[key], tensor), key
+            if tensor is not None:
+                assert torch.equal(resumed.transcoders()[name].state_dict()[key], tensor), key
 
 
 def test_the_state_of_another_training_is_refused() -> None:
-    x, y = planted(500)
-    trainer = Trainer(InMemory({"a": (x, y)}), {"a": config()})
+    source = InMemory({"a": planted(500)})
+    trainer = Trainer(source, plans())
+    trainer.step()
     tensors, facts = trainer.state()
-    before = trainer.coders[0].parameters["W_enc"].clone()
-    with pytest.raises(ValueError, match="scales"):
-        Trainer(InMemory({"a": (x * 3, y)}), {"a": config()}).restore(tensors, facts)
-    with pytest.raises(ValueError, match=r"parameter\.W_dec"):
-        trainer.restore({name: t for name, t in tensors.items() if "W_dec" not in name}, facts)
-    assert torch.equal(trainer.coders[0].parameters["W_enc"], before)
+    with pytest.raises(ValueError, match="another training"):
+        Trainer(source, plans(top_k=3), state=(tensors, facts))
+    for name in ("parameter.W_dec", "optimizer.W_dec.exp_avg", "idle_rows"):
+        with pytest.raises(ValueError, match=r"missing|expected"):
+            coders_of(({key: tensor for key, tensor in tensors.items() if name not in key}, facts))
+    with pytest.raises(ValueError, match=r"parameter\.b_enc"):
+        coders_of((tensors | {"a/parameter.b_enc": torch.zeros(3)}, facts))
 
 
 def test_coders_of_one_stream_are_trained_as_each_alone() -> None:
-    (x1, y1), (x2, y2) = planted(500), planted(500, seed=5)
-    together = Trainer(InMemory({"a": (x1, y1), "b": (x2, y2)}), {"a": config(), "b": config(top_k=2)})
+    pairs = {"a": planted(500), "b": planted(500, seed=5)}
+    wanted = plans("ab") | {"variant": CoderPlan("b", config(top_k=2))}
+    together = Trainer(InMemory(pairs), wanted)
+    alone = Trainer(InMemory({"b": pairs["b"]}), {"variant": wanted["variant"]})
     for _ in range(5):
         together.step()
-    alone = Trainer(InMemory({"b": (x2, y2)}), {"b": config(top_k=2)})
-    for _ in range(5):
         alone.step()
-    assert torch.equal(together.coders[1].parameters["W_enc"], alone.coders[0].parameters["W_enc"])
+    assert [coder.name for coder in together.coders] == ["a", "b", "variant"]
+    assert torch.equal(together.coders[2].parameters["W_enc"], alone.coders[0].parameters["W_enc"])
+
+
+@pytest.mark.parametrize(
+    ("field", "second"),
+    [
+        ("plans", CoderPlan("elsewhere", config())),
+        ("batch_size", CoderPlan("a", config(batch_size=64))),
+        ("num_tokens", CoderPlan("a", config(num_tokens=256))),
+        ("seed", CoderPlan("a", config(seed=7))),
+    ],
+)
+def test_plans_that_cannot_share_a_stream_are_refused(field: str, second: CoderPlan) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Trainer(InMemory({"a": planted(500)}), plans() | {"second": second})
+    assert caught.value.field == field
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
     x, y = planted(512)
-    trainer = Trainer(InMemory({"a": (x, y)}), {"a": config()})
+    trainer = Trainer(InMemory({"a": (x, y)}), plans())
     trainer.step()
     before = {name: tensor.clone() for name, tensor in trainer.state()[0].items()}
     y[:] = float("nan")
@@ -158,9 +191,7 @@ def test_dead_latents_come_back_through_their_encoder() -> None:
     coder = Coder.start("a", resolved, x, y)
     coder.parameters["b_enc"][:32] = -1e3  # half of the latents can never be active
     encoder_before = coder.parameters["W_enc"][:32].clone()
-    order = Order(len(x), 128, 0)
-    for step in range(60):
-        rows = order.batch(step)
+    for step, rows in zip(range(60), shuffled(len(x), 128, 0, 0), strict=False):
         report = coder.step(x[rows], y[rows])
         if step == 1:
             assert report.dead_fraction >= 0.5
@@ -170,13 +201,13 @@ def test_dead_latents_come_back_through_their_encoder() -> None:
 
 
 def test_every_row_is_seen_once_a_pass_in_another_order_each_time() -> None:
-    order = Order(100, 32, seed=1)
-    stream = torch.cat([order.batch(step) for step in range(7)])[:200]
+    stream = torch.cat(list(islice(shuffled(100, 32, 1, 0), 7)))[:200]
     first, second = stream[:100], stream[100:]
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(100))
     assert first.tolist() != second.tolist()
-    runs = Order(100, 32, seed=1, run=8).batch(0)
-    assert ((runs[1:] - runs[:-1]) == 1).sum() >= 24  # neighbours stay together
+    assert torch.equal(next(shuffled(100, 32, 1, 64)), stream[64:96])
+    assert torch.equal(next(shuffled(100, 32, 1, 96)), stream[96:128])
+    assert not torch.equal(next(shuffled(100, 32, 2, 0)), stream[:32])
 
 
 def test_learning_rate_rises_holds_and_falls() -> None:
