@@ -68,6 +68,8 @@ def run_demo(state: Path, topology: str, model: str, via: str, *, as_json: bool)
             return 0 if all(step.ok for step in steps) else 1
     except StartError as error:
         fail(str(error))
+        if as_json:
+            print_json({"ok": False, "steps": []})
         return 1
     except KeyboardInterrupt:
         fail("interrupted")

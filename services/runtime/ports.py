@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import socket
+from contextlib import ExitStack, suppress
 
 from services.runtime.errors import StartError
+
+_FREE = range(20_000, 32_000)
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -24,33 +28,35 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def reserve(host: str, port: int) -> int:
-    """The port itself when it can be listened on, a free one for port 0.
-
-    Raises:
-        StartError: the port is taken, or the host is not one of this machine's addresses.
-    """
-    return reserve_all([(host, port)])[0]
-
-
 def reserve_all(addresses: list[tuple[str, int]]) -> list[int]:
-    """Like `reserve`, for several at once: all are different.
+    """A port for each address, all different: its own when it can be listened on, a free one for port 0.
+
+    Free ones lie below the range that Linux gives to outgoing connections, so that none of those is in the way when a
+    process is started again.
 
     Raises:
-        StartError: as `reserve`.
+        StartError: a port is taken, or a host is not one of this machine's addresses.
     """
-    probes: list[socket.socket] = []
+    with ExitStack() as stack:
+        return [stack.enter_context(_listener(host, port)).getsockname()[1] for host, port in addresses]
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    if port:
+        return _bind(host, port)
+    for candidate in random.sample(_FREE, 100):
+        with suppress(StartError):
+            return _bind(host, candidate)
+    return _bind(host, 0)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        for host, port in addresses:
-            probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-            probes.append(probe)
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-                probe.listen(1)
-            except OSError as error:
-                raise StartError(f"cannot listen on {join_address(host, port)}: {error.strerror}") from error
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+        listener.bind((host, port))
+        listener.listen(1)
+    except OSError as error:
+        listener.close()
+        raise StartError(f"cannot listen on {join_address(host, port)}: {error.strerror}") from error
+    return listener
