@@ -10,7 +10,6 @@ from lensmesh.residency.v1 import residency_pb2_grpc  # noqa: F401 - its descrip
 
 from services.kit.channels import open_channel
 from services.kit.errors import LensmeshError
-from services.kit.housekeeping import keep_house
 from services.kit.jetstream import Broker, Relay
 from services.kit.logs import get_logger
 from services.kit.server import Context, Part, Servicer
@@ -70,9 +69,6 @@ async def compose(context: Context) -> Part:
     async def refresh_metrics() -> None:
         await metrics.keep_fresh(store, context.database)
 
-    async def housekeeping() -> None:
-        await keep_house(context.database, context.artifacts)
-
     return Part(
         servicers=_servicers(registry, context, Feeds(hub, context.jobs)),
         handlers=handlers(registry, context.jobs),
@@ -83,7 +79,6 @@ async def compose(context: Context) -> Part:
             hub.run,
             reconcile,
             refresh_metrics,
-            housekeeping,
         ],
         readiness={"broker": broker.ping},
         close=[model_hosts.close],

@@ -31,6 +31,11 @@ def to_dict(message: Message) -> dict[str, Any]:
     return {field.name: _value(message, field) for field in message.DESCRIPTOR.fields}
 
 
+def to_json(message: Message) -> dict[str, Any]:
+    """The message as clients of HTTP see it: words, ISO 8601 times, unset optional fields left out."""
+    return {name: _json(value) for name, value in to_dict(message).items() if value is not None}
+
+
 def word(enum: EnumDescriptor, number: int) -> str:
     """`int8` for QUANTIZATION_INT8; empty for the unspecified value."""
     return "" if number == 0 else enum.values_by_number[number].name.removeprefix(_prefix(enum)).lower()
@@ -102,6 +107,14 @@ def _single(field: FieldDescriptor, value: Any) -> Any:
     if isinstance(value, Struct):
         return plain(MessageToDict(value))
     return to_dict(value) if isinstance(value, Message) else value
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat().replace("+00:00", "Z")
+    if isinstance(value, dict):
+        return {name: _json(item) for name, item in value.items() if item is not None}
+    return [_json(item) for item in value] if isinstance(value, list) else value
 
 
 def _datetime(value: Timestamp) -> datetime:

@@ -80,6 +80,8 @@ class FakeHost(
     loading: int = 0
     most_loading: int = 0
     hub_down: bool = False
+    step: int = 25
+    """Percent between the progress messages of a load."""
     lens_error: Exception | None = None
     transcoders: dict[str, training_pb2.Transcoder] = field(default_factory=dict)
     extensions: dict[str, extensions_pb2.Extension] = field(default_factory=dict)
@@ -129,7 +131,7 @@ class FakeHost(
         self.loading += 1
         self.most_loading = max(self.most_loading, self.loading)
         try:
-            for percent in range(0, 100, 5):
+            for percent in range(0, 100, self.step):
                 if percent == 50:
                     if self.load_errors:
                         raise self.load_errors.pop(0)
@@ -259,7 +261,7 @@ class Mesh:
             "datasets": datasets_pb2_grpc.DatasetServiceStub,
             "devices": devices_pb2_grpc.DeviceServiceStub,
             "jobs": jobs_pb2_grpc.JobServiceStub,
-            "events": jobs_pb2_grpc.EventServiceStub,
+            "events_stub": jobs_pb2_grpc.EventServiceStub,
         }
         if name == "placement":
             return devices_pb2_grpc.PlacementServiceStub(self.internal)

@@ -38,6 +38,7 @@ async def host(mesh: Mesh) -> FakeHost:
 
 async def test_a_load_is_loading_before_it_answers_and_tells_every_step(mesh: Mesh, host: FakeHost) -> None:
     model = await mesh.create()
+    host.step = 1
     host.gate.clear()
     started = await mesh.load(model.id)
     assert (started.status, started.plan.placements[0].device) == (LOADING, "device-0/cpu")
@@ -54,6 +55,7 @@ async def test_a_load_is_loading_before_it_answers_and_tells_every_step(mesh: Me
     progress = [data["progress"] for name, data in events if name == "model:loading"]
     assert progress == sorted(progress)
     assert max(b - a for a, b in zip(progress, [*progress[1:], 100.0], strict=True)) <= 5
+    assert len(progress) == 21  # the acceptance, and one per 5 %, not one per message
     assert set(events[1][1]) >= {"model_id", "status", "progress", "message", "timestamp", "sequence"}
     assert events[-1][1]["memory_usage_bytes"] == 100 * MB
     assert events[-1][1]["load_time_seconds"] == 1.5

@@ -9,7 +9,9 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from services.kit import errors
-from services.kit.database import Database, load_queries
+from services.kit.database import Database
+from services.kit.events import outbox_depth
+from services.kit.jobs.metrics import attempts, job_counts, oldest_queued_seconds
 from services.registry.ports import Store
 
 REFRESH_SECONDS = 5.0
@@ -17,8 +19,6 @@ STATUSES = ("pending", "loading", "ready", "failed", "unloaded")
 LOAD_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 SWITCH_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5, 30)
 ERROR_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
-
-_QUERIES = load_queries(__file__, "metrics.sql")
 
 
 class RegistryMetrics:
@@ -65,6 +65,9 @@ class RegistryMetrics:
         self._alive = device("registry_device_alive", "Whether the device's host is heard")
         self._jobs = Gauge("jobs", "Jobs by kind and state", ["kind", "state"], registry=registry)
         self._oldest = Gauge("job_queue_oldest_seconds", "Age of the oldest queued job", ["kind"], registry=registry)
+        self._attempts = Gauge("job_attempts", "Times that jobs were started, by kind", ["kind"], registry=registry)
+        self._outbox_depth = Gauge("outbox_depth", "Events that wait for the broker", registry=registry)
+        self._outbox_lag = Gauge("outbox_lag_seconds", "Age of the oldest such event", registry=registry)
         for result in ("ready", "failed", "cancelled"):
             self._loads.labels(result)
         for status in STATUSES:
@@ -114,14 +117,18 @@ class RegistryMetrics:
             self._reserved.labels(host.name).set(0 if host.lost else host.reserved_bytes)
             self._alive.labels(host.name).set(not host.lost)
         async with database.connection() as conn:
-            jobs = await conn.fetch(_QUERIES["jobs"])
-            oldest = await conn.fetch(_QUERIES["oldest"])
+            jobs = await job_counts(conn)
+            oldest = await oldest_queued_seconds(conn)
+            started = await attempts(conn)
+            depth, lag = await outbox_depth(conn)
         self._jobs.clear()
-        for row in jobs:
-            self._jobs.labels(row["kind"], row["state"]).set(row["jobs"])
-        self._oldest.clear()
-        for row in oldest:
-            self._oldest.labels(row["kind"]).set(row["seconds"])
+        for (kind, state), count in jobs.items():
+            self._jobs.labels(kind, state).set(count)
+        for kind, seconds in oldest.items():
+            self._oldest.labels(kind).set(seconds)
+            self._attempts.labels(kind).set(started[kind])
+        self._outbox_depth.set(depth)
+        self._outbox_lag.set(lag)
 
     async def keep_fresh(self, store: Store, database: Database) -> None:
         """Until cancelled, read the rows every few seconds."""

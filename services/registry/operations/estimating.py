@@ -17,8 +17,7 @@ async def inspect(registry: Registry, source: Source, model_type: str) -> Facts:
         Invalid: the config's model type is another than `model_type`, or the host finds the source wrong.
         Unavailable: no host, or the hub does not answer.
     """
-    host = await registry.host_to_ask()
-    facts = await registry.hosts.inspect(host.address, source)
+    facts = await registry.ask_a_host(lambda address: registry.hosts.inspect(address, source))
     if model_type and model_type != facts.model_type:
         raise Invalid.of(
             "model_type", f"the model's config says {facts.model_type}", config_model_type=facts.model_type
@@ -70,8 +69,7 @@ async def inspected(registry: Registry, model_id: str) -> Model:
 
 async def need_of(registry: Registry, source: Source, quantization: str, *, model_id: str = "") -> tuple[Need, float]:
     """Bytes and seconds that a load is expected to take."""
-    host = await registry.host_to_ask()
-    need = await registry.hosts.estimate(host.address, source, quantization)
+    need = await registry.ask_a_host(lambda address: registry.hosts.estimate(address, source, quantization))
     async with registry.store.transaction() as tx:
         measured, seconds = await tx.models.measured(model_id, quantization)
         speed = await tx.models.load_speed()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from services.kit.errors import Unavailable
-from services.registry.domain import Host
 from services.registry.ports import DatasetFiles, Gauges, ModelHosts, Peers, Store
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +67,24 @@ class Registry:
     limits: Limits
     endings: Endings = field(default_factory=Endings)
 
-    async def host_to_ask(self, device: str = "") -> Host:
-        """A live host that can read model files, one that answers to `device` if there is.
+    async def ask_a_host(self, question: Callable[[str], Awaitable[T]]) -> T:
+        """What a host answers about model files; the next one is asked where one does not answer.
+
+        Args:
+            question: takes a host's address.
 
         Raises:
-            Unavailable: `NO_HOST`.
+            Unavailable: `NO_HOST`, or what the last one said.
         """
         async with self.store.transaction() as tx:
             hosts = await tx.placement.hosts()
-        if not hosts:
-            raise no_host()
-        return min(hosts, key=lambda host: (not host.answers_to(device), "extraction" not in host.services, host.name))
+        failure = no_host()
+        for host in sorted(hosts, key=lambda host: ("extraction" not in host.services, host.name)):
+            try:
+                return await question(host.address)
+            except Unavailable as error:
+                failure = error
+        raise failure
 
 
 def no_host(device: str = "") -> Unavailable:

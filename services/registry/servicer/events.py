@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from lensmesh.events.v1 import events_pb2
 from lensmesh.registry.v1 import jobs_pb2 as pb
@@ -15,7 +14,7 @@ from services.kit.events import topic_of
 from services.kit.jetstream import to_message
 from services.kit.jobs import Job, JobStore
 from services.kit.watch import EventHub
-from services.registry.wire import plain
+from services.registry.wire import to_json
 
 HEARTBEAT_SECONDS = 15.0
 
@@ -70,10 +69,9 @@ class EventServicer(jobs_pb2_grpc.EventServiceServicer):
 
 def _snapshot(prefix: str, resource_id: str, message: Message) -> events_pb2.Event:
     """The state when the watch began; no event of its own, so it has no sequence."""
-    data = MessageToDict(message, preserving_proto_field_name=True)
     event = events_pb2.Event(event=f"{prefix}:snapshot", resource_id=resource_id)
     event.timestamp.GetCurrentTime()
-    event.data.update(plain(data))
+    event.data.update(to_json(message))
     return event
 
 
