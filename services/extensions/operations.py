@@ -9,9 +9,10 @@ from typing import cast, get_args
 from transformers import PreTrainedModel
 
 from services.extensions import errors as translated
+from services.extensions.compute.blueprint import Blueprint
 from services.extensions.compute.config import ExtensionConfig, Position, Variant, require_task_name
 from services.extensions.compute.count import skeleton_of
-from services.extensions.compute.kinds import KINDS, Blueprint
+from services.extensions.compute.kinds import KINDS
 from services.extensions.domain import (
     Evaluation,
     Extension,
@@ -181,6 +182,7 @@ def config_of(new: NewExtension) -> ExtensionConfig:
         lora_dropout=lora.dropout,
         lora_target_modules=lora.target_modules,
         lora_variant=cast(Variant, lora.variant),
+        layer_index=layer.index,
         layer_position=cast(Position, layer.position or "encoder"),
         layer_initialization_scale=layer.initialization_scale,
         freeze_base=new.freeze_base,
@@ -189,15 +191,20 @@ def config_of(new: NewExtension) -> ExtensionConfig:
 
 def _planned(new: NewExtension, blueprint: Blueprint, shapes: PreTrainedModel, caller: str) -> Extension:
     """The extension as it will be stored, every default resolved, without id and files."""
+    if not shapes.config.is_encoder_decoder and any(layer.position == "encoder" for layer in new.layers):
+        raise errors.Invalid.of("layer.position", "this model has no encoder")
     counts = blueprint.counts(shapes)
-    lora = replace(new.lora or Lora(), target_modules=blueprint.config.targets(shapes))
     return Extension(
         id="",
         model_id=new.model_id,
         task_name=new.task_name,
         kind=new.kind,
-        lora=lora,
-        layers=(),
+        lora=replace(new.lora or Lora(), target_modules=blueprint.config.targets(shapes)) if counts.lora else None,
+        layers=tuple(
+            Layer(operation["position"], operation["index"], blueprint.config.layer_initialization_scale)
+            for operation in KINDS[new.kind].operations(shapes, blueprint.config)
+            if operation["op"] == "insert"
+        ),
         parameter_counts=counts.as_dict(),
         base_digest=blueprint.base_digest,
         created_by=caller,
@@ -205,13 +212,21 @@ def _planned(new: NewExtension, blueprint: Blueprint, shapes: PreTrainedModel, c
 
 
 def _require_supported(new: NewExtension) -> None:
-    if new.kind not in KINDS:
-        raise errors.Unsupported(f"extensions of kind {new.kind} cannot be made yet")
+    """Refuse contradictions, and what the protocol has words for but this build does not make.
+
+    Raises:
+        errors.Invalid: a part is given that the kind does not have.
+        errors.Unsupported: it is not built.
+    """
     if new.layers and new.kind == "lora":
         raise errors.Invalid.of("layer", "does not belong to an extension of kind lora")
+    if new.lora is not None and new.kind == "layer":
+        raise errors.Invalid.of("lora", "does not belong to an extension of kind layer")
     if new.lora is not None and new.lora.variant not in get_args(Variant):
-        raise errors.Unsupported(f"the variant {new.lora.variant} cannot be trained yet")
+        raise errors.Unsupported(f"adapters of variant {new.lora.variant} are not supported")
+    if len(new.layers) > 1:
+        raise errors.Unsupported("several insertion points are not supported")
     if not new.freeze_base:
-        raise errors.Unsupported("freeze_base must be true: training a copy of the base is not built yet")
+        raise errors.Unsupported("only freeze_base true is supported: the base is never trained")
     if new.shared_layer_of:
-        raise errors.Unsupported("shared_layer_of cannot be used yet")
+        raise errors.Unsupported("shared_layer_of is not supported")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, T5Config
 
 from services.extensions.compute.config import ExtensionConfig
 from services.extensions.compute.count import distinct_parameters, skeleton_of
-from services.extensions.compute.lora_extension import lora_counts
+from services.extensions.compute.kinds import KINDS
 from services.residency.checkpoint import Entry, read_header
 from services.residency.estimate import parameter_count
 from services.residency.lenses.extension_files import structure
@@ -72,11 +72,43 @@ def test_the_base_counts_a_head_that_the_file_holds(t5: PreTrainedModel, tmp_pat
 )
 def test_lora_of_rank_16(t5: PreTrainedModel, targets: tuple[str, ...], variant: str, expected: int) -> None:
     config = ExtensionConfig(lora_target_modules=targets, lora_variant=variant)
-    assert lora_counts(t5, config, BASE).lora == expected
+    assert KINDS["lora"].counts(t5, config, BASE).lora == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "lora", "layer"),
+    [
+        ("layer", ("q", "v"), 0, 2_360_320),
+        ("hybrid", ("q", "v"), 716_800, 2_360_320),
+        ("hybrid", ("q", "k", "v", "o"), 1_433_600, 2_360_320),
+    ],
+)
+def test_an_inserted_encoder_layer(
+    t5: PreTrainedModel, kind: str, targets: tuple[str, ...], lora: int, layer: int
+) -> None:
+    """A copy of the first block, which owns the relative position bias, counts no more than any other."""
+    for index in (None, 1):
+        counts = KINDS[kind].counts(t5, ExtensionConfig(lora_target_modules=targets, layer_index=index), BASE)
+        assert (counts.lora, counts.layer, counts.trainable) == (lora, layer, lora + layer)
+
+
+def test_an_inserted_decoder_layer(t5: PreTrainedModel) -> None:
+    config = ExtensionConfig(lora_target_modules=("q", "v"), layer_position="decoder")
+    counts = KINDS["hybrid"].counts(t5, config, BASE)
+    assert (counts.layer, counts.lora - 688_128) == (3_147_264, 57_344)
+    both = KINDS["layer"].counts(t5, ExtensionConfig(layer_position="both"), BASE)
+    assert both.layer == 2_360_320 + 3_147_264
+
+
+def test_the_published_comparison(t5: PreTrainedModel) -> None:
+    shares = {kind: KINDS[kind].counts(t5, ExtensionConfig(), BASE) for kind in ("lora", "layer", "hybrid")}
+    assert [f"{c.trainable:,} {c.trainable_over_base:.3%}" for c in shares.values()] == [
+        "688,128 0.894%", "2,360,320 3.067%", "3,077,120 3.998%",
+    ]  # fmt: skip
 
 
 def test_both_denominators(t5: PreTrainedModel) -> None:
-    counts = lora_counts(t5, ExtensionConfig(), BASE)
+    counts = KINDS["lora"].counts(t5, ExtensionConfig(), BASE)
     assert counts.as_dict() == {
         "base": BASE, "trainable": 688_128, "lora": 688_128, "layer": 0,
         "trainable_over_base": 688_128 / BASE, "trainable_over_total": 688_128 / 77_649_280,

@@ -6,7 +6,16 @@ model = LoRAExtension(base_model, ExtensionConfig(lora_r=16, lora_alpha=32)).cre
 from __future__ import annotations
 
 from services.extensions.compute.config import ConfigInvalid, ExtensionConfig
-from services.extensions.compute.lora_extension import LoRAExtension
+from services.extensions.compute.task_extensions import HybridExtension, LoRAExtension, TransformerLayerExtension
 from services.extensions.compute.train import Trainer, TrainSettings, held_out_loss
 
-__all__ = ["ConfigInvalid", "ExtensionConfig", "LoRAExtension", "TrainSettings", "Trainer", "held_out_loss"]
+__all__ = [
+    "ConfigInvalid",
+    "ExtensionConfig",
+    "HybridExtension",
+    "LoRAExtension",
+    "TrainSettings",
+    "Trainer",
+    "TransformerLayerExtension",
+    "held_out_loss",
+]

@@ -49,6 +49,8 @@ class ExtensionConfig:
     """lora (arXiv:2106.09685), rslora (arXiv:2312.03732) or dora (arXiv:2402.09353)."""
     layer_position: Position = "encoder"
     """Stack of an encoder-decoder model that gets the layer; a decoder-only model has only its decoder."""
+    layer_index: int | None = None
+    """Number the inserted layer will have, at least 1; None for the end of the stack."""
     layer_initialization_scale: float = 0.01
     """Factor on the inserted layer's output projections; 0 leaves the model's function exactly as it was."""
     freeze_base: bool = True
@@ -70,6 +72,11 @@ class ExtensionConfig:
         yield "lora_dropout", not 0 <= self.lora_dropout < 1, f"must be in [0, 1), got {self.lora_dropout}"
         yield "lora_variant", self.lora_variant not in get_args(Variant), f"must be one of {get_args(Variant)}"
         yield "layer_position", self.layer_position not in get_args(Position), f"must be one of {get_args(Position)}"
+        yield (
+            "layer_index",
+            self.layer_index is not None and self.layer_index < 1,
+            f"must be 1 or more, got {self.layer_index}",
+        )
         scale = self.layer_initialization_scale
         yield "layer_initialization_scale", not 0 <= scale <= 1, f"must be in [0, 1], got {scale}"
         repeated = len(set(self.lora_target_modules)) < len(self.lora_target_modules)

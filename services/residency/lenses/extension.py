@@ -72,6 +72,10 @@ class Extension:
         """Bytes of device memory that the extension adds to the base."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters.values())
 
+    def then(self, other: Extension) -> Extension:
+        """Both, the other's edits after ours."""
+        return Extension(self.edits + other.edits, {**self.parameters, **other.parameters})
+
     def state(self) -> dict[str, torch.Tensor]:
         """A copy of the weights on the CPU, by checkpoint key."""
         return {key: parameter.detach().cpu().clone() for key, parameter in self.parameters.items()}

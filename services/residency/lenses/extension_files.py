@@ -7,23 +7,32 @@ identity and its name an alias.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import nn
+from transformers import PreTrainedModel
 
 from services.residency.lenses import lora
-from services.residency.lenses.extension import Extension, ExtensionRefused, applied
+from services.residency.lenses.extension import (
+    Extension,
+    ExtensionRefused,
+    applied,
+    require_same_tensors,
+)
+from services.residency.lenses.inserted import insert
 
 FORMAT = 1
 LORA_FOLDER = "lora"
+INSERTED_FILE = "inserted.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +59,7 @@ class Manifest:
     """Version of this layout."""
 
 
-def structure(model: nn.Module) -> str:
+def structure(model: PreTrainedModel) -> str:
     """A digest of the shapes of the model's embedding and linear modules; the same for every quantisation of it."""
     lines = [f"{path} {n_in} {n_out}" for path, (n_in, n_out) in sorted(lora.adaptable(model).items())]
     embedding = model.get_input_embeddings()
@@ -75,9 +84,9 @@ def write(
     if adapter_config is not None:
         (folder / LORA_FOLDER).mkdir()
         _write_json(folder / LORA_FOLDER / "adapter_config.json", adapter_config)
-        _write_tensors(folder / LORA_FOLDER / "adapter_model.safetensors", adapter)
+        _write_tensors(folder / LORA_FOLDER / ADAPTER_FILE, adapter)
     if inserted:
-        _write_tensors(folder / "inserted.safetensors", inserted)
+        _write_tensors(folder / INSERTED_FILE, inserted)
 
 
 def retrained(source: Path, extension: Extension, training: Mapping[str, Any]) -> Callable[[Path], None]:
@@ -116,29 +125,70 @@ def read_manifest(folder: Path) -> Manifest:
         raise ExtensionRefused("extension.json", "is missing or damaged") from error
 
 
-def attachable(folder: Path, model: nn.Module, *, base_digest: str = "") -> Extension:
+def attachable(folder: Path, model: PreTrainedModel, *, base_digest: str = "") -> Extension:
     """Build the extension in a folder for a live base, strictly; the base is left as it was.
+
+    Raises:
+        ExtensionRefused: see `read` and `assemble`.
+    """
+    manifest, weights, config = read(folder, model, base_digest=base_digest)
+    return assemble(model, manifest.operations, weights, config)
+
+
+def read(
+    folder: Path, model: PreTrainedModel, *, base_digest: str = ""
+) -> tuple[Manifest, dict[str, torch.Tensor], LoraConfig | None]:
+    """Manifest, weights and, where there is an adapter, PEFT's configuration of an extension made for this base.
 
     Args:
         folder: as `write` left it.
-        model: the base; quantised or not.
+        model: the base without extensions; quantised or not.
         base_digest: content digest of the base's files where it is known.
 
     Raises:
-        ExtensionRefused: the base is another one, or files are missing, damaged or do not fit.
+        ExtensionRefused: the base is another one, or files are missing or damaged.
     """
     manifest = read_manifest(folder)
     if manifest.base_digest and base_digest and manifest.base_digest != base_digest:
         raise ExtensionRefused("base_digest", f"made for {manifest.base_digest}, this base is {base_digest}")
     if manifest.base_structure != structure(model):
         raise ExtensionRefused("base", "has other layers than the model this extension was made for")
+    config: LoraConfig | None = None
+    weights: dict[str, torch.Tensor] = {}
+    if (folder / LORA_FOLDER).is_dir():
+        config = lora.read_config(folder / LORA_FOLDER)
+        weights |= read_tensors(folder / LORA_FOLDER / ADAPTER_FILE)
+    if (folder / INSERTED_FILE).is_file():
+        weights |= read_tensors(folder / INSERTED_FILE)
+    return manifest, weights, config
+
+
+def assemble(
+    model: PreTrainedModel,
+    operations: Sequence[Mapping[str, Any]],
+    weights: Mapping[str, torch.Tensor],
+    config: LoraConfig | None,
+) -> Extension:
+    """Build an extension for a live base, strictly; the base is left as it was.
+
+    Args:
+        model: the base; quantised or not.
+        operations: what to do to it, in order.
+        weights: tensors by checkpoint key, exactly those that the operations need; copied.
+        config: PEFT's configuration for the operation `lora`.
+
+    Raises:
+        ExtensionRefused: an operation is unknown, or something does not fit the base.
+    """
     whole = Extension(edits=(), parameters={})
-    for operation in manifest.operations:
-        if operation.get("op") not in OPERATIONS:
-            raise ExtensionRefused("operations", f"{operation.get('op')!r} is unknown; known are {sorted(OPERATIONS)}")
-        with applied(whole.edits):
-            part = OPERATIONS[operation["op"]](folder, model, operation)
-        whole = Extension(edits=whole.edits + part.edits, parameters={**whole.parameters, **part.parameters})
+    for operation in operations:
+        try:
+            build = OPERATIONS[operation["op"]]
+            with applied(whole.edits):
+                whole = whole.then(build(model, operation, weights, config))
+        except KeyError as error:
+            raise ExtensionRefused("operations", f"{operation} is not understood") from error
+    require_same_tensors(whole.parameters, weights)
     return whole
 
 
@@ -154,10 +204,21 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ExtensionRefused("weights", f"{path.name} is missing or damaged") from error
 
 
-def _attach_lora(folder: Path, model: nn.Module, operation: Mapping[str, Any]) -> Extension:
+def _insert(
+    model: PreTrainedModel, operation: Mapping[str, Any], weights: Mapping[str, torch.Tensor], config: LoraConfig | None
+) -> Extension:
+    del config
+    return insert(model, operation["position"], index=operation["index"], weights=weights)
+
+
+def _adapt(
+    model: PreTrainedModel, operation: Mapping[str, Any], weights: Mapping[str, torch.Tensor], config: LoraConfig | None
+) -> Extension:
     del operation
-    config = lora.read_config(folder / LORA_FOLDER)
-    return lora.build(model, config, read_tensors(folder / LORA_FOLDER / "adapter_model.safetensors"))
+    if config is None:
+        raise ExtensionRefused("adapter_config", "is missing")
+    own = {key: tensor for key, tensor in weights.items() if key.startswith(lora.KEY_PREFIX)}
+    return lora.build(model, config, own)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -168,5 +229,9 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     path.write_bytes(save_tensors({key: tensors[key].contiguous() for key in sorted(tensors)}))
 
 
-OPERATIONS: dict[str, Callable[[Path, nn.Module, Mapping[str, Any]], Extension]] = {"lora": _attach_lora}
+Build = Callable[
+    [PreTrainedModel, Mapping[str, Any], Mapping[str, torch.Tensor], LoraConfig | None],
+    Extension,
+]
+OPERATIONS: Mapping[str, Build] = {"insert": _insert, "lora": _adapt}
 """How each operation of a manifest becomes edits of a live model."""

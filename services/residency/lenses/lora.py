@@ -8,7 +8,7 @@ which leaves the wrappers in the base's tree and its paths renamed, is never use
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,10 @@ def build(
         ExtensionRefused: targets, rank, keys or shapes do not fit this model.
     """
     _require_trainable_int4(model)
-    require_rank(matched(adaptable(model), sorted(config.target_modules or ())), config.r)
+    targets = matched(adaptable(model), sorted(config.target_modules or ()))
+    require_rank(targets, config.r)
+    if config.use_dora:
+        _require_readable(model, targets)
     edits, parameters = _inject(model, config)
     extension = Extension(edits=edits, parameters=parameters)
     begun = {key: parameter for key, parameter in parameters.items() if fresh and key.endswith(MAGNITUDE)}
@@ -174,6 +177,14 @@ def _require_trainable_int4(model: nn.Module) -> None:
             raise ExtensionRefused(
                 "base", f"{path} is int4 with support_avx512bf16_for_cpu set; unset it after loading"
             )
+
+
+def _require_readable(model: nn.Module, targets: Iterable[str]) -> None:
+    """To read an int8 weight on a CPU, PEFT moves it in place, after which the base cannot run any more."""
+    for path in targets:
+        weight = model.get_submodule(path).weight
+        if weight.dtype == torch.int8 and weight.device.type == "cpu":
+            raise ExtensionRefused("lora.variant", "dora cannot read the weights of an int8 base on the CPU")
 
 
 def _inject(model: nn.Module, config: LoraConfig) -> tuple[tuple[Edit, ...], dict[str, nn.Parameter]]:

@@ -76,6 +76,20 @@ async def test_dora_begins_with_the_norms_of_the_bases_weights(service: Service)
     assert service.bases.leases == 0
 
 
+async def test_layers_and_hybrids_are_made_from_the_bases_weights(service: Service) -> None:
+    for kind, lora in (("layer", None), ("hybrid", Lora(r=4))):
+        layers = (Layer(index=1, initialization_scale=0.0),)
+        extension = await service.create(replace(NEW, kind=kind, lora=lora, layers=layers))
+        assert (extension.layers, extension.lora is None) == ((Layer("decoder", 1, 0.0),), lora is None)
+        attached = attachable(service.store.path(extension.artifact_uri), tiny("gpt2", 2))
+        assert sum(p.numel() for p in attached.parameters.values()) == extension.parameter_counts["trainable"]
+        copied = attached.parameters["transformer.h.1.mlp.c_fc.weight"].detach()
+        assert torch.equal(copied, tiny("gpt2", 2).transformer.h[0].mlp.c_fc.weight)
+        evaluation = await service.operations.evaluate(extension.id, "ds_1", sample_count=1, max_length=16)
+        assert evaluation.loss == evaluation.base_loss
+    assert service.bases.leases == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "text"),
     [
@@ -86,6 +100,10 @@ async def test_dora_begins_with_the_norms_of_the_bases_weights(service: Service)
         ({"task_name": "c_attn"}, "task_name", "is the name of a module"),
         ({"task_name": "my-lora"}, "task_name", "must not contain"),
         ({"layers": (Layer(),)}, "layer", "does not belong"),
+        ({"kind": "layer"}, "lora", "does not belong"),
+        ({"kind": "hybrid", "layers": (Layer(index=3),)}, "layer.index", "must be 1 to 2"),
+        ({"kind": "hybrid", "layers": (Layer(position="encoder"),)}, "layer.position", "has no encoder"),
+        ({"kind": "hybrid", "layers": (Layer(position="both"),)}, "layer.position", "one stack only"),
     ],
 )
 async def test_wrong_fields_are_named_and_nothing_is_created(
@@ -100,7 +118,12 @@ async def test_wrong_fields_are_named_and_nothing_is_created(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"kind": "unheard-of"}, {"lora": Lora(variant="adalora")}, {"freeze_base": False}, {"shared_layer_of": "x_1"}],
+    [
+        {"kind": "layer", "lora": None, "layers": (Layer(), Layer())},
+        {"lora": Lora(variant="adalora")},
+        {"freeze_base": False},
+        {"shared_layer_of": "x_1"},
+    ],
 )
 async def test_what_is_not_built_is_refused(service: Service, changes: dict) -> None:
     with pytest.raises(errors.Unsupported):

@@ -189,3 +189,15 @@ def test_int4_that_would_train_nothing_is_refused() -> None:
     model.model.layers[1].mlp.up_proj.support_avx512bf16_for_cpu = True
     with pytest.raises(ExtensionRefused, match="support_avx512bf16_for_cpu"):
         adapter(model, ["q_proj"])
+
+
+def test_dora_on_an_int8_base_is_refused_before_it_breaks_the_base() -> None:
+    model = quantized(8)
+    before = logits(model)
+    with pytest.raises(ExtensionRefused, match="dora cannot read"):
+        adapter(model, ["q_proj"], use_dora=True)
+    assert torch.equal(logits(model), before)
+    model = quantized(4)
+    before = logits(model)
+    adapter(model, ["q_proj"], use_dora=True)
+    assert torch.equal(logits(model), before)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from services.extensions.compute.config import ConfigInvalid, ExtensionConfig, require_task_name
-from services.extensions.compute.lora_extension import LoRAExtension, lora_counts
+from services.extensions.compute.kinds import KINDS
+from services.extensions.compute.task_extensions import HybridExtension, LoRAExtension, TransformerLayerExtension
 from services.residency.lenses.extension import ExtensionRefused
 from services.residency.lenses.extension_files import attachable, read_manifest
 from tests.models import batch, tiny
@@ -95,7 +97,7 @@ def test_counts_equal_what_would_be_trained() -> None:
         extension = LoRAExtension(tiny("t5", 2), config)
         extension.create_adapter("task-one")
         base = extension.parameter_counts("task-one").base
-        assert extension.parameter_counts("task-one") == lora_counts(tiny("t5", 2), config, base)
+        assert extension.parameter_counts("task-one") == KINDS["lora"].counts(tiny("t5", 2), config, base)
 
 
 def damaged(folder: Path, how: str) -> None:
@@ -167,3 +169,46 @@ def test_every_wrong_field_is_named() -> None:
         "lora_r", "lora_alpha", "lora_dropout", "lora_variant", "layer_position",
         "layer_initialization_scale", "lora_target_modules",
     ]  # fmt: skip
+
+
+def test_layers_and_hybrids_preserve_the_base_at_scale_zero_and_survive_saving(tmp_path: Path) -> None:
+    for family in ("gpt2", "t5"):
+        base = logits(tiny(family, 2))
+        config = ExtensionConfig(lora_r=4, layer_initialization_scale=0.0, save_path=tmp_path / family)
+        for kind, name in (
+            (TransformerLayerExtension, "create_extended_model"),
+            (HybridExtension, "create_hybrid_model"),
+        ):
+            extension = kind(tiny(family, 2), config)
+            assert torch.equal(logits(getattr(extension, name)(f"task-{extension.kind}")), base)
+            disturb(extension, f"task-{extension.kind}")
+            extended = logits(extension.model)
+            assert not torch.equal(extended, base)
+            folder = extension.save(f"task-{extension.kind}")
+            assert torch.equal(logits(extension.switch_to(None)), base)
+
+            other = kind(tiny(family, 2), config)
+            assert torch.equal(logits(other.switch_to(other.load(folder))), extended)
+            counts = other.parameter_counts(f"task-{extension.kind}")
+            assert counts == KINDS[extension.kind].counts(tiny(family, 2), config, counts.base)
+
+
+def test_a_hybrids_manifest_says_what_peft_cannot(tmp_path: Path) -> None:
+    extension = HybridExtension(tiny("gpt2", 2), ExtensionConfig(lora_r=4, save_path=tmp_path))
+    extension.create_hybrid_model("task-one")
+    folder = extension.save("task-one")
+    assert read_manifest(folder).operations == ({"op": "insert", "position": "decoder", "index": 2}, {"op": "lora"})
+    weights = folder / "inserted.safetensors"
+    keys = set(load_file(weights))
+    assert keys == {f"transformer.h.2.{name}" for name, _ in tiny("gpt2", 2).transformer.h[1].named_parameters()}
+    save_file({**load_file(weights), "transformer.h.20.ln_1.weight": torch.zeros(64)}, weights)
+    with pytest.raises(ExtensionRefused, match=r"unexpected transformer\.h\.20\.ln_1\.weight"):
+        attachable(folder, tiny("gpt2", 2))
+
+
+def disturb(extension: HybridExtension | TransformerLayerExtension, task_name: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weights = extension.attached[task_name].state()
+    extension.attached[task_name].load(
+        {key: value + 0.1 * torch.randn(value.shape, generator=generator) for key, value in weights.items()}
+    )
