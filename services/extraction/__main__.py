@@ -39,7 +39,8 @@ async def compose(context: Context) -> Part:
     store = PostgresStore(context.database, context.jobs, queue_limit=settings.extraction_queue_limit)
     registry = Catalogue(context.registry, context.host_id)
     catalogue = RegisteredModels(registry, context.registry)
-    datasets = RegisteredDatasets(registry, settings.dataset_roots, settings.state_dir / "datasets")
+    shared = context.settings
+    datasets = RegisteredDatasets(registry, shared.dataset_roots, shared.state_dir / "datasets")
     models = PooledModels(context.residency, registry.ensure_resident, context.artifacts)
     job = ExtractionJob(catalogue, models, datasets, caches)
     operations = Operations(store, caches, catalogue, datasets, device=context.device, meters=metrics)

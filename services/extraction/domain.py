@@ -211,7 +211,7 @@ class Extraction:
             case "completed":
                 return REUSED_MESSAGE if self.reused else "Activations extracted"
             case "queued":
-                return f"Waiting for {self.waiting_for}" if self.waiting_for else "Activation extraction queued"
+                return "Activation extraction queued"
             case "extracting":
                 return f"{self.samples_processed} of {self.total_samples} samples"
             case "failed":

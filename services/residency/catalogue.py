@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import grpc
+from google.protobuf import json_format
+from google.protobuf.struct_pb2 import Struct
 from lensmesh.registry.v1 import (
     datasets_pb2,
     datasets_pb2_grpc,
@@ -42,6 +44,21 @@ def translated_calls() -> Iterator[None]:
         yield
     except grpc.aio.AioRpcError as error:
         raise status.from_rpc_error(error) from error
+
+
+def json_of(struct: Struct) -> dict[str, Any]:
+    """A struct as plain JSON; whole numbers are integers again, which protobuf has no word for."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+            return int(value)
+        return value
+
+    return plain(json_format.MessageToDict(struct))
 
 
 class Catalogue:

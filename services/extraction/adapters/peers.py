@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from google.protobuf import json_format
 from lensmesh.common.v1 import types_pb2
 from lensmesh.registry.v1 import datasets_pb2, groups_pb2, groups_pb2_grpc
 
 from services.extraction.domain import BaseModel, Options, Survey
 from services.extraction.ports import Tokenized
 from services.kit import errors
-from services.residency.catalogue import LOOK_UP_SECONDS, Catalogue, translated_calls
+from services.residency.catalogue import LOOK_UP_SECONDS, Catalogue, json_of, translated_calls
 from services.residency.texts import DatasetError, DatasetRecord, content_digest, open_rows, tokenize
 
 GROUPS_PAGE = 500
@@ -39,7 +38,7 @@ class RegisteredModels:
             revision=model.revision,
             digest=model.digest,
             quantization=types_pb2.Quantization.Name(model.quantization).removeprefix("QUANTIZATION_").lower(),
-            config=json_format.MessageToDict(model.config),
+            config=json_of(model.config),
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
             context_length=model.context_length,

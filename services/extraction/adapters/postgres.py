@@ -57,7 +57,7 @@ class PostgresStore:
                 job = await self._jobs.enqueue(
                     conn,
                     kind=JOB_KIND,
-                    payload={"extraction_id": new.id},
+                    payload={"extraction_id": new.id, "model_id": new.model_id, "dataset_id": new.dataset_id},
                     created_by=key.caller,
                     resource_id=new.id,
                     event_prefix=EVENT_PREFIX,
