@@ -47,7 +47,7 @@ def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
         return executor.submit(asyncio.run, coroutine).result()
 
 
-async def eventually(check: Callable[[], Any], timeout: float = 20.0) -> Any:
+async def eventually(check: Callable[[], Any], timeout: float = 20.0, interval: float = 0.01) -> Any:
     """The first true value of `check` (a function, or an async one); fails the test when there is none in time."""
     async with asyncio.timeout(timeout):
         while True:
@@ -56,7 +56,7 @@ async def eventually(check: Callable[[], Any], timeout: float = 20.0) -> Any:
                 value = await value
             if value:
                 return value
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(interval)
 
 
 @contextmanager
