@@ -80,9 +80,8 @@ def lens(folder: Path, width: int, seed: int) -> Spec:
     return Spec(f"lens-{seed}", "transcoder", folder)
 
 
-async def measure(path: Path, repeat: int) -> list[tuple[str, float]]:
+async def measure(path: Path, files: list[Path], repeat: int) -> list[tuple[str, float]]:
     pool = Pool("cpu", 1 << 40)
-    files = sorted(path.glob("*.safetensors"))
     rows = [("floor: load_file and clone", await best(repeat, lambda: pool.run(floor, files), nothing))]
 
     async def reading(quantization: str) -> None:
@@ -125,8 +124,9 @@ def main() -> None:
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
         synthetic(Path(folder), arguments.megabytes)
-        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-        rows = asyncio.run(measure(Path(folder), arguments.repeat))
+        files = sorted(Path(folder).glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
+        rows = asyncio.run(measure(Path(folder), files, arguments.repeat))
     table = Table("step", "seconds", "of the floor", title=f"{size / 1e6:.0f} MB of bfloat16 weights, CPU")
     for name, seconds in rows:
         table.add_row(name, f"{seconds:.4f}", f"{seconds / rows[0][1]:.2f}")

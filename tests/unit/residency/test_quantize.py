@@ -91,7 +91,9 @@ def test_a_move_keeps_bits_bytes_and_sharing(family, quantization):
     model = load_model(models.saved(family), quantization)
     print_, held = fingerprint(model), resident_bytes(model)
     before = [tensor.detach() for tensor in tensors_of(model).values()]
-    relocate(model, torch.clone)
+    moved = []
+    relocate(model, lambda tensor: moved.append(tensor) or tensor.clone())
+    assert sum(tensor.numel() * tensor.element_size() for tensor in moved) == held
     after = tensors_of(model).values()
     assert not {t.untyped_storage().data_ptr() for t in before} & {t.untyped_storage().data_ptr() for t in after}
     assert (fingerprint(model), resident_bytes(model)) == (print_, held)

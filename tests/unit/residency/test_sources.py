@@ -33,6 +33,14 @@ def test_identifiers_that_name_no_directory_below_a_root(tmp_path, identifier):
     assert str(tmp_path) not in str(caught.value)
 
 
+def test_only_plain_relative_names_are_looked_up_even_inside_a_root(tmp_path):
+    (tmp_path / "a" / "m").mkdir(parents=True)
+    assert find_local("a/m", [tmp_path]) == (tmp_path / "a" / "m").resolve()
+    for identifier in (str(tmp_path / "a" / "m"), "a/../a/m"):
+        with pytest.raises(SourceNotFound):
+            find_local(identifier, [tmp_path])
+
+
 def test_a_symbolic_link_may_not_lead_out_of_the_root(tmp_path):
     (tmp_path / "outside").mkdir()
     (tmp_path / "root").mkdir()
