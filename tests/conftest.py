@@ -6,12 +6,20 @@ import itertools
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+import structlog
 
 from services.kit import migrate
 from services.kit.database import Database
 from tests import support
 
 _NUMBERS = itertools.count(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_logs() -> None:
+    """structlog's default prints every local of a traceback, which takes seconds where tensors are among them."""
+    processors = (structlog.processors.add_log_level, structlog.processors.format_exc_info)
+    structlog.configure(processors=[*processors, structlog.processors.JSONRenderer()])
 
 
 @pytest.fixture(scope="session")

@@ -157,10 +157,9 @@ class Mesh:
         """The extraction once it has completed, failed or was cancelled, and its job says so too."""
 
         async def done() -> pb.Extraction | None:
-            found = await self.get(extraction_id)
-            if found.job_id and not (await self.context.jobs.get(found.job_id)).ended:
-                return None
-            return found
+            job_id = (await self.get(extraction_id)).job_id
+            ended = not job_id or (await self.context.jobs.get(job_id)).ended
+            return await self.get(extraction_id) if ended else None
 
         return await eventually(done, timeout=60, interval=0.05)
 
