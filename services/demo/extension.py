@@ -7,7 +7,7 @@ from typing import Any
 from services.demo.journey import Journey, Step, pick
 from services.demo.lenses import SENTENCE
 
-_STEPS = 60
+_STEPS = 40
 _RANK = 8
 
 
@@ -29,8 +29,9 @@ def extension(journey: Journey, step: Step) -> None:
     fields = {"dataset_id": task_id, "held_out_dataset_id": held_out_id, "steps": _STEPS, "batch_size": 16}
     journey.wait(api.call("TrainExtension", id=made["id"], max_length=128, **fields)["job_id"], "train extension")
     loss_after = api.call("EvaluateExtension", id=made["id"], dataset_id=held_out_id)
+    lens = api.call("AttachLens", group_id=journey.group_id, kind="extension", extension_id=made["id"])
     activated = api.call("ActivateExtension", id=made["id"])
-    during = _logits(journey)
+    with_and_without = _read(journey, lens["id"])
     deactivated = api.call("DeactivateExtension", id=made["id"])
     after = _logits(journey)
     step.figures = {
@@ -47,16 +48,23 @@ def extension(journey: Journey, step: Step) -> None:
     journey.say(f"held-out loss {loss_before['loss']:.3f} before, {loss_after['loss']:.3f} after {_STEPS} steps")
     step.check(loss_before["loss"] == loss_before["base_loss"], "an untrained extension is the base")
     step.check(loss_after["loss"] < loss_before["loss"], "training lowers the held-out loss")
-    step.check(during != before, "an active extension changes the predictions")
+    step.check(activated["active"] and not deactivated["active"], "it is active when asked for, and only then")
+    step.check(
+        any(token["predictions"] != token["base_predictions"] for token in with_and_without),
+        "the extension changes the predictions",
+    )
     step.check(step.figures["base_unchanged"], "the base's logits are restored exactly")
 
 
 def _logits(journey: Journey) -> list[Any]:
-    """What the model predicts after its last layer for every token of a text, to the last bit that JSON carries."""
-    reading = journey.api.call(
-        "AnalyzeText", id=journey.group_id, text=SENTENCE, lens_ids=[journey.logit_lens_id], top_k=100
-    )["readings"][0]
-    return [token["layers"][-1]["predictions"] for token in reading["tokens"] if token.get("layers")]
+    """What the base predicts after its last layer for every token of a text, to the last bit that JSON carries."""
+    tokens = _read(journey, journey.logit_lens_id)
+    return [token["layers"][-1]["predictions"] for token in tokens if token.get("layers")]
+
+
+def _read(journey: Journey, lens_id: str) -> list[dict[str, Any]]:
+    fields = {"text": SENTENCE, "lens_ids": [lens_id], "top_k": 100}
+    return list(journey.api.call("AnalyzeText", id=journey.group_id, **fields)["readings"][0]["tokens"])
 
 
 def _register(journey: Journey, name: str, identifier: str) -> str:
