@@ -14,7 +14,7 @@ from gateway.comments import Comments
 from gateway.routes import WEBSOCKET_PATH, Route, Table
 from gateway.schema import Schema, Schemas
 from gateway.stubs import HTTP_BODY
-from gateway.template import REST, STAR
+from gateway.template import REST, STAR, Template
 
 _FAILURES = {
     400: "A field is wrong; `details.field_violations` names it.",
@@ -33,9 +33,9 @@ _FAILURES = {
     504: "The deadline passed.",
 }
 _ERROR = {"$ref": "#/components/schemas/Error"}
-_HEADERS = {
+_HEADERS: dict[str, tuple[Schema, str]] = {
     "X-Request-Timeout": ({"type": "number", "exclusiveMinimum": 0}, "Deadline of the call in seconds."),
-    "X-Request-Id": ({"type": "string", "maxLength": 100}, "Id of the request in logs and errors."),
+    "X-Request-Id": ({"type": "string"}, "Id of the request in logs and errors; replaced where it is not well formed."),
 }
 
 
@@ -43,8 +43,11 @@ def document(table: Table, comments: Comments) -> dict[str, Any]:
     """The whole document, ready for JSON."""
     schemas = Schemas(comments)
     paths: dict[str, dict[str, Any]] = {}
+    first: dict[object, Template] = {}
     for route in table.routes:
-        paths.setdefault(_path(route), {})[route.binding.verb.lower()] = _operation(route, schemas, comments)
+        # One path, one set of names: another verb's variables are shown under the names of the first.
+        shown = first.setdefault(_places(route.template), route.template)
+        paths.setdefault(_path(shown), {})[route.binding.verb.lower()] = _operation(route, shown, schemas, comments)
     schemas.components["Error"] = _error()
     made: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -64,7 +67,7 @@ def document(table: Table, comments: Comments) -> dict[str, Any]:
     return made
 
 
-def _operation(route: Route, schemas: Schemas, comments: Comments) -> dict[str, Any]:
+def _operation(route: Route, shown: Template, schemas: Schemas, comments: Comments) -> dict[str, Any]:
     method, request = route.method, route.method.descriptor.input_type
     text = comments.get(method.name, "")
     bound = {variable.field for variable in route.template.variables}
@@ -73,7 +76,7 @@ def _operation(route: Route, schemas: Schemas, comments: Comments) -> dict[str, 
         "tags": [method.descriptor.containing_service.name],
         "summary": text.split(". ")[0].rstrip("."),
         "description": text,
-        "parameters": [*_parameters(route, schemas), *_header_parameters(request, raw=route.raw)],
+        "parameters": [*_parameters(route, shown, schemas), *_header_parameters(request, raw=route.raw)],
     }
     if route.binding.body:
         made["requestBody"] = _request_body(route, schemas, bound)
@@ -93,19 +96,23 @@ def _request_body(route: Route, schemas: Schemas, bound: set[str]) -> dict[str, 
     field = request.fields_by_name[route.binding.body]
     if field.message_type.full_name == HTTP_BODY:
         return {"required": True, "content": {"*/*": {}}}
-    return {"required": rules.required(field), "content": _json(schemas.field(field, request=True))}
+    needed = field.name in rules.required(request) or bool(rules.required(field.message_type))
+    return {"required": needed, "content": _json(schemas.field(field, request=True))}
 
 
-def _parameters(route: Route, schemas: Schemas) -> Iterator[dict[str, Any]]:
+def _parameters(route: Route, shown: Template, schemas: Schemas) -> Iterator[dict[str, Any]]:
     request = route.method.descriptor.input_type
     bound = {variable.field for variable in route.template.variables}
-    for variable in route.template.variables:
+    for variable, first in zip(route.template.variables, shown.variables, strict=True):
         steps = query.resolve(request, variable.field) or []
-        yield _parameter("path", variable.field, schemas.field(steps[-1], request=True), needed=True)
+        schema = schemas.field(steps[-1], request=True)
+        if schema.get("type") == "string":
+            schema.setdefault("minLength", 1)
+        yield _parameter("path", first.field, schema, needed=True)
     if route.binding.body != "*":
         for name, field in _leaves(request, "", ()):
             if name not in bound and name.split(".")[0] != route.binding.body:
-                needed = rules.required(field) and "." not in name
+                needed = name in rules.required(request)
                 yield _parameter("query", name, schemas.field(field, request=True), needed=needed)
 
 
@@ -209,14 +216,18 @@ def _identity(route: Route) -> str:
     return f"{name}_{position + 1}" if position else name
 
 
-def _path(route: Route) -> str:
+def _places(template: Template) -> object:
+    return template.shape, tuple((variable.start, variable.stop) for variable in template.variables)
+
+
+def _path(template: Template) -> str:
     """The path with `{field}` where a client puts a value: `/v1/{name=models/*}` is `/v1/models/{name}`."""
-    segments = list(route.template.segments)
-    for variable in route.template.variables:
+    segments = list(template.segments)
+    for variable in template.variables:
         for index in range(variable.start, variable.stop):
             if segments[index] in (STAR, REST):
                 segments[index] = f"{{{variable.field}}}"
-    return "/" + "/".join(segments) + (f":{route.template.verb}" if route.template.verb else "")
+    return "/" + "/".join(segments) + (f":{template.verb}" if template.verb else "")
 
 
 def _json(schema: Schema) -> dict[str, Any]:

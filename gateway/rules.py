@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import protovalidate
 from buf.validate import validate_pb2
 from google.api import field_behavior_pb2
-from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
+from google.protobuf import message_factory
+from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 
 from gateway import names
 
@@ -28,9 +31,14 @@ def behaviors(field: FieldDescriptor) -> set[str]:
     return {field_behavior_pb2.FieldBehavior.Name(one) for one in found}
 
 
-def required(field: FieldDescriptor) -> bool:
-    """Whether a request must hold the field."""
-    return "REQUIRED" in behaviors(field) or bool(of_field(field).required)
+@cache
+def required(message: Descriptor) -> frozenset[str]:
+    """The fields that a request must hold: said to be, or refused by their rules when they are left out."""
+    said = {field.name for field in message.fields if "REQUIRED" in behaviors(field)}
+    empty = message_factory.GetMessageClass(message)()
+    paths = [violation.proto.field for violation in protovalidate.Validator().collect_violations(empty)]
+    violated = {path.elements[0].field_name for path in paths if path is not None and path.elements}
+    return frozenset(said | violated)
 
 
 def scalar(rules: validate_pb2.FieldRules) -> dict[str, Any]:

@@ -11,18 +11,30 @@ from gateway import names, rules
 from gateway.comments import Comments
 
 Schema = dict[str, Any]
+_FLOAT_MAX = 3.4028234663852886e38
 _INTEGER = {"type": "integer"}
 _SCALARS: dict[int, Schema] = {
-    FieldDescriptor.CPPTYPE_INT32: _INTEGER | {"format": "int32"},
-    FieldDescriptor.CPPTYPE_INT64: _INTEGER | {"format": "int64"},
+    FieldDescriptor.CPPTYPE_INT32: _INTEGER | {"format": "int32", "minimum": -(2**31), "maximum": 2**31 - 1},
+    FieldDescriptor.CPPTYPE_INT64: _INTEGER | {"format": "int64", "minimum": -(2**63), "maximum": 2**63 - 1},
     FieldDescriptor.CPPTYPE_UINT32: _INTEGER | {"minimum": 0, "maximum": 2**32 - 1},
     FieldDescriptor.CPPTYPE_UINT64: _INTEGER | {"minimum": 0, "maximum": 2**64 - 1},
-    FieldDescriptor.CPPTYPE_FLOAT: {"type": "number", "format": "float"},
+    FieldDescriptor.CPPTYPE_FLOAT: {"type": "number", "format": "float", "minimum": -_FLOAT_MAX, "maximum": _FLOAT_MAX},
     FieldDescriptor.CPPTYPE_DOUBLE: {"type": "number", "format": "double"},
     FieldDescriptor.CPPTYPE_BOOL: {"type": "boolean"},
     FieldDescriptor.CPPTYPE_STRING: {"type": "string"},
 }
 _STRING = {"type": "string"}
+_BASE64 = _STRING | {
+    "contentEncoding": "base64",
+    "pattern": "^(?:[A-Za-z0-9+/_-]{4})*(?:[A-Za-z0-9+/_-]{2}(?:==)?|[A-Za-z0-9+/_-]{3}=?)?$",
+}
+_KEYS = {
+    FieldDescriptor.CPPTYPE_INT32: "^-?[0-9]{1,9}$",
+    FieldDescriptor.CPPTYPE_INT64: "^-?[0-9]{1,18}$",
+    FieldDescriptor.CPPTYPE_UINT32: "^[0-9]{1,9}$",
+    FieldDescriptor.CPPTYPE_UINT64: "^[0-9]{1,18}$",
+    FieldDescriptor.CPPTYPE_BOOL: "^(true|false)$",
+}
 _WELL_KNOWN: dict[str, Schema] = {
     "google.protobuf.Timestamp": _STRING | {"format": "date-time"},
     "google.protobuf.Duration": _STRING | {"pattern": r"^-?[0-9]+(\.[0-9]{1,9})?s$"},
@@ -38,7 +50,7 @@ _WELL_KNOWN: dict[str, Schema] = {
     "google.protobuf.UInt32Value": _INTEGER,
     "google.protobuf.BoolValue": {"type": "boolean"},
     "google.protobuf.StringValue": _STRING,
-    "google.protobuf.BytesValue": _STRING | {"contentEncoding": "base64"},
+    "google.protobuf.BytesValue": _BASE64,
 }
 
 
@@ -68,13 +80,16 @@ class Schemas:
         """The object schema of a message, some of its fields left out."""
         fields = [field for field in descriptor.fields if field.name not in without]
         if request:
-            needed = [field.name for field in fields if rules.required(field)]
+            needed = [field.name for field in fields if field.name in rules.required(descriptor)]
         else:
             needed = [field.name for field in fields if _always_there(field)]
         made: Schema = {"type": "object"}
         if text := self._comments.get(descriptor.full_name):
             made["description"] = text
         made["properties"] = {field.name: self.field(field, request=request) for field in fields}
+        if request:
+            optional = [name for name in made["properties"] if name not in needed]
+            made["properties"] |= {name: _or_null(made["properties"][name]) for name in optional}
         if needed:
             made["required"] = needed
         if request:
@@ -88,7 +103,7 @@ class Schemas:
         if names.is_map(field):
             value = field.message_type.fields_by_name["value"]
             made = {"type": "object", "additionalProperties": self._value(value, own.map.values, request=request)}
-            made |= rules.mapping(own)
+            made |= _key_schema(field.message_type.fields_by_name["key"]) | rules.mapping(own)
         elif field.is_repeated:
             made = {"type": "array", "items": self._value(field, own.repeated.items, request=request)}
             made |= rules.repeated(own)
@@ -106,13 +121,29 @@ class Schemas:
         if field.enum_type is not None:
             return {"type": "string", "enum": rules.words(field.enum_type, own) if request else self._all(field)}
         if field.type == FieldDescriptor.TYPE_BYTES:
-            return {"type": "string", "contentEncoding": "base64"}
+            return dict(_BASE64)
         made = dict(_SCALARS[field.cpp_type])
         return made | rules.scalar(own) if request else made
 
     @staticmethod
     def _all(field: FieldDescriptor) -> list[str]:
         return list(names.words(field.enum_type).values()) if field.is_repeated else names.accepted(field.enum_type)
+
+
+def _or_null(schema: Schema) -> Schema:
+    """The schema of a field that may be left out: `null` says the same."""
+    if "$ref" in schema:
+        around = {name: value for name, value in schema.items() if name != "$ref"}
+        return {"anyOf": [{"$ref": schema["$ref"]}, {"type": "null"}], **around}
+    if "type" not in schema:
+        return schema
+    made = schema | {"type": [schema["type"], "null"]}
+    return made | {"enum": [*schema["enum"], None]} if "enum" in schema else made
+
+
+def _key_schema(key: FieldDescriptor) -> Schema:
+    pattern = _KEYS.get(key.cpp_type)
+    return {"propertyNames": {"pattern": pattern}} if pattern else {}
 
 
 def _always_there(field: FieldDescriptor) -> bool:

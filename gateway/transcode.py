@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
@@ -119,6 +120,7 @@ class Transcoder:
                 decode(target, body.parse(data), at="" if binding.body == "*" else binding.body)
         query.fill(message, dict(match.variables), request.scope["query_string"], body=binding.body)
         _from_headers(message, request.headers, raw=route.raw)
+        _check_mask(message, route.method.descriptor.output_type)
         return message
 
     async def _body(self, request: Request, wanted: str) -> bytes:
@@ -199,12 +201,31 @@ async def _reply(request: Request, route: Route, message: Any, reply: Any, metad
 
 def _masked(message: Any, reply: Any, value: Any) -> Any:
     """With a `read_mask`, only its fields of the resource: of each listed one where the reply is a page."""
-    if "read_mask" not in message.DESCRIPTOR.fields_by_name or not message.read_mask.paths:
+    if not _has_mask(message):
         return value
-    first = reply.DESCRIPTOR.fields[0]
-    if first.is_repeated and first.message_type is not None and isinstance(value, dict):
-        return {**value, first.name: prune(value[first.name], message.read_mask.paths)}
+    listed = _listed(reply.DESCRIPTOR)
+    if listed is not None:
+        return {**value, listed.name: prune(value[listed.name], message.read_mask.paths)}
     return prune(value, message.read_mask.paths)
+
+
+def _has_mask(message: Any) -> bool:
+    return "read_mask" in message.DESCRIPTOR.fields_by_name and bool(message.read_mask.paths)
+
+
+def _listed(reply: Descriptor) -> FieldDescriptor | None:
+    """The list of a page: its first field."""
+    first = reply.fields[0] if reply.fields else None
+    return first if first is not None and first.is_repeated and first.message_type is not None else None
+
+
+def _check_mask(message: Any, reply: Descriptor) -> None:
+    if _has_mask(message):
+        listed = _listed(reply)
+        resource = listed.message_type if listed is not None else reply
+        unknown = [path for path in message.read_mask.paths if query.resolve(resource, path) is None]
+        if unknown:
+            raise Invalid.of("read_mask", f"{unknown[0][:100]!r} is not a field of the reply")
 
 
 def _from_headers(message: Any, headers: Headers, *, raw: bool) -> None:

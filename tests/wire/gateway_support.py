@@ -225,6 +225,23 @@ class Mesh:
         return socket
 
 
+async def serve_zoo(zoo: Zoo, settings: GatewaySettings, address: str) -> tuple[grpc.aio.Server, Health, int]:
+    """The service under the kit's rules, its health, and its port."""
+    verifier = auth.TokenVerifier(
+        settings.jwt_keys, settings.service_token_path, issuer=settings.jwt_issuer, audience=settings.jwt_audience
+    )
+    methods = methods_of("zoo.v1.ZooService")
+    interceptor = CallInterceptor(methods, verifier, RpcMetrics(CollectorRegistry(), methods))
+    server = grpc.aio.server(interceptors=[interceptor], options=OPTIONS)
+    pb_grpc.add_ZooServiceServicer_to_server(zoo, server)
+    serving = Health()
+    health_pb2_grpc.add_HealthServicer_to_server(serving, server)
+    await serving.report({})
+    port = server.add_insecure_port(address)
+    await server.start()
+    return server, serving, port
+
+
 @asynccontextmanager
 async def running(state: Path, **overrides: Any) -> AsyncIterator[Mesh]:
     """Start service and gateway on free ports; stop both."""
@@ -234,18 +251,7 @@ async def running(state: Path, **overrides: Any) -> AsyncIterator[Mesh]:
         (state / "keys" / "service.token").write_text("the-mesh-itself-0123456789abcdef")
     zoo = Zoo()
     settings = GatewaySettings(state_dir=state, **overrides)
-    verifier = auth.TokenVerifier(
-        settings.jwt_keys, settings.service_token_path, issuer=settings.jwt_issuer, audience=settings.jwt_audience
-    )
-    methods = methods_of("zoo.v1.ZooService")
-    interceptor = CallInterceptor(methods, verifier, RpcMetrics(CollectorRegistry(), methods))
-    backend = grpc.aio.server(interceptors=[interceptor], options=OPTIONS)
-    pb_grpc.add_ZooServiceServicer_to_server(zoo, backend)
-    serving = Health()
-    health_pb2_grpc.add_HealthServicer_to_server(serving, backend)
-    await serving.report({})
-    port = backend.add_insecure_port("127.0.0.1:0")
-    await backend.start()
+    backend, serving, port = await serve_zoo(zoo, settings, "127.0.0.1:0")
     settings.backends = settings.backends or {zoo_stubs.PACKAGE: f"127.0.0.1:{port}"}
     metrics = CollectorRegistry()
     gateway = Gateway(settings, stubs.load([zoo_stubs.PACKAGE]), comments.read(zoo_stubs.image()), metrics)

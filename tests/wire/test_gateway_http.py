@@ -86,6 +86,12 @@ async def test_a_read_mask_prunes_the_resource(mesh: Mesh) -> None:
     page = await mesh.http.get("/api/animals?limit=2&read_mask=id", headers=mesh.bearer())
     assert page.json()["animals"] == [{"id": "a_0"}, {"id": "a_1"}]
     assert page.json()["total"] == 2
+    for path in ("/api/animals/7?read_mask=id,nope", "/api/animals?read_mask=animals"):
+        wrong = await mesh.http.get(path, headers=mesh.bearer())
+        assert (wrong.status_code, wrong.json()["error"]["details"]["field_violations"][0]["field"]) == (
+            400,
+            "read_mask",
+        )
 
 
 async def test_the_idempotency_key_is_the_request_id(mesh: Mesh) -> None:

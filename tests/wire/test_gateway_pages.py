@@ -99,7 +99,7 @@ async def test_openapi_describes_operations(mesh: Mesh) -> None:
         create["responses"]
     )
     assert "security" not in made["paths"]["/api/names"]["get"]
-    assert set(made["paths"]["/api/animals/{id}"]) == {"get", "delete"}
+    assert set(made["paths"]["/api/animals/{id}"]) == {"get", "delete", "patch"}
     assert "/api/devices/{name}/clear" in made["paths"]
     assert made["paths"]["/api/v2/animals/{id}"]["get"]["operationId"] == "ZooService_GetAnimal_2"
     assert "/api/events" not in made["paths"]
@@ -126,13 +126,13 @@ async def test_openapi_describes_fields(mesh: Mesh) -> None:
     assert fields["young"]["items"] == {"$ref": "#/components/schemas/zoo.v1.Animal.Input"}
     assert fields["young"]["maxItems"] == 3
     assert fields["tags"] == {
-        "type": "array",
+        "type": ["array", "null"],
         "items": {"type": "string", "maxLength": 9},
         "maxItems": 5,
         "uniqueItems": True,
         "description": "Labels.",
     }
-    assert schemas["zoo.v1.Animal.Input"]["required"] == ["name"]
+    assert schemas["zoo.v1.Animal.Input"]["required"] == ["name", "kind", "grams"]
     assert schemas["zoo.v1.Animal.Input"]["additionalProperties"] is False
     assert schemas["zoo.v1.Animal"]["required"] == ["id", "name", "grams", "young", "tags"]
     parameters = {one["name"]: one for one in made["paths"]["/api/animals"]["get"]["parameters"]}
