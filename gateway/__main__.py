@@ -14,17 +14,12 @@ from pydantic import ValidationError
 
 from gateway import comments, stubs
 from gateway.app import Gateway
-from gateway.config import GatewaySettings, parse_address
+from gateway.config import GatewaySettings
+from gateway.listener import listen, server_config
 from gateway.routes import UnsafeRoutes
 from services.kit.logs import configure, get_logger
 from services.kit.metrics import measure_loop_lag, new_registry
 from services.runtime.lifeline import follow
-
-_BACKLOG = 512
-_CLOSING_SECONDS = 15
-"""Head start of our own closing, which says why, over the kernel's, which frees what we could not close."""
-_FIRST_MESSAGE_BYTES = 64 * 1024
-"""Largest message that a WebSocket client may send: a token and topics."""
 
 
 class Server(uvicorn.Server):
@@ -50,45 +45,6 @@ class Server(uvicorn.Server):
         self._gateway.end_streams()
         await super().shutdown(sockets)
         await self._gateway.close()
-
-
-def listen(address: str, stall_seconds: float) -> socket.socket:
-    """A listening socket; the kernel drops a connection whose client takes no bytes for much longer than we wait.
-
-    Raises:
-        OSError: the address is in use or not ours.
-    """
-    host, port = parse_address(address)
-    family, kind, protocol, _, target = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int((stall_seconds + _CLOSING_SECONDS) * 1000))
-        listener.bind(target)
-        listener.listen(_BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def server_config(gateway: Gateway, settings: GatewaySettings) -> uvicorn.Config:
-    """How uvicorn serves the gateway: strict parsers, no compression of WebSockets, our own log."""
-    return uvicorn.Config(
-        gateway,
-        http="h11",
-        ws="websockets-sansio",
-        ws_max_size=_FIRST_MESSAGE_BYTES,
-        ws_per_message_deflate=False,
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
-    )
 
 
 async def serve(settings: GatewaySettings, listener: socket.socket) -> None:

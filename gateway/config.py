@@ -57,8 +57,8 @@ class GatewaySettings(Settings):
     """Origins, comma-separated, whose pages may call this gateway; none by default."""
     http_max_body: Annotated[Bytes, Field(ge=1024)] = 8 * 1024 * 1024 - 64 * 1024
     """Largest request body in bytes; a little below what a service takes as one message."""
-    http_body_seconds: Annotated[float, Field(gt=0)] = 30.0
-    """How long a client may take to send its body, in seconds."""
+    http_request_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """How long a client may take to send its headers, and then again its body, in seconds."""
     http_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
     """Deadline of a call whose client names none (`X-Request-Timeout`), in seconds."""
     http_timeout_limit_seconds: Annotated[float, Field(gt=0)] = 900.0

@@ -125,7 +125,7 @@ class Transcoder:
 
     async def _body(self, request: Request, wanted: str) -> bytes:
         try:
-            data = await body.read(request, self.settings.http_max_body, self.settings.http_body_seconds)
+            data = await body.read(request, self.settings.http_max_body, self.settings.http_request_seconds)
         except ClientDisconnect as error:
             raise Cancelled from error
         if data and not wanted:

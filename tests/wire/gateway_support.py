@@ -20,9 +20,10 @@ from prometheus_client import CollectorRegistry
 from websockets.asyncio.client import ClientConnection, connect
 
 from gateway import comments, stubs
-from gateway.__main__ import Server, listen, server_config
+from gateway.__main__ import Server
 from gateway.app import Gateway
 from gateway.config import GatewaySettings
+from gateway.listener import listen, server_config
 from services.kit import auth, errors
 from services.kit.channels import OPTIONS
 from services.kit.health import Health

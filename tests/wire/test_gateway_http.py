@@ -225,13 +225,41 @@ async def test_a_reply_larger_than_a_message_is_413(tmp_path: Path) -> None:
 
 
 async def test_a_slow_body_is_408(tmp_path: Path) -> None:
-    async with running(tmp_path, http_body_seconds=0.2) as mesh:
+    async with running(tmp_path, http_request_seconds=0.2) as mesh:
         reader, writer = await asyncio.open_connection(*mesh.address.split(":"))
         head = f"POST /api/animals HTTP/1.1\r\nhost: x\r\nauthorization: {mesh.bearer()['authorization']}\r\n"
         writer.write(f"{head}content-type: application/json\r\ncontent-length: 100\r\n\r\n{{".encode())
         answer = await reader.readuntil(b"\r\n")
         writer.close()
     assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("begun", [b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-slow: 1"])
+async def test_slow_headers_are_dropped_on_new_and_old_connections(tmp_path: Path, begun: bytes, old: bool) -> None:
+    async with running(tmp_path, http_request_seconds=0.2) as mesh:
+        reader, writer = await asyncio.open_connection(*mesh.address.split(":"))
+        if old:
+            writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+            await reader.readuntil(b'{"status":"ok"}')
+        writer.write(begun)
+        assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_silent_connection_is_dropped(tmp_path: Path) -> None:
+    async with running(tmp_path, http_request_seconds=0.2) as mesh:
+        reader, writer = await asyncio.open_connection(*mesh.address.split(":"))
+        assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_flood_of_headers_is_refused(mesh: Mesh) -> None:
+    reader, writer = await asyncio.open_connection(*mesh.address.split(":"))
+    writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n" + b"x-many: 1\r\n" * 20_000)
+    assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 400 ")
+    writer.close()
+    assert (await mesh.http.get("/healthz")).status_code == 200
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.__main__ import listen
+from gateway.listener import listen
 from tests.support import free_port
 from tests.unit.gateway import zoo_stubs
 from tests.wire.gateway_support import running
