@@ -201,6 +201,9 @@ class Relay:
 
     async def _relay(self, js: JetStreamContext, lock_holder: asyncpg.Connection, backoff: Backoff) -> None:
         await _ensure_stream(js)
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # Python 3.11's wait_for, in nats, may have swallowed it
+            raise asyncio.CancelledError
         while not lock_holder.is_closed():
             self._wake.clear()
             async with self._database.transaction() as conn:

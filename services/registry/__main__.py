@@ -36,6 +36,7 @@ OWNERS = {
     "load": "registry",
     "group": "registry",
     "preload": "registry",
+    "extension": "extensions",
 }
 """Service in the NATS subject of an event, where it is not the event's own prefix."""
 

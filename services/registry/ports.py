@@ -197,8 +197,11 @@ class GroupRows(Protocol):
     async def delete(self, group_id: str) -> None:
         """Remove a group and its lenses."""
 
-    async def of_model(self, model_id: str, *, lock: bool = False) -> list[Group]:
-        """Groups of a base; locked when asked, so that switches on one base take turns."""
+    async def of_model(self, model_id: str) -> list[Group]:
+        """Groups of a base."""
+
+    async def lock_of_model(self, model_id: str) -> None:
+        """Lock the groups of a base until the transaction ends, so that switches on one base take turns."""
 
     async def add_lens(self, row: Mapping[str, Any]) -> Lens:
         """Add a lens to its group."""

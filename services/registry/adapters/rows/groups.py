@@ -46,10 +46,12 @@ class PostgresGroups:
         """Remove a group and its lenses."""
         await self._conn.execute(_QUERIES["delete"], group_id)
 
-    async def of_model(self, model_id: str, *, lock: bool = False) -> list[Group]:
+    async def lock_of_model(self, model_id: str) -> None:
+        """Lock the groups of a base."""
+        await self._conn.fetch(_QUERIES["lock_of_model"], model_id)
+
+    async def of_model(self, model_id: str) -> list[Group]:
         """Groups of a base."""
-        if lock:
-            await self._conn.fetch(_QUERIES["lock_of_model"], model_id)
         return await self._filled(await self._conn.fetch(_QUERIES["of_model"], model_id))
 
     async def add_lens(self, row: Mapping[str, Any]) -> Lens:
