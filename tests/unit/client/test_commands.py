@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from services.cli import app
+from services.client import output
+from services.client.api import ApiError, Event
+
+
+class FakeApi:
+    """Answers from a table, keeps the calls."""
+
+    def __init__(self) -> None:
+        self.replies: dict[str, Any] = {}
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.events: list[Event] = []
+
+    def call(self, rpc: str, **fields: Any) -> dict[str, Any]:
+        self.calls.append((rpc, fields))
+        reply = self.replies.get(rpc, {})
+        if isinstance(reply, list):
+            reply = reply.pop(0)
+        if isinstance(reply, ApiError):
+            raise reply
+        return reply
+
+    def watch(self, rpc: str, **fields: Any) -> Iterator[Event]:
+        self.calls.append((rpc, fields))
+        yield from self.events
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
+    api = FakeApi()
+    monkeypatch.setattr(output, "connect", lambda: api)
+    return api
+
+
+@pytest.fixture
+def lensmesh() -> Callable[..., Any]:
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_load_is_followed_until_it_is_ready(api: FakeApi, lensmesh: Callable[..., Any]):
+    api.replies = {"LoadModel": {"status": "loading", "task_id": "t"}, "GetModel": {"id": "m_1", "status": "ready"}}
+    api.events = [Event("model:loading", 1, {"task_id": "t", "progress": 5}), Event("model:ready", 2, {"task_id": "t"})]
+    done = lensmesh("models", "load", "m_1", "--quantization", "int8", "--json")
+    assert (done.exit_code, json.loads(done.stdout)) == (0, {"id": "m_1", "status": "ready"})
+    assert api.calls[0] == ("LoadModel", {"id": "m_1", "quantization": "int8"})
+    assert [rpc for rpc, _ in api.calls] == ["LoadModel", "WatchModel", "GetModel"]
+
+
+def test_a_model_that_is_there_already_is_not_waited_for(api: FakeApi, lensmesh: Callable[..., Any]):
+    api.replies = {"LoadModel": {"status": "ready"}, "GetModel": {"id": "m_1"}}
+    assert lensmesh("models", "load", "m_1").exit_code == 0
+    assert [rpc for rpc, _ in api.calls] == ["LoadModel", "GetModel"]
+
+
+def test_a_failed_load_is_one_line_and_a_status(api: FakeApi, lensmesh: Callable[..., Any]):
+    api.replies = {"LoadModel": {"status": "loading", "task_id": "t"}}
+    failed = {"task_id": "t", "error_code": "MODEL_LOAD_FAILED", "error_message": "truncated"}
+    api.events = [Event("model:failed", 1, failed)]
+    done = lensmesh("models", "load", "m_1")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1] == "lensmesh: MODEL_LOAD_FAILED: truncated"
+    told = json.loads(lensmesh("models", "load", "m_1", "--json").stdout)
+    assert told == {"error": {"code": "MODEL_LOAD_FAILED", "message": "truncated", "details": {}}}
+
+
+def test_a_refusal_is_json_when_json_is_asked_for(api: FakeApi, lensmesh: Callable[..., Any]):
+    api.replies = {"GetModel": ApiError("MODEL_NOT_FOUND", "no such model", {"id": "m_1"})}
+    done = lensmesh("models", "show", "m_1", "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["error"]["details"] == {"id": "m_1"}
+
+
+def test_lists_are_tables_or_the_whole_reply(api: FakeApi, lensmesh: Callable[..., Any]):
+    reply = {"models": [{"id": "m_1", "name": "tiny", "status": "ready", "parameter_count": 7}], "total": 1}
+    api.replies = {"ListModels": reply}
+    assert json.loads(lensmesh("models", "list", "--json").stdout) == reply
+    assert "tiny" in lensmesh("models", "list").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call"),
+    [
+        (
+            ("models", "create", "tiny", "--identifier", "tiny-gpt2", "--source", "local"),
+            (
+                "CreateModel",
+                {
+                    "name": "tiny",
+                    "source": "local",
+                    "model_identifier": "tiny-gpt2",
+                    "quantization": "none",
+                    "revision": "",
+                },
+            ),
+        ),
+        (("models", "delete", "m_1", "--cascade"), ("DeleteModel", {"id": "m_1", "cascade": True})),
+        (("models", "unload", "m_1"), ("UnloadModel", {"id": "m_1"})),
+        (
+            ("models", "estimate", "m_1", "--quantization", "int4"),
+            ("EstimateModel", {"id": "m_1", "quantization": "int4"}),
+        ),
+        (
+            ("datasets", "create", "d", "--identifier", "x.jsonl", "--source", "local"),
+            (
+                "CreateDataset",
+                {"name": "d", "source": "local", "identifier": "x.jsonl", "split": "train", "text_field": "text"},
+            ),
+        ),
+        (("datasets", "show", "ds_1"), ("GetDataset", {"id": "ds_1"})),
+        (("datasets", "delete", "ds_1"), ("DeleteDataset", {"id": "ds_1"})),
+        (("jobs", "cancel", "job_1"), ("CancelJob", {"id": "job_1"})),
+        (("jobs", "retry", "job_1"), ("RetryJob", {"id": "job_1"})),
+        (("jobs", "show", "job_1"), ("GetJob", {"id": "job_1"})),
+        (("groups", "create", "g", "--model", "m_1"), ("CreateGroup", {"name": "g", "model_id": "m_1"})),
+        (("groups", "status", "grp_1"), ("GetGroupStatus", {"id": "grp_1"})),
+        (
+            ("groups", "attach", "grp_1", "--kind", "transcoder", "--transcoder", "tc_1"),
+            ("AttachLens", {"group_id": "grp_1", "kind": "transcoder", "transcoder_id": "tc_1", "extension_id": ""}),
+        ),
+        (("groups", "detach", "grp_1", "lens_1"), ("DetachLens", {"group_id": "grp_1", "lens_id": "lens_1"})),
+        (("groups", "switch", "grp_1", "lens_1"), ("SwitchLens", {"id": "grp_1", "lens_id": "lens_1"})),
+        (("groups", "switch", "grp_1"), ("SwitchLens", {"id": "grp_1"})),
+        (
+            ("groups", "analyze", "grp_1", "hello", "--lens", "a", "--lens", "b"),
+            ("AnalyzeText", {"id": "grp_1", "text": "hello", "lens_ids": ["a", "b"], "top_k": 5}),
+        ),
+        (("groups", "delete", "grp_1"), ("DeleteGroup", {"id": "grp_1"})),
+        (
+            ("extensions", "create", "m_1", "task", "--kind", "hybrid", "--rank", "4"),
+            (
+                "CreateExtension",
+                {"model_id": "m_1", "task_name": "task", "kind": "hybrid", "lora": {"r": 4}, "layer": {}},
+            ),
+        ),
+        (
+            ("extensions", "create", "m_1", "task", "--kind", "layer"),
+            ("CreateExtension", {"model_id": "m_1", "task_name": "task", "kind": "layer", "layer": {}}),
+        ),
+        (("extensions", "show", "x_1"), ("GetExtension", {"id": "x_1"})),
+        (("extensions", "activate", "x_1"), ("ActivateExtension", {"id": "x_1"})),
+        (("extensions", "deactivate", "x_1"), ("DeactivateExtension", {"id": "x_1"})),
+        (("extensions", "evaluate", "x_1", "ds_1"), ("EvaluateExtension", {"id": "x_1", "dataset_id": "ds_1"})),
+        (
+            ("extensions", "generate", "x_1", "once", "--max-new-tokens", "3"),
+            ("GenerateWithExtension", {"id": "x_1", "prompt": "once", "max_new_tokens": 3}),
+        ),
+        (("extensions", "delete", "x_1"), ("DeleteExtension", {"id": "x_1"})),
+    ],
+)
+def test_what_a_command_asks_for(
+    api: FakeApi, lensmesh: Callable[..., Any], arguments: tuple[str, ...], call: tuple[str, dict[str, Any]]
+):
+    assert lensmesh(*arguments, "--json").exit_code == 0
+    assert api.calls == [call]
+
+
+def test_an_extraction_from_the_cache_is_not_waited_for(api: FakeApi, lensmesh: Callable[..., Any]):
+    api.replies = {
+        "ExtractActivations": {"extraction_id": "ext_1"},
+        "GetExtraction": {"status": "completed", "reused": True, "job_id": "job_1"},
+    }
+    done = lensmesh("extract", "m_1", "ds_1", "--layers", "1,2", "--json")
+    assert json.loads(done.stdout)["reused"]
+    assert api.calls[0][1]["layer_indices"] == [1, 2]
+    assert [rpc for rpc, _ in api.calls] == ["ExtractActivations", "GetExtraction"]
+
+
+def test_an_extraction_that_runs_is_followed(api: FakeApi, lensmesh: Callable[..., Any]):
+    running, done = {"status": "queued", "job_id": "job_1"}, {"status": "completed", "job_id": "job_1"}
+    api.replies = {"ExtractActivations": {"extraction_id": "ext_1"}, "GetExtraction": [running, done]}
+    api.events = [Event("extraction:completed", 1, {})]
+    assert json.loads(lensmesh("extract", "m_1", "ds_1", "--layers", "1", "--json").stdout) == done
+    assert ("WatchJob", {"id": "job_1", "after_sequence": 0}) in api.calls
+
+
+def test_a_training_is_followed_and_shown(api: FakeApi, lensmesh: Callable[..., Any]):
+    api.replies = {"CreateTrainingJob": {"id": "job_1"}, "GetTrainingJob": {"transcoder_ids": ["tc_1"]}}
+    api.events = [Event("training:progress", 1, {"progress": 50, "fvu": 0.2}), Event("training:completed", 2, {})]
+    done = lensmesh("train", "m_1", "--layers", "2", "--cache", "c", "--group-sizes", "1,2", "--top-k", "8", "--json")
+    assert json.loads(done.stdout) == {"transcoder_ids": ["tc_1"]}
+    asked = api.calls[0][1]
+    assert (asked["source"], asked["group_sizes"], asked["top_k"]) == ({"cache_id": "c"}, [1, 2], 8)
+
+
+def test_the_evaluation_that_was_asked_for_is_shown(api: FakeApi, lensmesh: Callable[..., Any]):
+    evaluations = [{"job_id": "other", "fvu": 0.9}, {"job_id": "job_1", "fvu": 0.1}]
+    api.replies = {"EvaluateTranscoder": {"job_id": "job_1"}, "ListEvaluations": {"evaluations": evaluations}}
+    api.events = [Event("evaluation:completed", 1, {})]
+    assert json.loads(lensmesh("evaluate", "tc_1", "ds_1", "--json").stdout)["fvu"] == 0.1
+
+
+def test_numbers_that_are_none_are_refused(api: FakeApi, lensmesh: Callable[..., Any]):
+    done = lensmesh("extract", "m_1", "ds_1", "--layers", "one")
+    assert done.exit_code == 2
+    assert "whole numbers" in done.stderr
+    assert api.calls == []
+
+
+def test_without_a_mesh_the_way_out_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, lensmesh: Callable[..., Any]
+):
+    monkeypatch.setenv("LENSMESH_STATE_DIR", str(tmp_path))
+    monkeypatch.delenv("LENSMESH_GATEWAY", raising=False)
+    done = lensmesh("models", "list")
+    assert done.exit_code == 1
+    assert "run `lensmesh up`" in done.stderr
+    for command in (("token",), ("migrate", "status")):
+        monkeypatch.delenv("LENSMESH_DATABASE_URL", raising=False)
+        done = lensmesh(*command)
+        assert done.exit_code == 1
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_token_carries_only_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, lensmesh: Callable[..., Any]
+):
+    monkeypatch.setenv("LENSMESH_STATE_DIR", str(tmp_path))
+    assert lensmesh("keys").exit_code == 0
+    token = json.loads(lensmesh("token", "--scope", "model:read", "--json").stdout)["token"]
+    assert token.count(".") == 2
+    assert lensmesh("token", "--scope", "root").exit_code == 2
