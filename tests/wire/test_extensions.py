@@ -30,7 +30,7 @@ TRAINABLE = 4 * 4 * (models.WIDTH + 3 * models.WIDTH)
 
 @pytest.fixture
 async def mesh(database: Database, tmp_path: Path) -> AsyncIterator[Mesh]:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     models.copied(tmp_path / "models", "gpt2")
     await database.pool.execute(
         "INSERT INTO models (id, name, model_type, source, model_identifier, created_by)"
@@ -203,6 +203,30 @@ async def test_training_end_to_end_then_switch_generate_and_back(mesh: Mesh, tmp
         ours = await lease.run(logits, lease.model, models.batch())
     with torch.inference_mode():
         assert torch.equal(peft_model(input_ids=models.batch()).logits, ours)
+
+
+@pytest.mark.parametrize("kind", ["layer", "hybrid"])
+async def test_layers_and_hybrids_are_trained_and_switched_like_adapters(mesh: Mesh, kind: str) -> None:
+    lora = {"lora": pb.LoraConfig(r=4)} if kind == "hybrid" else {"lora": None}
+    layer = pb.LayerConfig(index=2, initialization_scale=0.0)
+    made = await create(mesh, kind=f"EXTENSION_KIND_{kind.upper()}", layer=layer, **lora)
+    assert [(layer.position, layer.index) for layer in made.layers] == [(pb.LAYER_POSITION_DECODER, 2)]
+    one_layer = sum(parameter.numel() for parameter in models.tiny("gpt2").transformer.h[0].parameters())
+    assert (made.parameter_counts.layer, made.parameter_counts.lora > 0) == (one_layer, kind == "hybrid")
+    job_id = await train(mesh, made.id, steps=6)
+    async with working(mesh):
+        job = await ended(mesh, job_id)
+    assert job.state == "completed", job.error_message
+    assert job.result["loss_after"] < job.result["loss_before"]
+    before, bare = await base_logits(mesh), await continuation(mesh)
+    assert (await mesh.stub.ActivateExtension(pb.ActivateExtensionRequest(id=made.id))).active
+    generated = await mesh.stub.GenerateWithExtension(
+        pb.GenerateWithExtensionRequest(id=made.id, prompt="def add", max_new_tokens=8)
+    )
+    assert list(generated.token_ids) != bare
+    await mesh.stub.DeactivateExtension(pb.DeactivateExtensionRequest(id=made.id))
+    assert torch.equal(await base_logits(mesh), before)
+    assert await continuation(mesh) == bare
 
 
 async def test_events_are_contiguous_and_tell_the_loss(mesh: Mesh, database: Database) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import asdict, fields
-from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 
@@ -26,7 +23,7 @@ from services.extensions.domain import (
     RequestKey,
     Training,
 )
-from services.kit import errors
+from services.kit import errors, paging
 from services.kit.artifacts import ArtifactStore
 from services.kit.database import Database, load_queries
 from services.kit.idempotency import Request, idempotent
@@ -84,14 +81,14 @@ class PostgresStore:
 
     async def list(self, wanted: Filter) -> Page:
         """A page, newest first; by offset, or after the row that a token names."""
-        after = _after(wanted.page_token)
         async with self._database.connection() as conn:
             filters = (wanted.model_id, wanted.task_name)
-            rows = await conn.fetch(QUERIES["list"], *filters, *after, wanted.limit + 1, wanted.offset)
+            rows = await conn.fetch(
+                QUERIES["list"], *filters, *paging.after(wanted.page_token), wanted.limit + 1, wanted.offset
+            )
             total = await conn.fetchval(QUERIES["count"], *filters)
-        shown = tuple(_extension(row) for row in rows[: wanted.limit])
-        token = _token(rows[wanted.limit - 1]) if len(rows) > wanted.limit else ""
-        return Page(shown, total, wanted.limit, wanted.offset, token)
+        shown, token = paging.cut(rows, wanted.limit)
+        return Page(tuple(_extension(row) for row in shown), total, wanted.limit, wanted.offset, token)
 
     async def delete(self, extension_id: str) -> None:
         """Rows first, then the files that no other extension shares."""
@@ -187,24 +184,10 @@ def _not_found(extension_id: str) -> errors.NotFound:
     return errors.NotFound(f"there is no extension {extension_id}", metadata={"id": extension_id})
 
 
-def _extension(row: asyncpg.Record) -> Extension:
+def _extension(row: Mapping[str, Any]) -> Extension:
     lora = row["lora"]
     return Extension(
         **{name: row[name] for name in _COLUMNS},
         lora=Lora(**lora | {"target_modules": tuple(lora["target_modules"])}) if lora else None,
         layers=tuple(Layer(**layer) for layer in row["layers"]),
     )
-
-
-def _token(row: asyncpg.Record) -> str:
-    return base64.urlsafe_b64encode(json.dumps([row["created_at"].isoformat(), row["id"]]).encode()).decode()
-
-
-def _after(token: str) -> tuple[datetime | None, str | None]:
-    if not token:
-        return None, None
-    try:
-        created_at, extension_id = json.loads(base64.urlsafe_b64decode(token.encode()))
-        return datetime.fromisoformat(created_at), str(extension_id)
-    except (ValueError, TypeError, binascii.Error) as error:
-        raise errors.Invalid.of("page_token", "is not a token of an earlier answer") from error
