@@ -1,0 +1,171 @@
+"""Placement decisions over ledgers, without a database."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.kit.errors import Exhausted
+from services.registry.domain import Host, Need, Residency
+from services.registry.operations.admission import does_not_fit
+from services.registry.operations.planning import may_leave, place, plan_load
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def resident(model_id: str, size: int, age: int, **changes: Any) -> Residency:
+    facts: dict[str, Any] = {
+        "host_id": "h",
+        "state": "resident",
+        "quantization": "none",
+        "required_bytes": size,
+        "charge_bytes": size,
+        "job_id": None,
+        "leases": 0,
+        "active_lens_id": None,
+        "loaded_at": NOW,
+        "last_used_at": NOW - timedelta(seconds=age),
+    }
+    return Residency(model_id, **{**facts, **changes})
+
+
+def host(name: str = "h", budget: int = 100, *residents: Residency, **changes: Any) -> Host:
+    facts: dict[str, Any] = {
+        "incarnation": "i",
+        "address": "a",
+        "device": "cpu",
+        "kind": "fake",
+        "total_bytes": budget,
+        "budget_bytes": budget,
+        "measured_bytes": 0,
+        "services": ("extraction",),
+        "temperature_celsius": None,
+        "utilization_ratio": None,
+        "lost": False,
+        "heartbeat_at": NOW,
+        "used_bytes": sum(r.bytes for r in residents),
+        "residents": residents,
+    }
+    return Host(name, **{**facts, **changes})
+
+
+def evicted(required: int, on: Host, limit: int = 10) -> list[str] | None:
+    placement = place(required, on, limit)
+    return [eviction.model_id for eviction in placement.evictions] if placement.fits else None
+
+
+def plan(size: int, *hosts: Host, device: str = "", fall_back: bool = False) -> Any:
+    return plan_load(Need(size, 0, 0, 0), hosts, device=device, fall_back=fall_back, limit=3, seconds=1.0)
+
+
+def test_nothing_leaves_while_there_is_room() -> None:
+    assert evicted(40, host("h", 100, resident("a", 60, 9))) == []
+
+
+def test_the_least_recently_used_leaves_first() -> None:
+    assert evicted(50, host("h", 100, resident("new", 50, 1), resident("old", 50, 9))) == ["old"]
+
+
+def test_a_model_leaves_only_if_it_has_to() -> None:
+    """The oldest one is small; the next is enough by itself."""
+    assert evicted(60, host("h", 100, resident("big", 80, 5), resident("small", 10, 9))) == ["big"]
+
+
+@pytest.mark.parametrize("change", [{"leases": 1}, {"pinned": True}, {"state": "loading"}, {"state": "unloading"}])
+def test_models_in_use_pinned_or_on_the_move_stay(change: dict[str, Any]) -> None:
+    kept = resident("a", 60, 9, **change)
+    assert not may_leave(kept)
+    assert evicted(50, host("h", 100, kept)) is None
+
+
+def test_lens_bytes_come_back_with_their_base() -> None:
+    assert evicted(90, host("h", 100, resident("a", 50, 9, lens_bytes=45))) == ["a"]
+
+
+def test_reserved_bytes_are_nobodys() -> None:
+    assert evicted(50, host("h", 100, reserved_bytes=60)) is None
+
+
+def test_the_number_of_models_counts_too() -> None:
+    full = host("h", 1000, *(resident(name, 10, age) for age, name in enumerate("cba")))
+    assert evicted(10, full, limit=3) == ["a"]
+    assert evicted(10, full, limit=4) == []
+    leased = host("h", 1000, *(resident(name, 10, 1, leases=1) for name in "abc"))
+    with pytest.raises(Exhausted) as refusal:
+        raise does_not_fit(plan(10, leased), 3)
+    assert refusal.value.reason == "QUOTA_EXCEEDED"
+
+
+def test_the_refusal_compares_what_is_needed_with_what_could_be_had() -> None:
+    crowded = host("h", 100, resident("a", 60, 1), resident("b", 30, 1, leases=1))
+    with pytest.raises(Exhausted) as refusal:
+        raise does_not_fit(plan(80, crowded), 3)
+    assert refusal.value.reason == "INSUFFICIENT_MEMORY"
+    assert refusal.value.metadata["required_memory_gb"] == pytest.approx(80e-9, abs=1e-6)
+    assert crowded.free_bytes == 10
+    assert place(80, crowded, 3).obtainable_bytes == 70
+
+
+def test_best_fit_prefers_no_eviction_then_extraction_then_the_tightest() -> None:
+    loose, tight = host("loose", 500), host("tight", 120)
+    other = host("other", 100, services=("training",))
+    crowded = host("crowded", 100, resident("a", 50, 1))
+    assert [p.device for p in plan(90, loose, other, tight, crowded).placements] == [
+        "tight/cpu",
+        "loose/cpu",
+        "other/cpu",
+        "crowded/cpu",
+    ]
+
+
+def test_the_cpu_is_taken_only_where_there_is_nothing_else_or_it_is_asked_for() -> None:
+    cpu, gpu = host("c", 1000), host("g", 50, device="cuda:0")
+    assert plan(90, cpu).best.device == "c/cpu"
+    assert plan(90, cpu, gpu).best is None
+    assert plan(40, cpu, gpu).best.device == "g/cuda:0"
+    assert plan(90, cpu, gpu, device="cpu").best.device == "c/cpu"
+    fallen = plan(90, cpu, gpu, fall_back=True)
+    assert (fallen.best.device, fallen.fell_back) == ("c/cpu", True)
+    assert not plan(40, cpu, gpu, fall_back=True).fell_back
+
+
+@pytest.mark.parametrize("name", ["cuda:0", "g", "g/cuda:0", ""])
+def test_a_device_answers_to_its_names(name: str) -> None:
+    assert host("g", 10, device="cuda:0").answers_to(name)
+    assert not host("g", 10, device="cuda:1").answers_to("cuda:0")
+
+
+def test_a_measured_load_corrects_the_weights_only() -> None:
+    need = Need(weights=100, quantization_state=20, activations=30, overhead=4)
+    assert need.corrected(90) == Need(70, 20, 30, 4)
+    assert need.corrected(None) is need
+
+
+@given(
+    st.integers(1, 200),
+    st.integers(1, 4),
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 5), st.booleans()), max_size=5),
+)
+def test_an_eviction_is_always_enough_and_never_too_much(
+    required: int, limit: int, models: list[tuple[int, int, bool]]
+) -> None:
+    residents = [resident(f"m{n}", size, age, leases=int(used)) for n, (size, age, used) in enumerate(models)]
+    on = host("h", 200, *residents, used_bytes=sum(r.bytes for r in residents))
+    placement = place(required, on, limit)
+    leaving = {eviction.model_id for eviction in placement.evictions}
+    idle = [r for r in residents if may_leave(r)]
+    could = on.free_bytes + sum(r.bytes for r in idle) >= required and len(residents) + 1 - len(idle) <= limit
+    assert placement.fits == could
+    if placement.fits:
+        assert leaving <= {r.model_id for r in idle}
+
+        def enough(gone: set[str]) -> bool:
+            freed = sum(r.bytes for r in residents if r.model_id in gone)
+            return on.free_bytes + freed >= required and len(residents) + 1 - len(gone) <= limit
+
+        assert enough(leaving)
+        assert not any(enough(leaving - {model_id}) for model_id in leaving)
