@@ -1,4 +1,4 @@
-"""What must be done now and then: forget what is old, take jobs from dead workers, bring files and rows together."""
+"""What must be done now and then: forget what is old, and bring files and rows together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import structlog
 from services.kit import audit, errors, events, idempotency
 from services.kit.artifacts import ArtifactStore
 from services.kit.database import Database
-from services.kit.jobs import JobStore
 from services.kit.reconcile import GRACE, reconcile
 
 INTERVAL = timedelta(hours=1)
@@ -44,14 +43,3 @@ async def keep_house(database: Database, artifacts: ArtifactStore, *, grace: tim
         except errors.Unavailable:
             _log.warning("house not kept: the database does not answer")
         await asyncio.sleep(INTERVAL.total_seconds())
-
-
-async def reap_jobs(store: JobStore) -> None:
-    """Take jobs from dead workers, also when no worker of their kind lives, until cancelled."""
-    while True:
-        try:
-            while reaped := await store.reap():
-                _log.warning("jobs taken from dead workers", jobs=reaped)
-        except errors.Unavailable:
-            _log.warning("dead workers not looked for: the database does not answer")
-        await asyncio.sleep(store.lease.total_seconds() / 3)

@@ -13,10 +13,10 @@ async def job_counts(conn: asyncpg.Connection) -> dict[tuple[str, str], int]:
 
 
 async def oldest_queued_seconds(conn: asyncpg.Connection) -> dict[str, float]:
-    """By kind, how long the oldest queued job exists; kinds without a queue are left out."""
+    """By kind, how long the oldest queued job exists; 0 where none is queued."""
     return {row["kind"]: row["seconds"] for row in await conn.fetch(QUERIES["oldest_queued"])}
 
 
 async def attempts(conn: asyncpg.Connection) -> dict[str, int]:
-    """By kind, how often jobs were claimed in all; grows until old jobs are deleted."""
+    """By kind, how often jobs were started in all."""
     return {row["kind"]: row["attempts"] for row in await conn.fetch(QUERIES["attempts"])}

@@ -117,8 +117,9 @@ DELETE FROM job_workers WHERE incarnation = $1 OR seen_at < clock_timestamp() - 
 SELECT kind, state, count(*) AS jobs FROM jobs GROUP BY kind, state
 
 -- oldest_queued --
-SELECT kind, extract(epoch FROM clock_timestamp() - min(created_at))::float8 AS seconds
-FROM jobs WHERE state = 'queued' GROUP BY kind
+SELECT kind, coalesce(extract(epoch FROM clock_timestamp() - min(created_at) FILTER (WHERE state = 'queued')), 0)::float8
+    AS seconds
+FROM jobs GROUP BY kind
 
 -- attempts --
 SELECT kind, sum(fence)::bigint AS attempts FROM jobs GROUP BY kind

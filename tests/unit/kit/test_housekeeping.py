@@ -62,24 +62,12 @@ async def test_the_house_is_kept_at_start(database: Database, tmp_path: Path) ->
     assert not store.location(artifact.uri).exists()
 
 
-async def test_a_dead_workers_job_is_queued_again_without_another_worker(database: Database) -> None:
-    store = JobStore(database)
-    job = await enqueue(store)
-    await store.claim(["count"], "cpu", "dead", {})
-    await lapse(database, job.id)
-
-    async def queued() -> bool:
-        return (await store.get(job.id)).state == "queued"
-
-    async with _running(housekeeping.reap_jobs(store)):
-        await eventually(queued)
-
-
 async def test_the_numbers_of_the_job_table(database: Database) -> None:
     store = JobStore(database)
     for _ in range(3):
         await enqueue(store)
     await enqueue(store, "other")
+    await store.request_cancel((await enqueue(store, "done")).id)
     await database.pool.execute("UPDATE jobs SET created_at = created_at - interval '1 minute' WHERE kind = 'count'")
     job, _ = await store.claim(["count"], "cpu", "w1", {})
     await lapse(database, job.id)
@@ -87,7 +75,12 @@ async def test_the_numbers_of_the_job_table(database: Database) -> None:
     await database.pool.execute("UPDATE jobs SET run_at = created_at")
     await store.claim(["count"], "cpu", "w1", {})
     async with database.connection() as conn:
-        assert await job_counts(conn) == {("count", "queued"): 2, ("count", "running"): 1, ("other", "queued"): 1}
-        assert await attempts(conn) == {"count": 2, "other": 0}
+        assert await job_counts(conn) == {
+            ("count", "queued"): 2,
+            ("count", "running"): 1,
+            ("done", "cancelled"): 1,
+            ("other", "queued"): 1,
+        }
+        assert await attempts(conn) == {"count": 2, "done": 0, "other": 0}
         oldest = await oldest_queued_seconds(conn)
-    assert oldest["count"] >= 60 > oldest["other"] >= 0
+    assert oldest["count"] >= 60 > oldest["other"] > oldest["done"] == 0
