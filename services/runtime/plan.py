@@ -65,7 +65,7 @@ def make_plan(topology: Topology, state: Path, http: tuple[str, int], lifeline: 
         http=join_address(http[0], http_port),
         grpc=grpc,
         metrics=metrics,
-        environment=_environment(topology, state, lifeline, grpc["registry"]),
+        environment=_environment(topology, state, lifeline, grpc),
         postgres_port=postgres_port,
         nats_port=nats_port,
     )
@@ -134,8 +134,11 @@ def _serve(
     )
 
 
-def _environment(topology: Topology, state: Path, lifeline: Mapping[str, str], registry: str) -> dict[str, str]:
+def _environment(
+    topology: Topology, state: Path, lifeline: Mapping[str, str], grpc: Mapping[str, str]
+) -> dict[str, str]:
     inherited = dict(os.environ)
+    extraction = next(process.name for process in topology.processes if "extraction" in process.services)
     settings = {f"LENSMESH_{name}": value for name, value in topology.settings.items()}
     return {
         **settings,
@@ -143,7 +146,8 @@ def _environment(topology: Topology, state: Path, lifeline: Mapping[str, str], r
         **lifeline,
         "PYTHONUNBUFFERED": "1",
         "LENSMESH_STATE_DIR": str(state),
-        "LENSMESH_REGISTRY_ADDRESS": registry,
+        "LENSMESH_REGISTRY_ADDRESS": grpc["registry"],
+        "LENSMESH_EXTRACTION_ADDRESS": grpc[extraction],
         "LENSMESH_MODEL_ROOTS": _roots("LENSMESH_MODEL_ROOTS", DEPLOY / "demo"),
         "LENSMESH_DATASET_ROOTS": _roots("LENSMESH_DATASET_ROOTS", dataset_root()),
     }

@@ -20,6 +20,9 @@ from services.training.compute.nested import Nested, Parameters, Prefixes, neste
 from services.training.compute.report import StepReport
 from services.training.compute.schedule import learning_rate
 
+_LEAST_VARIANCE = 1e-12
+"""A batch whose target varies less, in scaled units, has nothing to explain."""
+
 
 class NonFiniteLoss(ArithmeticError):
     """A step's loss is not a finite number; the coder is as it was before that step.
@@ -97,7 +100,7 @@ class Coder:
             loss=l2_loss + self.config.aux_weight * aux_loss,
             l2_loss=l2_loss,
             aux_loss=aux_loss,
-            fvu_per_prefix=[error / variance if variance else math.inf for error in nested.errors.tolist()],
+            fvu_per_prefix=[error / max(variance, _LEAST_VARIANCE) for error in nested.errors.tolist()],
             l0_per_prefix=self._l0(codes),
             dead_fraction=len(dead) / self.config.dict_size,
             gradient_norm=norm,

@@ -1,0 +1,104 @@
+"""Composition root of the training service."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from lensmesh.training.v1.training_pb2_grpc import add_TrainingServiceServicer_to_server
+
+from services.kit import errors
+from services.kit.artifacts import ArtifactStore
+from services.kit.channels import open_channel
+from services.kit.database import Database
+from services.kit.jobs import Claim
+from services.kit.server import Context, Part, Servicer
+from services.residency.catalogue import Catalogue
+from services.training.adapters.datasets import RegisteredTexts
+from services.training.adapters.judged import ClaimedEvaluation
+from services.training.adapters.peers import ExtractionPeer, Peers
+from services.training.adapters.postgres import PostgresStore
+from services.training.adapters.processes import Processes
+from services.training.adapters.residency import PooledModels
+from services.training.adapters.run import ClaimedRun
+from services.training.config import TrainingSettings
+from services.training.domain import EVALUATION_KIND, JOB_KIND
+from services.training.job import TrainingJob
+from services.training.judging import EvaluationJob
+from services.training.operations import Operations
+from services.training.servicer import TrainingServicer
+
+HOST_SERVICE = "lensmesh.residency.v1.ModelHostService"
+EXTRACTION_SERVICE = "lensmesh.extraction.v1.ExtractionService"
+
+
+async def compose(context: Context) -> Part:
+    """What this service contributes to its process.
+
+    Raises:
+        errors.Invalid: the extraction service is neither here nor in the settings.
+    """
+    assert context.registry is not None, "the training service needs a registry"
+    settings = TrainingSettings(**context.settings.model_dump())
+    store = PostgresStore(context.database, context.jobs, context.artifacts)
+    catalogue = Catalogue(context.registry, context.host_id)
+    peers = Peers(
+        catalogue, context.registry, lambda address: open_channel(address, settings, (HOST_SERVICE,)), context.host_id
+    )
+    channel = open_channel(_extraction_address(context, settings), settings, (EXTRACTION_SERVICE,))
+    extraction = ExtractionPeer(channel)
+    files = PublishedFiles(context.database, context.artifacts)
+    training = TrainingJob(
+        extraction,
+        peers,
+        files,
+        Processes(),
+        device=context.device,
+        checkpoint_tokens=settings.training_checkpoint_tokens,
+        checkpoint_seconds=settings.training_checkpoint_seconds,
+    )
+    models = PooledModels(context.residency, catalogue.ensure_resident)
+    texts = RegisteredTexts(catalogue, settings.dataset_roots, settings.state_dir / "datasets")
+    evaluation = EvaluationJob(models, texts, files)
+
+    async def train(claim: Claim) -> dict[str, Any]:
+        return await training.run(ClaimedRun(claim, store, checkpoints_kept=settings.training_checkpoints_kept))
+
+    async def evaluate(claim: Claim) -> dict[str, Any]:
+        return await evaluation.run(ClaimedEvaluation(claim))
+
+    return Part(
+        servicers=[
+            Servicer(
+                add=add_TrainingServiceServicer_to_server,
+                implementation=TrainingServicer(Operations(store, peers, extraction, device=context.device)),
+                name="lensmesh.training.v1.TrainingService",
+            )
+        ],
+        handlers={JOB_KIND: train, EVALUATION_KIND: evaluate},
+        limits={JOB_KIND: settings.max_concurrent_trainings},
+        close=[channel.close, peers.close],
+    )
+
+
+class PublishedFiles:
+    """Implements the port `Files` on the artifact store of this host."""
+
+    def __init__(self, database: Database, artifacts: ArtifactStore) -> None:
+        self._database, self._artifacts = database, artifacts
+
+    @asynccontextmanager
+    async def reading(self, uri: str) -> AsyncIterator[Path]:
+        """Under a lease."""
+        async with self._artifacts.reading(self._database, uri) as folder:
+            yield folder
+
+
+def _extraction_address(context: Context, settings: TrainingSettings) -> str:
+    if settings.extraction_address:
+        return settings.extraction_address
+    if "extraction" not in context.services:
+        raise errors.Invalid.of("LENSMESH_EXTRACTION_ADDRESS", "must name the extraction service, host:port")
+    return context.address

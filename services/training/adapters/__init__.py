@@ -1,0 +1,1 @@
+"""Training's ports on PostgreSQL, gRPC, the residency pool and child processes."""

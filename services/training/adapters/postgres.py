@@ -1,0 +1,246 @@
+"""Trainings, transcoders and evaluations as rows in PostgreSQL, with their jobs in the same transactions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import asdict, fields
+from typing import Any
+
+import asyncpg
+
+from services.kit import errors
+from services.kit.artifacts import ArtifactStore
+from services.kit.database import Database, load_queries
+from services.kit.idempotency import Request, idempotent
+from services.kit.ids import new_id
+from services.kit.jobs import JobStore
+from services.kit.paging import after, cut
+from services.training.domain import (
+    EVALUATION_KIND,
+    EVALUATION_PREFIX,
+    EVENT_PREFIX,
+    JOB_KIND,
+    Checkpoint,
+    Evaluation,
+    Filter,
+    Page,
+    Plan,
+    Queued,
+    RequestKey,
+    Training,
+    Transcoder,
+    Wanted,
+    WantedEvaluation,
+)
+
+QUERIES = load_queries(__file__)
+_TRANSCODER = [field.name for field in fields(Transcoder)]
+_CHECKPOINT = [field.name for field in fields(Checkpoint)]
+
+
+class PostgresStore:
+    """Implements the port `Store`."""
+
+    def __init__(self, database: Database, jobs: JobStore, artifacts: ArtifactStore) -> None:
+        self._database = database
+        self._jobs = jobs
+        self.artifacts = artifacts
+
+    async def queue(self, wanted: Wanted, plan: Plan, key: RequestKey) -> Training:
+        """Rows of the training and of its job in one transaction."""
+        async with self._database.transaction() as conn, _remembered(conn, key) as request:
+            if request.answer is None:
+                job = await self._jobs.enqueue(
+                    conn,
+                    kind=JOB_KIND,
+                    payload={"model_id": wanted.model_id, "layers": list(wanted.layers)},
+                    created_by=key.caller,
+                    event_prefix=EVENT_PREFIX,
+                    event_data={"model_id": wanted.model_id},
+                )
+                await conn.execute(
+                    QUERIES["insert_training"],
+                    job.id,
+                    wanted.model_id,
+                    list(wanted.layers),
+                    wanted.dataset_id or None,
+                    wanted.cache_id or None,
+                    plan.as_json(),
+                    key.caller,
+                )
+                request.answer = {"id": job.id}
+        return await self.training(request.answer["id"])
+
+    async def training(self, job_id: str) -> Training:
+        """One training with what its job tells."""
+        async with self._database.connection() as conn:
+            row = await conn.fetchrow(QUERIES["training"], job_id)
+            if row is None:
+                raise errors.NotFound(f"There is no training {job_id}", metadata={"id": job_id})
+            return (await _trainings(conn, [row]))[0]
+
+    async def trainings(self, wanted: Filter) -> Page:
+        """A page, newest first."""
+        filters = (wanted.model_id, wanted.status)
+        async with self._database.connection() as conn:
+            rows = await conn.fetch(
+                QUERIES["trainings"], *filters, *after(wanted.page_token), wanted.limit + 1, wanted.offset
+            )
+            total = await conn.fetchval(QUERIES["count_trainings"], *filters)
+            shown, token = cut(rows, wanted.limit)
+            return Page(tuple(await _trainings(conn, shown)), total, wanted.limit, wanted.offset, token)
+
+    async def history(self, job_id: str, points: int) -> list[dict[str, Any]]:
+        """Thinned in the database."""
+        async with self._database.connection() as conn:
+            return [row["figures"] for row in await conn.fetch(QUERIES["history"], job_id, points)]
+
+    async def cancel(self, job_id: str) -> None:
+        """By its job."""
+        await self._jobs.request_cancel(job_id)
+
+    async def pause(self, job_id: str) -> None:
+        """By its job."""
+        await self._jobs.request_pause(job_id)
+
+    async def resume(self, job_id: str) -> None:
+        """By its job."""
+        await self._jobs.resume(job_id)
+
+    async def finalize(self, job_id: str, checkpoint_id: str) -> None:
+        """The same job once more, with another task."""
+        async with self._database.transaction() as conn:
+            await conn.execute(QUERIES["set_finalize"], job_id, checkpoint_id)
+            again = self._jobs.resume if await _is_paused(conn, job_id) else self._jobs.retry
+            await again(job_id, conn)
+
+    async def transcoder(self, transcoder_id: str) -> Transcoder:
+        """One transcoder."""
+        async with self._database.connection() as conn:
+            return await transcoder_of(conn, transcoder_id)
+
+    async def transcoders(self, wanted: Filter) -> Page:
+        """A page, newest first."""
+        filters = (wanted.model_id, wanted.layer)
+        async with self._database.connection() as conn:
+            rows = await conn.fetch(
+                QUERIES["transcoders"], *filters, *after(wanted.page_token), wanted.limit + 1, wanted.offset
+            )
+            total = await conn.fetchval(QUERIES["count_transcoders"], *filters)
+        shown, token = cut(rows, wanted.limit)
+        return Page(tuple(map(_transcoder, shown)), total, wanted.limit, wanted.offset, token)
+
+    async def delete_transcoder(self, transcoder_id: str) -> None:
+        """The row with the evaluations, then the files."""
+        async with self._database.transaction() as conn:
+            uri = (await transcoder_of(conn, transcoder_id)).artifact_uri
+            await conn.execute(QUERIES["delete_transcoder"], transcoder_id)
+        await self.discard([uri])
+
+    async def queue_evaluation(self, wanted: WantedEvaluation, key: RequestKey) -> Queued:
+        """Rows of the evaluation and of its job in one transaction."""
+        async with self._database.transaction() as conn, _remembered(conn, key) as request:
+            if request.answer is None:
+                evaluation_id = new_id("eval")
+                facts = {"transcoder_id": wanted.transcoder_id, "dataset_id": wanted.dataset_id}
+                job = await self._jobs.enqueue(
+                    conn,
+                    kind=EVALUATION_KIND,
+                    payload=facts,
+                    created_by=key.caller,
+                    resource_id=evaluation_id,
+                    event_prefix=EVALUATION_PREFIX,
+                    event_data=facts,
+                )
+                await conn.execute(
+                    QUERIES["insert_evaluation"],
+                    evaluation_id,
+                    job.id,
+                    wanted.transcoder_id,
+                    wanted.dataset_id,
+                    asdict(wanted),
+                    key.caller,
+                )
+                request.answer = {"job_id": job.id, "resource_id": evaluation_id}
+        return Queued(**request.answer)
+
+    async def evaluations(self, wanted: Filter) -> Page:
+        """A page, newest first."""
+        async with self._database.connection() as conn:
+            rows = await conn.fetch(
+                QUERIES["evaluations"],
+                wanted.transcoder_id,
+                *after(wanted.page_token),
+                wanted.limit + 1,
+                wanted.offset,
+            )
+            total = await conn.fetchval(QUERIES["count_evaluations"], wanted.transcoder_id)
+        shown, token = cut(rows, wanted.limit)
+        return Page(tuple(Evaluation(**row) for row in shown), total, wanted.limit, wanted.offset, token)
+
+    async def discard(self, uris: Iterable[str]) -> None:
+        """Delete files that no row names any more; those that somebody reads right now are left to a later one."""
+        async with self._database.connection() as conn:
+            unused = await conn.fetch(QUERIES["unused"], list(uris))
+        for row in unused:
+            with suppress(errors.NotFound, errors.Conflict):
+                await self.artifacts.delete(self._database, row["uri"])
+
+
+async def transcoder_of(conn: asyncpg.Connection, transcoder_id: str) -> Transcoder:
+    """One transcoder.
+
+    Raises:
+        errors.NotFound: there is none.
+    """
+    row = await conn.fetchrow(QUERIES["transcoder"], transcoder_id)
+    if row is None:
+        raise errors.NotFound(f"There is no transcoder {transcoder_id}", metadata={"id": transcoder_id})
+    return _transcoder(row)
+
+
+def checkpoint_of(row: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint of a row."""
+    return Checkpoint(**{name: row[name] for name in _CHECKPOINT})
+
+
+async def _is_paused(conn: asyncpg.Connection, job_id: str) -> bool:
+    row = await conn.fetchrow(QUERIES["training"], job_id)
+    return row is not None and row["state"] == "paused"
+
+
+async def _trainings(conn: asyncpg.Connection, rows: Iterable[Mapping[str, Any]]) -> list[Training]:
+    found = list(rows)
+    ids = [row["job_id"] for row in found]
+    checkpoints = await conn.fetch(QUERIES["checkpoints"], ids)
+    made = await conn.fetch(QUERIES["made_by"], ids)
+    return [
+        Training(
+            job_id=row["job_id"],
+            model_id=row["model_id"],
+            layers=row["layers"],
+            status=row["state"],
+            progress=row["progress"],
+            plan=Plan.from_json(row["plan"]),
+            cache_id=row["cache_id"],
+            figures=row["detail"],
+            checkpoints=[checkpoint_of(one) for one in checkpoints if one["job_id"] == row["job_id"]],
+            transcoder_ids=[one["id"] for one in made if one["job_id"] == row["job_id"]],
+            error_code=row["error_code"],
+            error_message=row["error_message"],
+            waiting_for=row["waiting_for"],
+            created_by=row["created_by"],
+            created_at=row["created_at"],
+            finished_at=row["finished_at"],
+        )
+        for row in found
+    ]
+
+
+def _transcoder(row: Mapping[str, Any]) -> Transcoder:
+    return Transcoder(**{name: row[name] for name in _TRANSCODER})
+
+
+def _remembered(conn: asyncpg.Connection, key: RequestKey) -> AbstractAsyncContextManager[Request]:
+    return idempotent(conn, caller=key.caller, method=key.method, request_id=key.request_id, request_digest=key.digest)

@@ -1,0 +1,45 @@
+"""The rows of an activation cache as the trainer's source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from services.residency.shards import ShardReader
+from services.training.compute.batches import Pairs
+
+
+class CacheRows:
+    """Implements `Source` on mapped shards; every file is checked against its digest at first use."""
+
+    def __init__(self, folder: Path, pairs: Mapping[str, tuple[str, str]]) -> None:
+        """Open a cache.
+
+        Args:
+            folder: the cache's directory.
+            pairs: by pair's name, the hook points of its inputs and its targets.
+
+        Raises:
+            CorruptCache: the manifest is missing or not valid.
+            KeyError: the cache does not hold a hook point.
+        """
+        self._reader = ShardReader(folder)
+        self._pairs = pairs
+        manifest = self._reader.manifest
+        self._widths = {name: (manifest.width(x), manifest.width(y)) for name, (x, y) in pairs.items()}
+
+    @property
+    def rows(self) -> int:
+        """Counted tokens."""
+        return self._reader.manifest.tokens
+
+    @property
+    def widths(self) -> Mapping[str, tuple[int, int]]:
+        """Widths by pair."""
+        return self._widths
+
+    def batches(self, batch_size: int, seed: int, start: int) -> Iterator[Pairs]:
+        """Rows mixed from several shards at a time."""
+        points = list(dict.fromkeys(point for pair in self._pairs.values() for point in pair))
+        for batch in self._reader.iter_rows(points, batch_size, seed, start):
+            yield {name: (batch.rows[x], batch.rows[y]) for name, (x, y) in self._pairs.items()}

@@ -1,0 +1,295 @@
+"""What training speaks of: requests, plans, trainings, checkpoints, transcoders and evaluations, as plain records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Any
+
+JOB_KIND = "training"
+EVALUATION_KIND = "evaluation"
+EVENT_PREFIX = "training"
+EVALUATION_PREFIX = "evaluation"
+ARTIFACT_KIND = "transcoder"
+CHECKPOINT_KIND = "checkpoint"
+
+EVALUATION_MODES = ("auto", "full", "safe", "cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """What the catalogue knows about a model."""
+
+    id: str
+    model_type: str
+    digest: str
+    """Content digest of its files; empty while they were not read."""
+    num_layers: int
+    hidden_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """An activation cache."""
+
+    id: str
+    model_id: str
+    model_digest: str
+    storage_uri: str
+    tokens: int
+    widths: Mapping[str, int]
+    """By hook point."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sites:
+    """Which tensors are read and reconstructed; empty means the default."""
+
+    source_site: str = ""
+    apply_rmsnorm_scaling: bool | None = None
+    target_site: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A training that somebody asks for."""
+
+    model_id: str
+    layers: tuple[int, ...]
+    cache_id: str
+    dataset_id: str
+    sites: Sites
+    options: Mapping[str, Any]
+    """Fields of `TrainConfig` that were given."""
+    variants: tuple[tuple[Sites, Mapping[str, Any]], ...] = ()
+    """Further configurations, by what they set themselves."""
+    devices: int = 1
+    tracker: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CoderSpec:
+    """One coder of a training."""
+
+    name: str
+    """Unique within the job."""
+    layer: int
+    source: str
+    """Hook point whose tensor is read from the cache."""
+    target: str
+    """Hook point that is reconstructed."""
+    source_hook_point: str
+    """What the source is called for others; another name of the same tensor."""
+    source_site: str
+    target_site: str
+    apply_rmsnorm_scaling: bool
+    config: Mapping[str, Any]
+    """Fields of `TrainConfig`."""
+
+    @property
+    def pair(self) -> str:
+        """Names the stream of rows that it shares with coders of the same two hook points."""
+        return f"{self.source} {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A training with everything decided that can be decided before its data is there."""
+
+    coders: tuple[CoderSpec, ...]
+    num_tokens: int
+    """0: the data once."""
+    base_digest: str = ""
+    """Content digest of the model that made the data; empty until that is there."""
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        """Everything that is read from the cache."""
+        return tuple(dict.fromkeys(point for coder in self.coders for point in (coder.source, coder.target)))
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Plan:
+        """What `as_json` gave."""
+        return cls(tuple(CoderSpec(**coder) for coder in raw["coders"]), raw["num_tokens"], raw["base_digest"])
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A state that a training can go on from."""
+
+    id: str
+    step: int
+    tokens_seen: int
+    fvu: float
+    artifact_uri: str
+    size_bytes: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a claimed training is to do."""
+
+    job_id: str
+    model_id: str
+    dataset_id: str | None
+    cache_id: str | None
+    plan: Plan
+    checkpoint: Checkpoint | None
+    """To go on from, or to make transcoders of where `finalize` says so."""
+    finalize: bool
+    transcoder_ids: tuple[str, ...]
+    """Set when it was done already, and only the job's end is missing."""
+    created_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One training as it stands."""
+
+    job_id: str
+    model_id: str
+    layers: Sequence[int]
+    status: str
+    progress: float
+    plan: Plan
+    cache_id: str | None
+    figures: Mapping[str, Any]
+    """Of the last step that was told: the fields of API.md and `coders`; empty before the first."""
+    checkpoints: Sequence[Checkpoint]
+    transcoder_ids: Sequence[str]
+    error_code: str | None
+    error_message: str | None
+    waiting_for: str | None
+    created_by: str
+    created_at: datetime | None
+    finished_at: datetime | None
+    estimated_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewTranscoder:
+    """A transcoder's row before it has an id and files."""
+
+    coder: str
+    name: str
+    model_id: str
+    layer: int
+    source_hook_point: str
+    target_hook_point: str
+    d_in: int
+    d_out: int
+    dict_size: int
+    group_sizes: Sequence[int]
+    top_k: int
+    activation: str
+    base_digest: str
+    tokens_seen: int
+    train_fvu: float
+
+
+@dataclass(frozen=True, slots=True)
+class Transcoder:
+    """One transcoder as it is stored."""
+
+    id: str
+    name: str
+    model_id: str
+    layer: int
+    source_hook_point: str
+    target_hook_point: str
+    job_id: str
+    d_in: int
+    d_out: int
+    dict_size: int
+    group_sizes: Sequence[int]
+    top_k: int
+    activation: str
+    artifact_uri: str
+    size_bytes: int
+    base_digest: str
+    tokens_seen: int
+    train_fvu: float
+    created_by: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class WantedEvaluation:
+    """An evaluation that somebody asks for; 0 means the default."""
+
+    transcoder_id: str
+    dataset_id: str
+    num_batches: int = 0
+    batch_size: int = 0
+    max_length: int = 0
+    mode: str = "auto"
+    prefix: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One evaluation that has ended well."""
+
+    id: str
+    transcoder_id: str
+    dataset_id: str
+    job_id: str
+    figures: Mapping[str, Any]
+    """Under API.md's names."""
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A job that was queued, and the resource it fills."""
+
+    job_id: str
+    resource_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """An active latent."""
+
+    feature: int
+    activation: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestKey:
+    """Who asks, and how a repetition of the request is recognised."""
+
+    caller: str
+    method: str
+    request_id: str
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some rows, newest first."""
+
+    items: tuple[Any, ...]
+    total: int
+    limit: int
+    offset: int
+    next_page_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which rows; what is empty or None does not matter."""
+
+    model_id: str = ""
+    status: str = ""
+    layer: int | None = None
+    transcoder_id: str = ""
+    limit: int = 50
+    offset: int = 0
+    page_token: str = field(default="")

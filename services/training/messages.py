@@ -1,0 +1,305 @@
+"""Between the protos and the domain's records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from itertools import accumulate
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from lensmesh.common.v1 import types_pb2
+from lensmesh.training.v1 import training_pb2 as pb
+
+from services.kit import errors
+from services.kit.auth import current_caller
+from services.kit.idempotency import digest_of
+from services.training.domain import (
+    Checkpoint,
+    Evaluation,
+    Filter,
+    Page,
+    Plan,
+    RequestKey,
+    Sites,
+    Training,
+    Transcoder,
+    Wanted,
+    WantedEvaluation,
+)
+
+SERVICE = "lensmesh.training.v1.TrainingService"
+DEFAULT_LIMIT = 50
+_ACTIVATIONS = {
+    pb.ACTIVATION_TOPK: "topk",
+    pb.ACTIVATION_BATCH_TOPK: "batch_topk",
+    pb.ACTIVATION_JUMPRELU: "jumprelu",
+}
+_SCHEDULES = {
+    pb.LR_SCHEDULE_CONSTANT: "constant",
+    pb.LR_SCHEDULE_LINEAR: "linear",
+    pb.LR_SCHEDULE_COSINE: "cosine",
+}
+_DTYPES = {types_pb2.DTYPE_FLOAT32: "float32", types_pb2.DTYPE_BFLOAT16: "bfloat16"}
+_MODES = {
+    pb.EVALUATION_MODE_UNSPECIFIED: "auto",
+    pb.EVALUATION_MODE_AUTO: "auto",
+    pb.EVALUATION_MODE_FULL: "full",
+    pb.EVALUATION_MODE_SAFE: "safe",
+    pb.EVALUATION_MODE_CPU: "cpu",
+}
+_CODER = ("layer", "loss", "l2_loss", "aux_loss", "fvu", "fvu_per_prefix", "l0", "dead_fraction")
+_JOB = (
+    "step", "tokens_seen", "tokens_per_second", "loss", "l2_loss", "aux_loss", "fvu", "fvu_min", "fvu_max",
+    "fvu_mean", "fvu_per_prefix", "l0", "dead_fraction", "learning_rate", "eta_seconds",
+)  # fmt: skip
+
+
+def wanted(request: pb.CreateTrainingJobRequest) -> Wanted:
+    """What a request asks for.
+
+    Raises:
+        errors.Invalid: a number format that nothing is trained in.
+    """
+    return Wanted(
+        model_id=request.model_id,
+        layers=tuple(request.layers),
+        cache_id=request.source.cache_id,
+        dataset_id=request.source.dataset_id,
+        sites=_sites(request),
+        options=_options(request, ""),
+        variants=tuple(
+            (_sites(one), _options(one, f"variants[{index}].")) for index, one in enumerate(request.variants)
+        ),
+        devices=request.devices,
+        tracker=request.tracker,
+    )
+
+
+def request_key(method: str, request: Any) -> RequestKey:
+    """How a repetition of a request is recognised."""
+    body = type(request)()
+    body.CopyFrom(request)
+    body.ClearField("request_id")
+    return RequestKey(
+        caller=current_caller().subject,
+        method=f"{SERVICE}/{method}",
+        request_id=request.request_id,
+        digest=digest_of(body.SerializeToString(deterministic=True)),
+    )
+
+
+def wanted_evaluation(request: pb.EvaluateTranscoderRequest) -> WantedEvaluation:
+    """What a request asks for."""
+    return WantedEvaluation(
+        transcoder_id=request.id,
+        dataset_id=request.dataset_id,
+        num_batches=request.num_batches,
+        batch_size=request.batch_size,
+        max_length=request.max_length,
+        mode=_MODES[request.mode],
+        prefix=request.prefix,
+    )
+
+
+def trainings_wanted(request: pb.ListTrainingJobsRequest) -> Filter:
+    """Which page a request asks for."""
+    status = ""
+    if request.status:
+        status = pb.TrainingStatus.Name(request.status).removeprefix("TRAINING_STATUS_").lower()
+    return Filter(model_id=request.model_id, status=status, **_paging(request))
+
+
+def transcoders_wanted(request: pb.ListTranscodersRequest) -> Filter:
+    """Which page a request asks for."""
+    layer = request.layer if request.HasField("layer") else None
+    return Filter(model_id=request.model_id, layer=layer, **_paging(request))
+
+
+def evaluations_wanted(request: pb.ListEvaluationsRequest) -> Filter:
+    """Which page a request asks for."""
+    return Filter(transcoder_id=request.id, **_paging(request))
+
+
+def training(found: Training) -> pb.TrainingJob:
+    """One training."""
+    figures = {name: found.figures[name] for name in _JOB if name in found.figures}
+    return pb.TrainingJob(
+        id=found.job_id,
+        model_id=found.model_id,
+        layers=found.layers,
+        status=pb.TrainingStatus.Value(f"TRAINING_STATUS_{found.status.upper() or 'UNSPECIFIED'}"),
+        progress=found.progress,
+        config=_config(found.plan),
+        cache_id=found.cache_id,
+        num_tokens=found.plan.num_tokens,
+        coders=[_coder(coder) for coder in found.figures.get("coders", ())],
+        transcoder_ids=found.transcoder_ids,
+        error_code=found.error_code,
+        error_message=found.error_message,
+        waiting_for=found.waiting_for,
+        checkpoints=[_checkpoint(checkpoint) for checkpoint in found.checkpoints],
+        created_by=found.created_by,
+        created_at=_time(found.created_at),
+        finished_at=_time(found.finished_at),
+        estimated_memory_bytes=found.estimated_memory_bytes,
+        **figures,
+    )
+
+
+def training_page(page: Page) -> pb.ListTrainingJobsResponse:
+    """A page of trainings."""
+    return pb.ListTrainingJobsResponse(training_jobs=[training(item) for item in page.items], **_page(page))
+
+
+def metrics(job_id: str, points: list[dict[str, Any]]) -> pb.TrainingMetrics:
+    """The history of a training."""
+    return pb.TrainingMetrics(
+        id=job_id,
+        points=[
+            pb.TrainingPoint(
+                step=point["step"],
+                tokens_seen=point["tokens_seen"],
+                learning_rate=point["learning_rate"],
+                tokens_per_second=point["tokens_per_second"],
+                coders=[_coder(coder) for coder in point["coders"]],
+            )
+            for point in points
+        ],
+    )
+
+
+def transcoder(found: Transcoder) -> pb.Transcoder:
+    """One transcoder."""
+    return pb.Transcoder(
+        id=found.id,
+        name=found.name,
+        model_id=found.model_id,
+        layer=found.layer,
+        source_hook_point=found.source_hook_point,
+        target_hook_point=found.target_hook_point,
+        job_id=found.job_id,
+        d_in=found.d_in,
+        d_out=found.d_out,
+        dict_size=found.dict_size,
+        group_sizes=found.group_sizes,
+        prefix_widths=list(accumulate(found.group_sizes)),
+        top_k=found.top_k,
+        activation=pb.Activation.Value(f"ACTIVATION_{found.activation.upper()}"),
+        artifact_uri=found.artifact_uri,
+        size_bytes=found.size_bytes,
+        base_digest=found.base_digest,
+        tokens_seen=found.tokens_seen,
+        train_fvu=found.train_fvu,
+        created_by=found.created_by,
+        created_at=_time(found.created_at),
+    )
+
+
+def transcoder_page(page: Page) -> pb.ListTranscodersResponse:
+    """A page of transcoders."""
+    return pb.ListTranscodersResponse(transcoders=[transcoder(item) for item in page.items], **_page(page))
+
+
+def evaluation(found: Evaluation) -> pb.Evaluation:
+    """One evaluation."""
+    figures = dict(found.figures)
+    mode = pb.EvaluationMode.Value(f"EVALUATION_MODE_{figures.pop('mode').upper()}")
+    return pb.Evaluation(
+        id=found.id,
+        transcoder_id=found.transcoder_id,
+        dataset_id=found.dataset_id,
+        job_id=found.job_id,
+        created_at=_time(found.created_at),
+        mode=mode,
+        **figures,
+    )
+
+
+def evaluation_page(page: Page) -> pb.ListEvaluationsResponse:
+    """A page of evaluations."""
+    return pb.ListEvaluationsResponse(evaluations=[evaluation(item) for item in page.items], **_page(page))
+
+
+def _sites(given: pb.CreateTrainingJobRequest | pb.TrainingConfig) -> Sites:
+    scaling = given.apply_rmsnorm_scaling if given.HasField("apply_rmsnorm_scaling") else None
+    return Sites(given.source_site, scaling, given.target_site)
+
+
+def _options(given: pb.CreateTrainingJobRequest | pb.TrainingConfig, field: str) -> dict[str, Any]:
+    """The fields of a configuration that were given, under `TrainConfig`'s names."""
+    options: dict[str, Any] = {
+        name: getattr(given, name) for name in ("dict_size", "top_k", "batch_size", "num_tokens", "seed", "skip")
+    }
+    options |= {name: tuple(getattr(given, name)) for name in ("group_sizes", "prefix_widths")}
+    options = {name: value for name, value in options.items() if value}
+    options |= {name: getattr(given, name) for name in ("aux_k", "learning_rate") if given.HasField(name)}
+    if given.activation:
+        options["activation"] = _ACTIVATIONS[given.activation]
+    if given.lr_schedule:
+        options["lr_schedule"] = _SCHEDULES[given.lr_schedule]
+    if given.dtype:
+        if given.dtype not in _DTYPES:
+            raise errors.Invalid.of(f"{field}dtype", f"is none of {', '.join(_DTYPES.values())}")
+        options["dtype"] = _DTYPES[given.dtype]
+    return options
+
+
+def _config(plan: Plan) -> pb.TrainingConfig:
+    """The first configuration of a plan, both forms of its groups."""
+    coder = plan.coders[0]
+    config = coder.config
+    return pb.TrainingConfig(
+        source_site=coder.source_site,
+        apply_rmsnorm_scaling=coder.apply_rmsnorm_scaling,
+        target_site=coder.target_site,
+        dict_size=config["dict_size"],
+        group_sizes=config["group_sizes"],
+        prefix_widths=list(accumulate(config["group_sizes"])),
+        top_k=config["top_k"],
+        activation=pb.Activation.Value(f"ACTIVATION_{config['activation'].upper()}"),
+        skip=config["skip"],
+        aux_k=config["aux_k"],
+        batch_size=config["batch_size"],
+        num_tokens=plan.num_tokens,
+        learning_rate=config["learning_rate"],
+        lr_schedule=pb.LrSchedule.Value(f"LR_SCHEDULE_{config['lr_schedule'].upper()}"),
+        dtype=types_pb2.Dtype.Value(f"DTYPE_{config['dtype'].upper()}"),
+        seed=config["seed"],
+    )
+
+
+def _coder(figures: Mapping[str, Any]) -> pb.CoderProgress:
+    return pb.CoderProgress(**{name: figures[name] for name in _CODER})
+
+
+def _checkpoint(found: Checkpoint) -> pb.Checkpoint:
+    return pb.Checkpoint(
+        id=found.id,
+        step=found.step,
+        tokens_seen=found.tokens_seen,
+        fvu=found.fvu,
+        size_bytes=found.size_bytes,
+        created_at=_time(found.created_at),
+    )
+
+
+def _paging(request: Any) -> dict[str, Any]:
+    return {"limit": request.limit or DEFAULT_LIMIT, "offset": request.offset, "page_token": request.page_token}
+
+
+def _page(page: Page) -> dict[str, Any]:
+    return {
+        "total": page.total,
+        "limit": page.limit,
+        "offset": page.offset,
+        "next_page_token": page.next_page_token,
+    }
+
+
+def _time(value: datetime | None) -> Timestamp | None:
+    if value is None:
+        return None
+    stamp = Timestamp()
+    stamp.FromDatetime(value)
+    return stamp

@@ -1,0 +1,208 @@
+"""The decisions of the training service: one function per rpc."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.kit import errors
+from services.training.domain import (
+    Filter,
+    Page,
+    Queued,
+    RequestKey,
+    Training,
+    Transcoder,
+    Wanted,
+    WantedEvaluation,
+)
+from services.training.ports import Catalogue, Extraction, Store
+from services.training.requests import memory_bytes, resolve
+
+DEFAULT_POINTS = 1000
+DEFAULT_FEATURES = 10
+UNSTARTED = ""
+
+
+class Operations:
+    """What the servicer calls; raises `services.kit.errors` only."""
+
+    def __init__(self, store: Store, catalogue: Catalogue, extraction: Extraction, *, device: str) -> None:
+        """Use these ports.
+
+        Args:
+            store: trainings, transcoders, evaluations.
+            catalogue: the registry.
+            extraction: the extraction service.
+            device: what a plan's bytes are counted for.
+        """
+        self._store, self._catalogue, self._extraction, self._device = store, catalogue, extraction, device
+
+    async def create(self, wanted: Wanted, key: RequestKey, *, validate_only: bool) -> Training:
+        """Queue a training, or only say what it would be and what it would take.
+
+        Raises:
+            errors.Invalid: a field is wrong; nothing was started.
+            errors.NotFound: there is no such model, cache or dataset.
+            errors.Conflict: the model's files were not read yet.
+        """
+        model = await self._catalogue.model(wanted.model_id)
+        if not model.num_layers:
+            raise errors.Conflict("the model's files were not read yet; load it once", metadata={"model_id": model.id})
+        cache = await self._extraction.cache(wanted.cache_id) if wanted.cache_id else None
+        if cache is None:
+            await self._catalogue.require_dataset(wanted.dataset_id)
+        plan = resolve(wanted, model, cache)
+        if not validate_only:
+            return await self._store.queue(wanted, plan, key)
+        widths = dict.fromkeys(plan.hook_points, model.hidden_size) if cache is None else cache.widths
+        return Training(
+            job_id=UNSTARTED,
+            model_id=model.id,
+            layers=wanted.layers,
+            status="",
+            progress=0.0,
+            plan=plan,
+            cache_id=wanted.cache_id or None,
+            figures={},
+            checkpoints=(),
+            transcoder_ids=(),
+            error_code=None,
+            error_message=None,
+            waiting_for=None,
+            created_by=key.caller,
+            created_at=None,
+            finished_at=None,
+            estimated_memory_bytes=memory_bytes(plan, widths, self._device),
+        )
+
+    async def training(self, job_id: str) -> Training:
+        """One training.
+
+        Raises:
+            errors.NotFound: there is none.
+        """
+        return await self._store.training(job_id)
+
+    async def trainings(self, wanted: Filter) -> Page:
+        """Trainings, newest first."""
+        return await self._store.trainings(wanted)
+
+    async def history(self, job_id: str, points: int) -> list[dict[str, Any]]:
+        """Figures of a training's steps, oldest first.
+
+        Raises:
+            errors.NotFound: there is no such training.
+        """
+        await self._store.training(job_id)
+        return await self._store.history(job_id, points or DEFAULT_POINTS)
+
+    async def cancel(self, job_id: str) -> Training:
+        """Stop a training for good; its checkpoints stay.
+
+        Raises:
+            errors.NotFound: there is none.
+            errors.Conflict: it has ended.
+        """
+        await self._store.training(job_id)
+        await self._store.cancel(job_id)
+        return await self._store.training(job_id)
+
+    async def pause(self, job_id: str) -> Training:
+        """Stop a training for now, with a checkpoint.
+
+        Raises:
+            errors.NotFound: there is none.
+            errors.Conflict: it has ended.
+        """
+        await self._store.training(job_id)
+        await self._store.pause(job_id)
+        return await self._store.training(job_id)
+
+    async def resume(self, job_id: str) -> Training:
+        """Let a paused training go on from its checkpoint.
+
+        Raises:
+            errors.NotFound: there is none.
+            errors.Conflict: it is not paused.
+        """
+        await self._store.training(job_id)
+        await self._store.resume(job_id)
+        return await self._store.training(job_id)
+
+    async def finalize(self, job_id: str, checkpoint_id: str) -> Training:
+        """Make transcoders of a checkpoint, the newest where none is named.
+
+        Raises:
+            errors.NotFound: there is no such training, or it has no such checkpoint.
+            errors.Conflict: it runs, waits or has completed.
+        """
+        training = await self._store.training(job_id)
+        known = [checkpoint.id for checkpoint in training.checkpoints]
+        if not known or (checkpoint_id and checkpoint_id not in known):
+            raise errors.NotFound(
+                f"{job_id} has no checkpoint {checkpoint_id}".rstrip(), metadata={"job_id": job_id, "known": len(known)}
+            )
+        await self._store.finalize(job_id, checkpoint_id or known[-1])
+        return await self._store.training(job_id)
+
+    async def transcoder(self, transcoder_id: str) -> Transcoder:
+        """One transcoder.
+
+        Raises:
+            errors.NotFound: there is none.
+        """
+        return await self._store.transcoder(transcoder_id)
+
+    async def transcoders(self, wanted: Filter) -> Page:
+        """Transcoders, newest first."""
+        return await self._store.transcoders(wanted)
+
+    async def delete_transcoder(self, transcoder_id: str) -> None:
+        """Delete a transcoder and its evaluations.
+
+        Raises:
+            errors.NotFound: there is none.
+            errors.Conflict: `IN_USE`: a lens is made of it, or somebody reads it.
+        """
+        transcoder = await self._store.transcoder(transcoder_id)
+        if lenses := await self._catalogue.lenses_of(transcoder):
+            raise errors.Conflict(
+                f"{', '.join(lenses)} use {transcoder_id}", reason="IN_USE", metadata={"lenses": ", ".join(lenses)}
+            )
+        await self._store.delete_transcoder(transcoder_id)
+
+    async def evaluate(self, wanted: WantedEvaluation, key: RequestKey) -> Queued:
+        """Queue an evaluation on held-out text.
+
+        Raises:
+            errors.NotFound: there is no such transcoder or dataset.
+            errors.Invalid: the prefix does not exist.
+        """
+        transcoder = await self._store.transcoder(wanted.transcoder_id)
+        groups = len(transcoder.group_sizes)
+        if wanted.prefix > groups:
+            raise errors.Invalid.of("prefix", f"the transcoder has {groups} groups", groups=groups)
+        await self._catalogue.require_dataset(wanted.dataset_id)
+        return await self._store.queue_evaluation(wanted, key)
+
+    async def evaluations(self, wanted: Filter) -> Page:
+        """Evaluations of a transcoder, newest first.
+
+        Raises:
+            errors.NotFound: there is no such transcoder.
+        """
+        await self._store.transcoder(wanted.transcoder_id)
+        return await self._store.evaluations(wanted)
+
+    async def encode(self, transcoder_id: str, text: str, token_ids: tuple[int, ...], top_k: int, prefix: int) -> Any:
+        """Features of a text, per token.
+
+        Raises:
+            errors.NotFound: there is no such transcoder.
+            errors.Invalid: text and token_ids are both given or both missing, or the prefix does not exist.
+        """
+        transcoder = await self._store.transcoder(transcoder_id)
+        groups = len(transcoder.group_sizes)
+        if prefix > groups:
+            raise errors.Invalid.of("prefix", f"the transcoder has {groups} groups", groups=groups)
+        return await self._catalogue.encode(transcoder, text, token_ids, top_k or DEFAULT_FEATURES, prefix)

@@ -1,0 +1,163 @@
+"""What a request means for a model: every default filled in, every wrong field named, bytes counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from services.kit import errors
+from services.residency.families import FAMILIES, SITES
+from services.residency.lenses.selection import BLOCK_ELEMENTS
+from services.training.compute.config import ConfigError, TrainConfig
+from services.training.domain import BaseModel, Cache, CoderSpec, Plan, Sites, Wanted
+
+EXPANSION = 16
+"""Latents per dimension when a request names no dict_size."""
+DEFAULT_BATCH_SIZE = 2048
+CUDA_CONTEXT_BYTES = 600_000_000
+"""What another process takes on a GPU before it allocates anything."""
+SHARED = ("batch_size", "num_tokens", "seed")
+"""Fields that all configurations of a job have in common, since they share a stream."""
+_FLOAT = 4
+
+
+def resolve(wanted: Wanted, model: BaseModel, cache: Cache | None) -> Plan:
+    """The plan of a request; `cache` is where it reads from, None where that has to be extracted first.
+
+    Raises:
+        errors.Invalid: a field is wrong by itself or for this model or cache; it is named.
+        errors.Unsupported: more than one device, or a tracker.
+    """
+    if wanted.devices > 1:
+        raise errors.Unsupported("a training uses one device", metadata={"devices": wanted.devices})
+    if wanted.tracker:
+        raise errors.Unsupported("trackers are not available", metadata={"tracker": wanted.tracker})
+    for layer in wanted.layers:
+        if layer >= model.num_layers:
+            raise errors.Invalid.of("layers", f"layer {layer} is not one of the model's, 0 to {model.num_layers - 1}")
+    coders = []
+    for number, (sites, options, field) in enumerate(_configurations(wanted)):
+        config = _config(options, model, field)
+        for layer in wanted.layers:
+            name = f"layer-{layer}" if number == 0 else f"layer-{layer}-variant-{number}"
+            coders.append(_coder(name, layer, sites, model, config))
+    plan = Plan(tuple(coders), wanted.options.get("num_tokens", 0))
+    if cache is not None:
+        check_cache(plan, model.id, cache)
+    return plan
+
+
+def check_cache(plan: Plan, model_id: str, cache: Cache) -> None:
+    """The cache holds what the plan reads.
+
+    Raises:
+        errors.Invalid: it is of another model, lacks a hook point, or has less than one batch.
+    """
+    if cache.model_id != model_id:
+        raise errors.Invalid.of("source.cache_id", f"the cache is of model {cache.model_id}")
+    for point in plan.hook_points:
+        if point not in cache.widths:
+            raise errors.Invalid.of("source.cache_id", f"the cache does not hold {point}", hook_point=point)
+    batch_size = plan.coders[0].config["batch_size"]
+    if cache.tokens < batch_size:
+        raise errors.Invalid.of("batch_size", f"{batch_size} is more than the cache's {cache.tokens} tokens")
+
+
+def settled(plan: Plan, cache: Cache) -> Plan:
+    """The plan with what only its data tells: the number of tokens, and every rule written out."""
+    tokens = plan.num_tokens or cache.tokens
+    coders = []
+    for coder in plan.coders:
+        config = TrainConfig(**{**coder.config, "num_tokens": tokens}).resolved(cache.widths[coder.target])
+        coders.append(replace(coder, config=config.to_dict()))
+    return Plan(tuple(coders), tokens, cache.model_digest)
+
+
+def memory_bytes(plan: Plan, widths: Mapping[str, int], device: str) -> int:
+    """Bytes that training takes on its device: weights, gradients and moments of all coders, and one step's batch."""
+    kept = work = 0
+    for coder in plan.coders:
+        config = TrainConfig(**{**coder.config, "num_tokens": max(plan.num_tokens, coder.config["batch_size"])})
+        d_in, d_out = widths[coder.source], widths[coder.target]
+        weights = config.dict_size * (d_in + d_out + 1) + d_out + (d_in * d_out if config.skip else 0)
+        kept += 4 * weights * _FLOAT
+        rows = config.batch_size * (2 * d_in + (2 * len(config.groups) + 3) * d_out)
+        entries = 8 * config.batch_size * config.shape.top_k * 2
+        work = max(work, (rows + entries + BLOCK_ELEMENTS) * _FLOAT)
+    return kept + work + (CUDA_CONTEXT_BYTES if device.startswith("cuda") else 0)
+
+
+def _configurations(wanted: Wanted) -> list[tuple[Sites, Mapping[str, Any], str]]:
+    """Sites, options and the field that a complaint is about, of every configuration of a request."""
+    found: list[tuple[Sites, Mapping[str, Any], str]] = [(wanted.sites, wanted.options, "")]
+    for index, (sites, options) in enumerate(wanted.variants):
+        field = f"variants[{index}]."
+        for name in SHARED:
+            if name in options and options[name] != wanted.options.get(name, options[name]):
+                raise errors.Invalid.of(f"{field}{name}", "has to be the same for all configurations of a job")
+        merged = {**wanted.options, **options}
+        if {"dict_size", "group_sizes", "prefix_widths"} & options.keys():
+            merged = {name: value for name, value in merged.items() if name in options or not _groups(name)}
+        found.append((_merged(wanted.sites, sites), merged, field))
+    return found
+
+
+def _groups(name: str) -> bool:
+    return name in ("group_sizes", "prefix_widths")
+
+
+def _merged(own: Sites, other: Sites) -> Sites:
+    scaling = own.apply_rmsnorm_scaling if other.apply_rmsnorm_scaling is None else other.apply_rmsnorm_scaling
+    return Sites(other.source_site or own.source_site, scaling, other.target_site or own.target_site)
+
+
+def _config(options: Mapping[str, Any], model: BaseModel, field: str) -> dict[str, Any]:
+    """A configuration that is valid whatever its data; `num_tokens` 0 stays, until the data is known.
+
+    Raises:
+        errors.Invalid: the wrong field, named with the prefix `field`.
+    """
+    given = {"dict_size": EXPANSION * model.hidden_size, "batch_size": DEFAULT_BATCH_SIZE, **options}
+    tokens = given.get("num_tokens", 0)
+    try:
+        config = TrainConfig(**{**given, "num_tokens": tokens or given["batch_size"]}).resolved(model.hidden_size)
+    except ConfigError as error:
+        raise errors.Invalid.of(f"{field}{error.field}", error.description) from error
+    explicit = {"dead_after_tokens": options.get("dead_after_tokens"), "num_tokens": tokens}
+    return {**config.to_dict(), **explicit}
+
+
+def _coder(name: str, layer: int, sites: Sites, model: BaseModel, config: Mapping[str, Any]) -> CoderSpec:
+    source_site, target_site = sites.source_site or "mlp_in", sites.target_site or "mlp_out"
+    scaling = source_site == "ln2_normalized" and sites.apply_rmsnorm_scaling is not False
+    if sites.apply_rmsnorm_scaling is not None and source_site != "ln2_normalized":
+        raise errors.Invalid.of("apply_rmsnorm_scaling", "belongs to source_site ln2_normalized")
+    family = FAMILIES.get(model.model_type)
+    if scaling and family is not None and not family.rms_norm:
+        raise errors.Invalid.of(
+            "apply_rmsnorm_scaling", f"the norm of {model.model_type} is no RMSNorm; use source_site mlp_in"
+        )
+    # x / rms times the gain is what the MLP consumes, bit for bit: the cache holds it under that name
+    read = "mlp_in" if scaling else source_site
+    return CoderSpec(
+        name=name,
+        layer=layer,
+        source=f"blocks.{layer}.{SITES[read]}",
+        target=f"blocks.{layer}.{SITES[target_site]}",
+        source_hook_point=f"blocks.{layer}.{SITES[source_site]}",
+        source_site=source_site,
+        target_site=target_site,
+        apply_rmsnorm_scaling=scaling,
+        config=config,
+    )
+
+
+def batches_for(mode: str, weight_bytes: int) -> int:
+    """Batches of an evaluation (spec/002): full 200, safe by the size of the model's weights, cpu 10."""
+    if mode == "full":
+        return 200
+    if mode == "cpu":
+        return 10
+    limits: Sequence[tuple[int, int]] = ((10**9, 50), (2 * 10**9, 30), (6 * 10**9, 10), (20 * 10**9, 5))
+    return next((batches for most, batches in limits if weight_bytes <= most), 3)

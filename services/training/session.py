@@ -1,0 +1,112 @@
+"""What the training process does between its first line and its last."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from services.residency.memory import is_out_of_memory
+from services.residency.shards import CorruptCache
+from services.training import state_files
+from services.training.cache_rows import CacheRows
+from services.training.compute.coder import Coder, NonFiniteLoss
+from services.training.compute.config import TrainConfig
+from services.training.compute.report import StepReport
+from services.training.compute.trainer import CoderPlan, State, Trainer, coders_of
+from services.training.dialogue import Command, Finished, Gone, Message, Progress, Save, Saved, Start, Write, Written
+from services.training.domain import Plan
+
+LAST_BATCHES: Final = 20
+"""Batches that `train_fvu` is the mean of."""
+TELL_PERCENT: Final = 0.5
+TELL_SECONDS: Final = 5.0
+QUIET_SECONDS: Final = 0.2
+"""Progress is told after so many percent or seconds, and not more often than every QUIET_SECONDS."""
+
+
+def run(start: Start, commands: queue.SimpleQueue[Command], send: Callable[[Message], object]) -> None:
+    """Train, or make transcoders of a checkpoint; whatever is foreseen to go wrong is told as `Gone`."""
+    try:
+        _Session(start, commands, send).run()
+    except NonFiniteLoss as error:
+        send(Gone("NON_FINITE_LOSS", str(error), {"coder": error.coder, "step": error.step, **error.facts}))
+    except CorruptCache as error:
+        send(Gone("CHECKSUM_MISMATCH", str(error), {"file": error.file, "problem": error.problem}))
+    except ValueError as error:
+        send(Gone("TRAINING_FAILED", str(error)))
+    except (RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        send(Gone("DEVICE_OOM", "the device ran out of memory"))
+
+
+class _Session:
+    def __init__(self, start: Start, commands: queue.SimpleQueue[Command], send: Callable[[Message], object]) -> None:
+        self._start, self._commands, self._send = start, commands, send
+        self._plan = Plan.from_json(start.plan)
+        self._recent: dict[str, deque[float]] = {}
+        self._told_at, self._told_step = time.monotonic(), 0
+
+    def run(self) -> None:
+        """From the start, or from a checkpoint."""
+        state: State | None = None
+        recent: dict[str, list[float]] = {}
+        if self._start.state:
+            state, extra = state_files.read(Path(self._start.state))
+            recent = extra["recent_fvu"]
+        self._recent = {coder.name: deque(recent.get(coder.name, ()), LAST_BATCHES) for coder in self._plan.coders}
+        if self._start.cache:
+            self._train(state)
+        elif state is not None:
+            self._finish(coders_of(state))
+
+    def _train(self, state: State | None) -> None:
+        pairs = {coder.pair: (coder.source, coder.target) for coder in self._plan.coders}
+        plans = {coder.name: CoderPlan(coder.pair, TrainConfig(**coder.config)) for coder in self._plan.coders}
+        trainer = Trainer(CacheRows(Path(self._start.cache), pairs), plans, self._start.device, state)
+        self._told_step = trainer.step_count
+        for reports in trainer.run():
+            for report in reports:
+                self._recent[report.coder].append(report.fvu)
+            self._tell(trainer, reports)
+            while not self._commands.empty():
+                self._save(self._commands.get(), trainer)
+        self._finish(trainer.coders)
+
+    def _tell(self, trainer: Trainer, reports: Sequence[StepReport]) -> None:
+        now, done = time.monotonic(), trainer.step_count
+        waited, steps = now - self._told_at, done - self._told_step
+        far = steps >= trainer.steps * TELL_PERCENT / 100 or waited >= TELL_SECONDS
+        if done < trainer.steps and (not far or waited < QUIET_SECONDS):
+            return
+        rate = steps * trainer.batch_size / waited
+        left = (trainer.steps - done) * trainer.batch_size / rate
+        figures = [report.to_dict() for report in reports]
+        self._send(Progress(done, done * trainer.batch_size, rate, left, figures))
+        self._told_at, self._told_step = now, done
+
+    def _save(self, command: Command, trainer: Trainer) -> None:
+        assert isinstance(command, Save), "before its end a training is asked for checkpoints only"
+        recent = {name: list(values) for name, values in self._recent.items()}
+        state_files.write(Path(command.folder), trainer.state(), {"recent_fvu": recent})
+        last = [values[-1] for values in self._recent.values()]
+        self._send(Saved(trainer.step_count, trainer.step_count * trainer.batch_size, sum(last) / len(last)))
+
+    def _finish(self, coders: Sequence[Coder]) -> None:
+        step = coders[0].step_count
+        fvu = {name: sum(values) / len(values) for name, values in self._recent.items()}
+        self._send(Finished(step, step * coders[0].config.batch_size, fvu))
+        command = self._commands.get()
+        while isinstance(command, Save):  # asked for before the end was known; too late to be of use
+            command = self._commands.get()
+        assert isinstance(command, Write), "after its end a training is asked for transcoders"
+        widths = {}
+        for coder in coders:
+            transcoder = coder.transcoder(dict(command.infos[coder.name]))
+            transcoder.save(command.folders[coder.name])
+            widths[coder.name] = (transcoder.d_in, transcoder.d_out)
+        self._send(Written(widths))
