@@ -77,7 +77,7 @@ def _says_something(reading: dict[str, Any]) -> bool:
 
 
 def _show(journey: Journey, readings: list[dict[str, Any]]) -> None:
-    transcoder = next(one for one in readings if one["kind"] == "transcoder")
-    for token in transcoder["tokens"][:8]:
+    tokens = [token for reading in readings if reading["kind"] == "transcoder" for token in reading["tokens"]]
+    for token in tokens[:8]:
         top = "  ".join(f"{one['feature']}:{one['activation']:.2f}" for one in token.get("features", [])[:3])
         journey.say(f"  {token['token']!r:<14} {top}")

@@ -48,8 +48,11 @@ def train(journey: Journey, step: Step) -> None:
 
 def evaluate(journey: Journey, step: Step) -> None:
     """FVU, FVU per prefix, L0, dead latents and CE recovered on held-out text."""
-    by_layer = {layer: _evaluate(journey, layer) for layer in LAYERS}
-    headline = by_layer.pop(HEADLINE_LAYER)
+    by_layer = {layer: _evaluate(journey, layer) for layer in journey.transcoders}
+    headline = by_layer.pop(HEADLINE_LAYER, None)
+    step.check(headline is not None, f"layer {HEADLINE_LAYER} has a transcoder")
+    if headline is None:
+        return
     step.figures = headline | {"layers": {str(layer): figures for layer, figures in by_layer.items()}}
     step.check(len(headline["fvu_per_prefix"]) == len(GROUP_SIZES), "every prefix is judged")
     step.check(headline["fvu_per_prefix"][0] > headline["fvu"], "the whole dictionary is better than its first prefix")
