@@ -62,7 +62,9 @@ async def compose(context: Context) -> Part:
     )
     broker = Broker(context.settings.nats_url)
     hub = EventHub(context.database, broker)
-    await hosts.start(registry)
+    unknown = await hosts.start(registry, [name for name in settings.preload.split(",") if name])
+    if unknown:
+        get_logger("registry").warning("nothing to preload under these names", names=unknown)
 
     async def reconcile() -> None:
         await keep_reconciled(registry)

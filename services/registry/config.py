@@ -20,5 +20,7 @@ class RegistrySettings(Settings):
     """Models that one host process holds at the same time."""
     host_timeout: Annotated[float, Field(gt=0)] = 15.0
     """Seconds of silence after which a host counts as lost."""
+    preload: str = ""
+    """Ids of models and groups to load when the mesh starts, comma-separated, beside the models marked for it."""
     heartbeat_seconds: Annotated[float, Field(gt=0)] = 5.0
     """Seconds between the heartbeats that hosts are asked for."""

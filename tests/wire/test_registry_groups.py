@@ -233,6 +233,37 @@ async def test_analyze_reads_with_the_active_lens_or_the_named_ones(mesh: Mesh, 
     )
 
 
+async def test_an_intervention_names_its_transcoder_by_the_lens_that_is_on_the_device(
+    mesh: Mesh, host: FakeHost
+) -> None:
+    model = await mesh.ready()
+    group = await group_on(mesh, model.id)
+    lens = await attach(mesh, group.id, "good")
+
+    def generate(transcoder_id: str) -> models_pb2.GenerateTextRequest:
+        steer = types.InterventionSpec(
+            site="mlp_out",
+            layer=2,
+            op=types.InterventionSpec.OP_ADD,
+            transcoder_id=transcoder_id,
+            feature=5,
+            factor=2.0,
+        )
+        plain = types.InterventionSpec(site="mlp_in", layer=1, op=types.InterventionSpec.OP_ZERO, positions=[3])
+        return models_pb2.GenerateTextRequest(id=model.id, prompt="a", interventions=[steer, plain])
+
+    await mesh.models.GenerateText(generate("good"))
+    steered, zeroed = host.names("Generate")[0].interventions
+    assert (steered.transcoder_id, steered.op, steered.feature, steered.factor) == (
+        lens.id,
+        types.InterventionSpec.OP_ADD,
+        5,
+        2.0,
+    )
+    assert (zeroed.site, list(zeroed.positions), zeroed.HasField("feature")) == ("mlp_in", [3], False)
+    assert (await refused(mesh.models.GenerateText(generate("second")))).fields == ["interventions.transcoder_id"]
+
+
 async def test_an_extension_is_activated_as_its_groups_lens_or_as_a_lens_of_its_own(mesh: Mesh, host: FakeHost) -> None:
     model = await mesh.ready()
 

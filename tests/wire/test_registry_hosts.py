@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 from lensmesh.common.v1 import types_pb2 as types
-from lensmesh.registry.v1 import devices_pb2, jobs_pb2
+from lensmesh.registry.v1 import devices_pb2, groups_pb2, jobs_pb2
 from lensmesh.registry.v1 import models_pb2 as pb
 
 from services.kit import errors
@@ -210,6 +210,24 @@ async def test_models_marked_for_preload_are_loaded_when_the_mesh_starts(
         await mesh.reaches(preloaded.id, READY)
         await mesh.reaches(plain.id, UNLOADED)
         assert set(again.held) == {preloaded.id}
+
+
+async def test_a_setting_names_models_and_groups_to_load_at_start(
+    database: Database, tmp_path: Path, nats_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(database, tmp_path, nats_url) as mesh:
+        host = await mesh.add_host(FakeHost(sizes={"tiny": 100 * MB, "other": 100 * MB}))
+        alone, base = await mesh.create("tiny"), await mesh.create("other")
+        group = await mesh.groups.CreateGroup(groups_pb2.CreateGroupRequest(name="g", model_id=base.id))
+        lens = await mesh.groups.AttachLens(
+            groups_pb2.AttachLensRequest(group_id=group.id, kind=types.LENS_KIND_LOGIT_LENS)
+        )
+    monkeypatch.setenv("LENSMESH_PRELOAD", f"{alone.id},{group.id},m_unknown")
+    async with running(database, tmp_path, nats_url) as mesh:
+        again = await mesh.add_host(FakeHost(incarnation="life-2", sizes=host.sizes))
+        for model in (alone, base):
+            await mesh.reaches(model.id, READY)
+        await eventually(lambda: [each.lens_id for each in again.held[base.id].lenses] == [lens.id])
 
 
 async def test_a_failed_load_can_be_retried_by_its_job(mesh: Mesh, host: FakeHost) -> None:

@@ -120,11 +120,31 @@ async def lose_silent_hosts(registry: Registry) -> list[str]:
     return silent
 
 
-async def start(registry: Registry) -> None:
-    """Once per start of the registry: what a former one left half done, and what is to be loaded at start."""
+async def start(registry: Registry, preload: Sequence[str]) -> list[str]:
+    """Once per start of the registry: what a former one left half done, and what is to be loaded at start.
+
+    Args:
+        registry: the registry.
+        preload: models, and groups whose base and lenses are wanted, beside those that are marked for it.
+
+    Returns:
+        Those of `preload` that do not exist.
+    """
     async with registry.store.transaction() as tx:
         await tx.placement.revert_unloads()
         await tx.models.want_preloaded(registry.limits.host_timeout)
+    unknown = []
+    for name in preload:
+        async with registry.store.transaction() as tx:
+            try:
+                model_id = (await tx.groups.get(name)).model_id if name.startswith("grp_") else name
+                model = await tx.models.get(model_id, lock=True)
+            except NotFound:
+                unknown.append(name)
+                continue
+            status = "unloaded" if model.status == "failed" else model.status
+            await tx.models.update(model_id, wanted=True, status=status)
+    return unknown
 
 
 async def tick(registry: Registry) -> None:

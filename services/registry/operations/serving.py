@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from services.kit.errors import Conflict
+from services.kit.errors import Conflict, Invalid
 from services.registry.domain import Residency, insufficient_memory
+from services.registry.operations.lenses import bring
 from services.registry.operations.registry import Registry
 
 DEFAULT_SAMPLES = 64
@@ -57,6 +59,7 @@ async def generate(registry: Registry, model_id: str, query: dict[str, Any], ext
 
     Raises:
         NotFound: no such model or extension.
+        Invalid: an intervention names a transcoder that is no lens of the model's groups.
         Conflict: the model is nowhere; `LENS_INCOMPATIBLE`: the extension is of another base.
     """
     copy = await locate(registry, model_id)
@@ -70,8 +73,29 @@ async def generate(registry: Registry, model_id: str, query: dict[str, Any], ext
                 metadata={"extension_model_id": artifact.model_id, "model_id": model_id},
             )
         extension = (extension_id, artifact)
-    query = {**query, "max_new_tokens": query["max_new_tokens"] or DEFAULT_NEW_TOKENS}
+    changes = await _with_lenses(registry, copy, query["interventions"])
+    query = {**query, "max_new_tokens": query["max_new_tokens"] or DEFAULT_NEW_TOKENS, "interventions": changes}
     return await registry.hosts.generate(copy.address, model_id, query, extension)
+
+
+async def _with_lenses(
+    registry: Registry, copy: Residency, interventions: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Interventions as the host wants them: a transcoder is named by its lens, which is brought to the device."""
+    if not any(change["transcoder_id"] for change in interventions):
+        return list(interventions)
+    async with registry.store.transaction() as tx:
+        groups = await tx.groups.of_model(copy.model_id)
+    lenses = {lens.transcoder_id: lens for group in groups for lens in group.lenses if lens.transcoder_id}
+    named = []
+    for change in interventions:
+        transcoder_id = change["transcoder_id"]
+        if transcoder_id and transcoder_id not in lenses:
+            raise Invalid.of("interventions.transcoder_id", f"{transcoder_id} is no lens of a group of this model")
+        if transcoder_id and lenses[transcoder_id].id not in copy.lens_ids:
+            await bring(registry, lenses[transcoder_id], copy)
+        named.append({**change, "transcoder_id": lenses[transcoder_id].id if transcoder_id else ""})
+    return named
 
 
 async def reserve(registry: Registry, host_id: str, owner: str, size: int) -> int:
