@@ -21,6 +21,7 @@ _CONNECTION_LOST = (
     asyncpg.PostgresConnectionError,
     asyncpg.exceptions.OperatorInterventionError,  # shutdown, pg_terminate_backend, statement timeout
     asyncpg.InsufficientResourcesError,
+    asyncpg.InternalClientError,  # asyncpg's own confusion when a backend ends between two of its messages
     asyncpg.TransactionRollbackError,  # deadlock or serialization failure: the same call may succeed next time
     ConnectionError,
     TimeoutError,

@@ -48,6 +48,32 @@ async def test_a_terminated_backend_is_unavailable_once_and_the_pool_recovers(da
         assert await conn.fetchval("SELECT 1") == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        asyncpg.AdminShutdownError("terminating connection"),
+        asyncpg.CannotConnectNowError("the database system is starting up"),
+        asyncpg.TooManyConnectionsError("too many clients"),
+        asyncpg.DeadlockDetectedError("deadlock detected"),
+        asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"),
+        asyncpg.InterfaceError("connection is closed"),
+        asyncpg.InternalClientError("cannot switch to state 11; another operation (2) is in progress"),
+        ConnectionResetError(),
+        TimeoutError(),
+    ],
+)
+def test_an_outage_has_one_name(error: Exception) -> None:
+    with pytest.raises(errors.Unavailable) as caught, translated_errors():
+        raise error
+    assert (caught.value.reason, caught.value.transient) == ("DATABASE_UNAVAILABLE", True)
+
+
+@pytest.mark.parametrize("error", [ValueError(), asyncpg.UndefinedTableError("x"), errors.NotFound(), OSError(28, "x")])
+def test_what_is_not_an_outage_keeps_its_name(error: Exception) -> None:
+    with pytest.raises(type(error)), translated_errors():
+        raise error
+
+
 @pytest.mark.parametrize("dsn", ["postgresql://u@127.0.0.1:1/x", "postgresql://u@/x?host=/nonexistent"])
 async def test_nobody_listening_is_unavailable(dsn: str) -> None:
     with pytest.raises(errors.Unavailable) as caught:
