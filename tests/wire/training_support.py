@@ -51,9 +51,11 @@ class Registry(extraction_support.Registry):
     budget: int = 10**9
     ledger: dict[str, int] = field(default_factory=dict)
     reserved: dict[str, int] = field(default_factory=dict)
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def EnsureResident(self, request: Any, context: Any) -> Any:
-        location = await super().EnsureResident(request, context)
+        async with self.loading:
+            location = await super().EnsureResident(request, context)
         location.address = self.address
         return location
 
