@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -82,12 +83,13 @@ def planned(plan: Planned) -> pb.ExtractActivationsResponse:
 
 
 def started(extraction: Extraction) -> pb.ExtractActivationsResponse:
-    """The answer to a request that was accepted."""
+    """The answer to a request that was accepted: the same whether a worker has claimed it by now or not."""
+    told = extraction if extraction.reused else replace(extraction, status="queued")
     return pb.ExtractActivationsResponse(
-        extraction_id=extraction.id,
-        status=_status(extraction),
-        estimated_time_seconds=0.0 if extraction.reused else extraction.estimated_seconds,
-        message=extraction.message,
+        extraction_id=told.id,
+        status=_status(told),
+        estimated_time_seconds=0.0 if told.reused else told.estimated_seconds,
+        message=told.message,
     )
 
 

@@ -9,7 +9,8 @@ statistics.safetensors   per hook point, over all counted tokens: `<hook point>.
 sequences.safetensors    where the rows come from, n sequences of the dataset in its order:
                          `row` I64 [n] dataset row; `offset` I64 [n + 1] into `ids`; `ids` I32 [tokens] token ids,
                          special ones included; `batch` I32 [n] number of the forward batch it went through (the
-                         sequences of a number, longest first and padded on the right, are that batch; -1: in none)
+                         sequences of a number, longest first, then by index, padded on the right, are that batch;
+                         -1: in none)
 shard-00000.safetensors  activations. Layout `rows`, one row per counted token: `<hook point>` [rows, d];
                          `tok`, `seq`, `pos` I32 [rows]: token id, index into sequences.safetensors, position there.
                          Layout `sequences`, dataset order, S the cache's longest sequence, padded on the right with

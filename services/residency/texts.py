@@ -257,10 +257,12 @@ class Sequences:
             mask[row, : len(sequence)] = 1
         return ids, mask
 
-    def limited(self, max_tokens: int) -> Sequences:
-        """The first `max_tokens` tokens; the last sequence is cut where they end."""
-        if max_tokens >= len(self.ids):
+    def limited(self, max_tokens: int, uncounted_ids: Sequence[int] = ()) -> Sequences:
+        """The beginning that holds `max_tokens` tokens, not counting `uncounted_ids`; it may end within a sequence."""
+        counted = np.cumsum(~np.isin(self.ids, np.asarray(uncounted_ids, dtype=np.int32)))
+        if max_tokens >= counted[-1]:
             return self
+        max_tokens = int(np.searchsorted(counted, max_tokens)) + 1
         count = int(np.searchsorted(self.offsets, max_tokens))
         offsets = np.minimum(self.offsets[: count + 1], max_tokens)
         return Sequences(
@@ -344,18 +346,19 @@ class Batch:
 def plan_batches(lengths: np.ndarray, batch_size: int, indices: np.ndarray | None = None) -> list[Batch]:
     """Batches of at most `batch_size` sequences of similar length, the longest first.
 
-    The longest first, so that a batch that does not fit the memory fails at once and not at the end. Equal lengths keep
-    their order; the same input gives the same plan on every machine.
+    The longest first, so that a batch that does not fit the memory fails at once and not at the end. Which of several
+    sequences of one length come first is decided by the order of `indices`; within a batch the smaller index comes
+    first, so that a batch can be made again from its members alone.
 
     Args:
         lengths: tokens of every sequence, int [n].
         batch_size: most sequences of a batch, at least 1.
-        indices: plan only these sequences, in this order where lengths are equal; all when None.
+        indices: plan only these sequences; all when None.
     """
     chosen = np.arange(len(lengths)) if indices is None else np.asarray(indices, dtype=np.int64)
     ordered = chosen[np.argsort(-lengths[chosen], kind="stable")]
     cuts = [ordered[low : low + batch_size] for low in range(0, len(ordered), batch_size)]
-    return [Batch(cut, int(lengths[cut[0]])) for cut in cuts]
+    return [Batch(cut[np.lexsort((cut, -lengths[cut]))], int(lengths[cut[0]])) for cut in cuts]
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:

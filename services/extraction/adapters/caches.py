@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,9 +12,8 @@ from typing import Any
 
 import asyncpg
 
-from services.extraction.adapters.pages import after, page
 from services.extraction.domain import ARTIFACT_KIND, Cache, Filter, Page
-from services.kit import errors
+from services.kit import errors, paging
 from services.kit.artifacts import ArtifactStore
 from services.kit.database import Database, load_queries
 from services.kit.ids import new_id
@@ -84,10 +83,11 @@ class PublishedCaches:
         """A page, newest first; by offset, or after the row that a token names."""
         async with self._database.connection() as conn:
             rows = await conn.fetch(
-                QUERIES["list"], wanted.model_id, *after(wanted.page_token), wanted.limit + 1, wanted.offset
+                QUERIES["list"], wanted.model_id, *paging.after(wanted.page_token), wanted.limit + 1, wanted.offset
             )
             total = await conn.fetchval(QUERIES["count"], wanted.model_id)
-        return page(rows, total, wanted, _cache)
+        shown, token = paging.cut(rows, wanted.limit)
+        return Page(tuple(_cache(row) for row in shown), total, wanted.limit, wanted.offset, token)
 
     async def delete(self, cache_id: str) -> None:
         """Files first, under the store's guard against readers; then the row."""
@@ -170,7 +170,7 @@ def _full(required: int, available: int) -> errors.Exhausted:
     )
 
 
-def _cache(row: asyncpg.Record) -> Cache:
+def _cache(row: Mapping[str, Any]) -> Cache:
     return Cache(
         id=row["id"],
         model_id=row["model_id"],

@@ -15,7 +15,7 @@ from services.extraction.domain import BaseModel, Options, Survey
 from services.extraction.ports import Tokenized
 from services.kit import errors
 from services.residency.catalogue import LOOK_UP_SECONDS, Catalogue, json_of, translated_calls
-from services.residency.texts import DatasetError, DatasetRecord, content_digest, open_rows, tokenize
+from services.residency.texts import DatasetError, DatasetRecord, content_digest, open_rows, special_ids, tokenize
 
 GROUPS_PAGE = 500
 DEFAULT_BATCH_SIZE = 8
@@ -124,4 +124,6 @@ class RegisteredDatasets:
             "truncated_rows": sequences.truncated_rows,
             "truncated_tokens": sequences.truncated_tokens,
         }
-        return Tokenized(sequences.limited(options.max_tokens or len(sequences.ids)), description)
+        if options.max_tokens:
+            sequences = sequences.limited(options.max_tokens, special_ids(tokenizer) if tokenizer is not None else ())
+        return Tokenized(sequences, description)

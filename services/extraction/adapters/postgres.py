@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import fields
+from typing import Any
 
 import asyncpg
 
-from services.extraction.adapters.pages import after, page
 from services.extraction.domain import (
     EVENT_PREFIX,
     JOB_KIND,
@@ -20,7 +21,7 @@ from services.extraction.domain import (
     Rates,
     RequestKey,
 )
-from services.kit import errors
+from services.kit import errors, paging
 from services.kit.database import Database, load_queries
 from services.kit.events import emit
 from services.kit.idempotency import Request, idempotent
@@ -94,10 +95,11 @@ class PostgresStore:
         filters = (wanted.model_id, wanted.status)
         async with self._database.connection() as conn:
             rows = await conn.fetch(
-                QUERIES["list"], *filters, *after(wanted.page_token), wanted.limit + 1, wanted.offset
+                QUERIES["list"], *filters, *paging.after(wanted.page_token), wanted.limit + 1, wanted.offset
             )
             total = await conn.fetchval(QUERIES["count"], *filters)
-        return page(rows, total, wanted, _extraction)
+        shown, token = paging.cut(rows, wanted.limit)
+        return Page(tuple(_extraction(row) for row in shown), total, wanted.limit, wanted.offset, token)
 
     async def cancel(self, extraction_id: str) -> None:
         """By its job."""
@@ -161,7 +163,7 @@ def _remembered(conn: asyncpg.Connection, key: RequestKey) -> AbstractAsyncConte
     return idempotent(conn, caller=key.caller, method=key.method, request_id=key.request_id, request_digest=key.digest)
 
 
-def _extraction(row: asyncpg.Record) -> Extraction:
+def _extraction(row: Mapping[str, Any]) -> Extraction:
     values = {name: row[name] for name in _COLUMNS}
     return Extraction(**values | {"activation_shape": row["activation_shape"] or []})
 

@@ -17,6 +17,8 @@ UNIT_ROWS = 1_000_000
 UNIT_SHARE = 0.05
 UNIT_SEQUENCES = 64
 MOST_UNIT_BYTES = 4 * UNIT_BYTES
+WINDOW = 1024
+"""Sequences that are sorted by length together."""
 
 
 class NothingCounted(ValueError):
@@ -80,8 +82,8 @@ def make_plan(
     """Cut sequences into units of at most `unit_bytes`, 1M rows and 5 % of the job, but at least 64 sequences.
 
     The least number of sequences gives way where it would make a unit of more than 1 GiB: a unit is held in memory.
-    Layout `rows` permutes the sequences by the seed first, so that neighbours in the dataset come apart; layout
-    `sequences` keeps their order. Within a unit batches go by length.
+    Layout `rows` permutes the sequences by the seed first, so that neighbours in the dataset come apart, and cuts
+    between batches; layout `sequences` keeps their order. A batch holds sequences of similar length.
 
     Args:
         sequences: what is extracted.
@@ -99,18 +101,13 @@ def make_plan(
     if not counted.any():
         raise NothingCounted("every token of the dataset is a special token")
     rows = np.add.reduceat(counted, sequences.offsets[:-1], dtype=np.int64)
-    longest = int(sequences.lengths.max())
-    weights = rows if layout == "rows" else np.full(len(rows), longest)
-    order = np.arange(len(rows))
-    if layout == "rows":
-        order = permutation(len(rows), seed, "sequences")
-        order = order[rows[order] > 0]
-    most_rows = min(unit_bytes // row_bytes, UNIT_ROWS, int(weights.sum() * UNIT_SHARE))
+    cuts = _cut_rows if layout == "rows" else _cut_sequences
+    most = (min(unit_bytes // row_bytes, UNIT_ROWS), MOST_UNIT_BYTES // row_bytes)
     units: list[Unit] = []
     first_batch = 0
-    for chosen in _cut(order, weights, most_rows, MOST_UNIT_BYTES // row_bytes):
-        batches = tuple(plan_batches(sequences.lengths, batch_size, chosen))
-        units.append(Unit(len(units), np.sort(chosen), batches, first_batch, int(rows[chosen].sum())))
+    for batches in cuts(sequences.lengths, rows, seed, batch_size, most):
+        chosen = np.sort(np.concatenate([batch.indices for batch in batches]))
+        units.append(Unit(len(units), chosen, tuple(batches), first_batch, int(rows[chosen].sum())))
         first_batch += len(batches)
     return Plan(
         layout=layout,
@@ -120,20 +117,48 @@ def make_plan(
         units=tuple(units),
         counted=counted,
         tokens=int(counted.sum()),
-        max_length=longest,
+        max_length=int(sequences.lengths.max()),
         digest=_digest(sequences, units, layout, seed, uncounted_ids),
     )
 
 
-def _cut(order: np.ndarray, weights: np.ndarray, most: int, hard_most: int) -> list[np.ndarray]:
-    cuts, start, weight = [0], 0, 0
-    for place, value in enumerate(weights[order].tolist()):
-        enough = place - start >= UNIT_SEQUENCES
-        if place > start and ((enough and weight + value > most) or weight + value > hard_most):
-            cuts.append(place)
-            start, weight = place, 0
-        weight += value
-    return np.split(order, cuts[1:])
+Most = tuple[int, int]
+"""Rows that a unit may have, and rows that it may have even for the sake of enough sequences."""
+
+
+def _cut_rows(lengths: np.ndarray, rows: np.ndarray, seed: int, batch_size: int, most: Most) -> list[list[Batch]]:
+    """Permute the sequences, batch them by length within windows, permute each window's batches, cut them into units.
+
+    Sorting a whole window costs next to no padding, and a unit still gets batches of all lengths.
+    """
+    order = permutation(len(rows), seed, "sequences")
+    order = order[rows[order] > 0]
+    batches: list[Batch] = []
+    for number, low in enumerate(range(0, len(order), WINDOW)):
+        window = plan_batches(lengths, batch_size, order[low : low + WINDOW])
+        batches += [window[place] for place in permutation(len(window), seed, "batches", number)]
+    sizes = [(len(batch.indices), int(rows[batch.indices].sum())) for batch in batches]
+    return [batches[part] for part in _cut(sizes, most)]
+
+
+def _cut_sequences(lengths: np.ndarray, rows: np.ndarray, seed: int, batch_size: int, most: Most) -> list[list[Batch]]:
+    """Cut the sequences as they are; every one takes the room of the longest. Batches go by length within a unit."""
+    order, longest = np.arange(len(rows)), int(lengths.max())
+    return [plan_batches(lengths, batch_size, order[part]) for part in _cut([(1, longest)] * len(rows), most)]
+
+
+def _cut(sizes: Sequence[tuple[int, int]], most: Most) -> list[slice]:
+    """Runs of items (sequences, rows), each as long as a unit may be."""
+    limit = min(most[0], int(sum(rows for _, rows in sizes) * UNIT_SHARE))
+    parts, start, sequences, rows = [], 0, 0, 0
+    for place, (more_sequences, more_rows) in enumerate(sizes):
+        enough = sequences >= UNIT_SEQUENCES and rows + more_rows > limit
+        if place > start and (enough or rows + more_rows > most[1]):
+            parts.append(slice(start, place))
+            start, sequences, rows = place, 0, 0
+        sequences += more_sequences
+        rows += more_rows
+    return [*parts, slice(start, len(sizes))]
 
 
 def _digest(

@@ -163,6 +163,14 @@ def test_a_token_limit_is_exact(root, limit):
     assert len(found.rows) == len(found.lengths)
 
 
+def test_special_tokens_do_not_count_towards_a_limit(root):
+    datasets.Dataset.from_dict({"input_ids": [[1, 3, 4], [1, 5, 2, 6], [1, 7]]}).save_to_disk(str(root / "ids"))
+    whole = tokenize(open_rows(local("ids"), [root]), None, 64)
+    assert whole.limited(3, (1, 2)).ids.tolist() == [1, 3, 4, 1, 5]
+    assert whole.limited(4, (1, 2)).ids.tolist() == [1, 3, 4, 1, 5, 2, 6]
+    assert len(whole.limited(5, (1, 2)).ids) == len(whole.ids)
+
+
 def test_padding_is_on_the_right_and_masked():
     found = tokenize(open_rows(inline()), models.tokenizer(), 6)
     ids, mask = found.padded([2, 0], 6)

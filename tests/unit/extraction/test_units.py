@@ -88,7 +88,18 @@ def test_units_are_as_large_as_allowed_and_no_larger():
     assert [unit.rows for unit in plan_of(sequences, unit_bytes=512 * 1000).units] == [1000] * 40
     assert {len(unit.sequences) for unit in plan_of(sequences, unit_bytes=1).units[:-1]} == {UNIT_SEQUENCES}
     huge = MOST_UNIT_BYTES // 30
-    assert max(unit.rows for unit in plan_of(sequences, row_bytes=huge).units) == 30
+    assert max(unit.rows for unit in plan_of(sequences, row_bytes=huge, batch_size=1).units) == 30
+    assert max(unit.rows for unit in plan_of(sequences, row_bytes=huge).units) == 40  # a batch is not cut
+
+
+def test_ragged_sequences_cost_next_to_no_padding():
+    lengths = np.random.default_rng(3).integers(16, 257, 2000)
+    plan = plan_of(sequences_of(lengths), batch_size=32)
+    batches = [batch for unit in plan.units for batch in unit.batches]
+    assert sum(len(batch.indices) * batch.length for batch in batches) < 1.05 * lengths.sum()
+    per_unit = [np.mean(lengths[unit.sequences]) for unit in plan.units]
+    assert 20 <= len(plan.units) <= 25
+    assert max(per_unit) < 2 * min(per_unit)  # and no unit is all short ones
 
 
 def test_another_dataset_seed_or_batch_is_another_plan(ragged):
@@ -149,7 +160,9 @@ def test_every_row_leads_back_to_its_token_and_gives_the_same_bits_again(gpt2, r
                 values[name][seq, pos] = flat[name][row]
     assert len(place_of) == plan.tokens == len(values[X])
     family = family_of(gpt2)
-    for members, ids, mask in batches_again(ragged, plan):
+    planned = [batch.indices.tolist() for unit in plan.units for batch in unit.batches]
+    for number, (members, ids, mask) in enumerate(batches_again(ragged, plan)):
+        assert members.tolist() == planned[number]
         with capture_hooks(gpt2, family, [X, Y]) as hooks:
             found = hooks.run(ids, mask)
         for row, index in enumerate(members.tolist()):
