@@ -50,7 +50,7 @@ def database_url(postgres: str, migrated_template: str) -> Iterator[str]:
 
 def _own_database(postgres: str, template: str) -> Iterator[str]:
     name, admin = f"test_{next(_NUMBERS)}", postgres.format("postgres")
-    support.run_async(support.execute(admin, f"CREATE DATABASE {name} TEMPLATE {template}"))
+    support.run_async(support.execute(admin, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy"))
     yield postgres.format(name)
     support.run_async(support.execute(admin, f"DROP DATABASE {name} WITH (FORCE)"))
 
