@@ -8,7 +8,6 @@ import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
 
 import asyncpg
 
@@ -132,11 +131,6 @@ def load_queries(package_file: str, name: str = "queries.sql") -> dict[str, str]
             raise ValueError(f"{name}: query {title} is defined twice")
         queries[title] = body.strip()
     return queries
-
-
-def row_to_dict(row: asyncpg.Record | None) -> dict[str, Any] | None:
-    """The row's columns by name; None stays None."""
-    return None if row is None else dict(row.items())
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import asyncpg
 import pytest
 
 from services.kit import errors
-from services.kit.database import Database, load_queries, row_to_dict, translated_errors
+from services.kit.database import Database, load_queries, translated_errors
 
 
 async def test_jsonb_is_read_and_written_as_python_objects(database: Database) -> None:
@@ -104,8 +104,3 @@ def test_a_query_name_that_stands_twice_is_refused(tmp_path) -> None:
     (tmp_path / "queries.sql").write_text("-- one --\nSELECT 1\n-- one --\nSELECT 2\n")
     with pytest.raises(ValueError, match="one is defined twice"):
         load_queries(str(tmp_path / "x.py"))
-
-
-async def test_rows_become_dicts(database: Database) -> None:
-    assert row_to_dict(await database.pool.fetchrow("SELECT 1 AS a, 'x' AS b")) == {"a": 1, "b": "x"}
-    assert row_to_dict(None) is None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -46,6 +47,19 @@ async def test_up_down_up_leaves_the_same_schema_with_data_in_it(empty_database_
 
     await migrate.upgrade(dsn)
     assert await _shape(dsn) == first
+
+
+async def test_every_revision_can_be_taken_back_alone(empty_database_url: str) -> None:
+    dsn = empty_database_url
+    shapes = [("base", await _shape(dsn))]
+    versions = Path(migrate.__file__).parent / "migrations" / "versions"
+    for revision in sorted(path.stem for path in versions.glob("0*.py")):
+        await migrate.upgrade(dsn, revision)
+        assert await migrate.current(dsn) == revision
+        shapes.append((revision, await _shape(dsn)))
+    for revision, shape in reversed(shapes[:-1]):
+        await migrate.downgrade(dsn, revision)
+        assert await _shape(dsn) == shape, f"the way back to {revision} leaves something else"
 
 
 async def test_two_processes_that_migrate_at_once_take_turns(empty_database_url: str) -> None:
