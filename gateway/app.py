@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable
 
@@ -168,7 +169,10 @@ class Gateway:
         method = method if method in (*routes.VERBS, "HEAD", "OPTIONS", "WEBSOCKET") else "other"
         self.metrics.requests.labels(exchange.route, method, str(status or 101)).inc()
         self.metrics.seconds.labels(exchange.route, method).observe(seconds)
-        self._log.info(
+        # Probes and scrapes come every few seconds and say nothing new.
+        level = logging.DEBUG if exchange.route in self.pages.paths else logging.INFO
+        self._log.log(
+            level,
             "http request",
             method=method,
             route=exchange.route,

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import importlib.resources
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.requests import Request
@@ -46,6 +46,11 @@ class Pages:
             "/openapi.json": self._openapi,
             "/docs": self._docs,
         }
+
+    @property
+    def paths(self) -> Collection[str]:
+        """The fixed paths."""
+        return self._pages.keys()
 
     async def answer(self, request: Request) -> Response | None:
         """The reply when the path is one of ours.

@@ -60,7 +60,7 @@ async def draft_model(registry: Registry, new: NewModel) -> Draft:
 async def create_model(
     registry: Registry, caller: Caller, new: NewModel, request: RequestKey, *, auto_load: bool
 ) -> Model:
-    """Register a model, and start to load it when asked; both or neither.
+    """Register a model, and start to load it when asked; both or neither. The answer is the model as it was registered.
 
     A hub that does not answer leaves the model pending, with its sizes to be filled at its load.
 
@@ -79,6 +79,7 @@ async def create_model(
                 order = admission.Order(model.quantization, caller.subject, need, seconds)
                 await admission.count_load(registry, tx, caller)
                 await admission.accept(registry, tx, model, order)
+            return model
         return await tx.models.get(once.answer["id"])
 
 
