@@ -14,8 +14,8 @@ Schema = dict[str, Any]
 _FLOAT_MAX = 3.4028234663852886e38
 _INTEGER = {"type": "integer"}
 _SCALARS: dict[int, Schema] = {
-    FieldDescriptor.CPPTYPE_INT32: _INTEGER | {"format": "int32", "minimum": -(2**31), "maximum": 2**31 - 1},
-    FieldDescriptor.CPPTYPE_INT64: _INTEGER | {"format": "int64", "minimum": -(2**63), "maximum": 2**63 - 1},
+    FieldDescriptor.CPPTYPE_INT32: _INTEGER | {"format": "int32"},
+    FieldDescriptor.CPPTYPE_INT64: _INTEGER | {"format": "int64"},
     FieldDescriptor.CPPTYPE_UINT32: _INTEGER | {"minimum": 0, "maximum": 2**32 - 1},
     FieldDescriptor.CPPTYPE_UINT64: _INTEGER | {"minimum": 0, "maximum": 2**64 - 1},
     FieldDescriptor.CPPTYPE_FLOAT: {"type": "number", "format": "float", "minimum": -_FLOAT_MAX, "maximum": _FLOAT_MAX},
