@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -163,3 +165,12 @@ def copied(destination: Path, family: str, layers: int = 4, seed: int = 0) -> Pa
 def batch(rows: int = 2, length: int = 16, seed: int = 0) -> torch.Tensor:
     """Random token ids [rows, length], int64, never a special token."""
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on a single thread: on models this small two of them cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

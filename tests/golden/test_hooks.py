@@ -20,7 +20,6 @@ def reference(request):
     """Family, model, ids, TransformerLens' cache, our capture of that same forward, and of a forward by HF alone."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    torch.set_num_threads(2)
     name, ids = request.param, models.batch(2, 24)
     model = models.tiny(name)
     model.set_attn_implementation("eager")

@@ -27,11 +27,11 @@ TEXT = "def add(left, right):\n    return left + right\n"
 
 @pytest.fixture
 async def host(database, tmp_path):
-    torch.set_num_threads(2)
     for family in ("gpt2", "gemma2", "t5"):
         models.copied(tmp_path / "models", family)
-    async with hosting(database, tmp_path / "state", tmp_path / "models") as host:
-        yield host
+    with models.one_thread():
+        async with hosting(database, tmp_path / "state", tmp_path / "models") as host:
+            yield host
 
 
 async def refused(call) -> tuple[grpc.StatusCode, str, dict[str, str]]:

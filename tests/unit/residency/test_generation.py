@@ -23,7 +23,7 @@ def base_of(family: str) -> Base:
 
 
 def run(base: Base, **more) -> list[int]:
-    work = Continuation(base=base, prompt=PROMPT, **{"max_new_tokens": 40, **more})
+    work = Continuation(base=base, prompt=PROMPT, **{"max_new_tokens": 20, **more})
     turns = 0
     while not work.done:
         work.turn(base.family)
@@ -38,7 +38,7 @@ def test_greedy_generation_is_transformers_own(family):
     expected = base.model.generate(
         torch.tensor([PROMPT]),
         attention_mask=torch.ones(1, len(PROMPT), dtype=torch.long),
-        max_new_tokens=40,
+        max_new_tokens=20,
         do_sample=False,
         eos_token_id=-1,
     )[0]

@@ -22,7 +22,6 @@ GIB = 1 << 30
 
 @pytest.fixture
 async def pool():
-    torch.set_num_threads(2)
     made = Pool("cpu", GIB)
     yield made
     await made.close()
