@@ -99,18 +99,25 @@ def follow_load(api: Api, model_id: str, task_id: str) -> Iterator[Event]:
 
 def _follow(api: Api, rpc: str, resource_id: str, ends: Callable[[Event], bool]) -> Iterator[Event]:
     after = 0
-    last_heard = time.monotonic()
+    lost: float | None = None
     while True:
         try:
             for event in api.watch(rpc, id=resource_id, after_sequence=after):
-                last_heard = time.monotonic()
+                lost = None
                 if event.sequence <= after:
                     continue
                 after = event.sequence
                 yield event
                 if ends(event):
                     return
+            lost = None
         except ApiError as error:
-            if not error.transient or time.monotonic() - last_heard > _PATIENCE_SECONDS:
+            if error.code == "DEADLINE_EXCEEDED":  # of the stream, which may be silent for hours: open it again
+                lost = None
+            elif not error.transient:
                 raise
+            else:
+                lost = time.monotonic() if lost is None else lost
+                if time.monotonic() - lost > _PATIENCE_SECONDS:
+                    raise
         time.sleep(_PAUSE_SECONDS)

@@ -102,6 +102,7 @@ class HttpApi:
         """See `Api.watch`; the stream comes as server-sent events."""
         request = self._request(rpc, {k: v for k, v in fields.items() if k != "after_sequence"})
         request.headers["accept"] = "text/event-stream"
+        del request.headers["x-request-timeout"]
         if fields.get("after_sequence"):
             request.headers["last-event-id"] = str(fields["after_sequence"])
         try:

@@ -53,6 +53,11 @@ def test_a_stream_that_ends_without_a_terminal_event_is_opened_again():
     assert [one.sequence for one in follow_job(api, "job_1")] == [1, 2, 3]
 
 
+def test_a_stream_that_reaches_its_deadline_is_opened_again():
+    api = Scripted([event(1), ApiError("DEADLINE_EXCEEDED", "late")], [DONE])
+    assert [one.sequence for one in follow_job(api, "job_1")] == [1, 3]
+
+
 def test_a_refusal_is_not_retried():
     api = Scripted([ApiError("NOT_FOUND", "no such job")], [DONE])
     with pytest.raises(ApiError, match="NOT_FOUND"):
