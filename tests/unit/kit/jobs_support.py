@@ -9,6 +9,7 @@ from typing import Any
 
 from services.kit.database import Database
 from services.kit.jobs import Claim, Handler, Job, JobStore, Worker
+from tests.support import eventually
 
 
 async def enqueue(store: JobStore, kind: str = "count", **options: Any) -> Job:
@@ -32,6 +33,16 @@ async def working(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
 def worker_of(store: JobStore, handler: Handler, kind: str = "count", **options: Any) -> Worker:
     settings = {"device": "cpu", "incarnation": "w1", "limits": {}, "slots": 4, "drain_seconds": 5.0} | options
     return Worker(store, {kind: handler}, **settings)
+
+
+async def reached(store: JobStore, job: Job, state: str) -> Job:
+    """The job, as soon as it is in this state."""
+
+    async def check() -> Job | None:
+        found = await store.get(job.id)
+        return found if found.state == state else None
+
+    return await eventually(check)
 
 
 async def lapse(database: Database, job_id: str) -> None:
