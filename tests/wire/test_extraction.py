@@ -13,10 +13,16 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from lensmesh.common.v1 import types_pb2
 from lensmesh.extraction.v1 import extraction_pb2 as pb
-from safetensors.torch import load
+from lensmesh.registry.v1 import groups_pb2
+from peft import PeftModel
+from safetensors.torch import load, load_file, save_file
 
+from services.extensions.compute.blueprint import Blueprint
+from services.extensions.compute.config import ExtensionConfig
+from services.extraction.compute import capture
 from services.kit.database import Database
 from services.kit.events import EventLog
+from services.residency.lenses.extension_files import ADAPTER_FILE, LORA_FOLDER
 from services.residency.shards import ShardReader
 from tests import models
 from tests.wire.extraction_support import DATASET, MODEL, Mesh, meshing
@@ -379,3 +385,38 @@ async def test_a_cache_is_opened_by_its_handle(mesh: Mesh) -> None:
     assert fetched.cache_id == done.cache_id
     wrong = pb.GetModelExtractionRequest(model_id="m_other", extraction_id=done.extraction_id)
     assert (await refused(mesh.stub.GetModelExtraction(wrong)))[0] == grpc.StatusCode.NOT_FOUND
+
+
+async def test_an_extension_is_in_force_for_its_own_extraction_only(mesh: Mesh, tmp_path: Path) -> None:
+    store, database = mesh.context.artifacts, mesh.context.database
+    with store.staging("extension") as folder:
+        blueprint = Blueprint(
+            kind="lora",
+            task_name="other words",
+            config=ExtensionConfig(lora_r=4, lora_target_modules=("c_proj",)),
+            base_parameters=1,
+            base_digest="",
+        )
+        blueprint.prepare(models.tiny("gpt2"))(folder)
+        adapter = folder / LORA_FOLDER / ADAPTER_FILE
+        random = torch.Generator().manual_seed(0)
+        save_file({key: 0.3 * torch.randn(t.shape, generator=random) for key, t in load_file(adapter).items()}, adapter)
+        async with database.transaction() as conn:
+            artifact = await store.publish(conn, "extension", folder, {})
+    lens = groups_pb2.Lens(id="lens_1", extension_id="x_1", artifact_uri=artifact.uri)
+    mesh.registry.groups.append(groups_pb2.Group(id="grp_1", lenses=[lens]))
+    extended = await mesh.extracted(extension_id="x_1", dataset_id="ds_few")
+    plain = await mesh.extracted(dataset_id="ds_few")
+    assert (await mesh.cache(extended.cache_id)).extension_id == "x_1"
+    assert not (await mesh.cache(plain.cache_id)).HasField("extension_id")
+    assert (await mesh.extract(extension_id="x_1", dataset_id="ds_few")).status == pb.EXTRACTION_STATUS_COMPLETED
+    adapted = PeftModel.from_pretrained(models.tiny("gpt2"), store.path(artifact.uri) / LORA_FOLDER).eval()
+    for done, model in ((extended, adapted), (plain, models.tiny("gpt2"))):
+        shard = ShardReader(mesh.folder_of(done)).shard(0)
+        for number, text in enumerate(texts(5)):
+            ids = torch.tensor([models.tokenizer()(text)["input_ids"]])
+            expected = next(capture(model, [ids], [POINTS[3]]))[POINTS[3]]
+            rows = (shard["seq"] == number).nonzero().flatten()
+            torch.testing.assert_close(
+                shard[POINTS[3]][rows], expected[shard["pos"][rows].long()], rtol=1e-5, atol=1e-5
+            )

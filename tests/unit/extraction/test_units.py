@@ -94,7 +94,7 @@ def test_units_are_as_large_as_allowed_and_no_larger():
 
 def test_ragged_sequences_cost_next_to_no_padding():
     lengths = np.random.default_rng(3).integers(16, 257, 2000)
-    plan = plan_of(sequences_of(lengths), batch_size=32)
+    plan = plan_of(sequences_of(lengths), batch_size=8)
     batches = [batch for unit in plan.units for batch in unit.batches]
     assert sum(len(batch.indices) * batch.length for batch in batches) < 1.05 * lengths.sum()
     per_unit = [np.mean(lengths[unit.sequences]) for unit in plan.units]
