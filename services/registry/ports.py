@@ -209,6 +209,9 @@ class GroupRows(Protocol):
     async def lens_failed(self, lens_id: str, code: str | None, message: str | None) -> None:
         """Why it could not be attached; None when it is."""
 
+    async def retarget_lens(self, lens_id: str, artifact_uri: str) -> None:
+        """Its files are others now."""
+
     async def remove_lens(self, lens_id: str) -> None:
         """Forget a lens and where it was; a group in which it was active has none active."""
 

@@ -376,16 +376,20 @@ class Pool:
         give_back(self.device)
 
     async def attach(self, model_id: str, spec: Spec) -> Attached:
-        """Bring a lens to a resident model; one that is attached already stays as it is.
+        """Bring a lens to a resident model; one that is attached from the same files stays as it is.
+
+        Other files under the same id (an extension that was trained on) take the place of the old ones.
 
         Raises:
-            errors.Conflict: `LENS_INCOMPATIBLE` with both values, or the model is not on the device.
+            errors.Conflict: `LENS_INCOMPATIBLE` with both values, the model is not on the device, or `IN_USE`.
             errors.Failed: its files cannot be used, or attaching changed the base.
         """
         async with self.lease(model_id) as lease, lease.record.lock:
             resident = lease.record
             if spec.lens_id in resident.lenses:
-                return resident.lenses[spec.lens_id]
+                if resident.lenses[spec.lens_id].spec == spec:
+                    return resident.lenses[spec.lens_id]
+                await self._take_off(resident, spec.lens_id)
             lens = await self.run(load_lens, spec, resident.base)
             try:
                 self._require(lens.nbytes)
@@ -406,21 +410,21 @@ class Pool:
         """
         resident = self.get(model_id)
         async with resident.lock:
-            attached = resident.lenses.get(lens_id)
-            if attached is None:
-                return 0
-            if attached.leases:
-                raise errors.Conflict(f"{attached.leases} calls use the lens", reason="IN_USE")
-            del resident.lenses[lens_id]
-            if resident.active == lens_id:
-                resident.active = None
-            await self.run(attached.lens.detach)
-            if attached.lens.altering:
-                await self._verify(resident)
-            freed = attached.nbytes
-            del attached
-            await self.run(give_back, self.device)
-            return freed
+            return await self._take_off(resident, lens_id) if lens_id in resident.lenses else 0
+
+    async def _take_off(self, resident: Resident, lens_id: str) -> int:
+        if resident.lenses[lens_id].leases:
+            raise errors.Conflict(f"{resident.lenses[lens_id].leases} calls use the lens", reason="IN_USE")
+        attached = resident.lenses.pop(lens_id)
+        if resident.active == lens_id:
+            resident.active = None
+        await self.run(attached.lens.detach)
+        if attached.lens.altering:
+            await self._verify(resident)
+        freed = attached.nbytes
+        del attached
+        await self.run(give_back, self.device)
+        return freed
 
     async def switch(self, model_id: str, lens_id: str | None) -> float:
         """Make an attached lens the active one, or none; returns the seconds it took.

@@ -267,12 +267,12 @@ async def test_an_intervention_names_its_transcoder_by_the_lens_that_is_on_the_d
 async def test_an_extension_is_activated_as_its_groups_lens_or_as_a_lens_of_its_own(mesh: Mesh, host: FakeHost) -> None:
     model = await mesh.ready()
 
-    async def activate(extension_id: str) -> devices_pb2.SwitchExtensionResponse:
+    async def activate(extension_id: str, files: str = "x_1") -> devices_pb2.SwitchExtensionResponse:
         return await mesh.placement.SwitchExtension(
             devices_pb2.SwitchExtensionRequest(
                 model_id=model.id,
                 extension_id=extension_id,
-                artifact_uri="artifact://extension/x_1" if extension_id else "",
+                artifact_uri=f"artifact://extension/{files}" if extension_id else "",
                 base_digest="digest-tiny" if extension_id else "",
             )
         )
@@ -282,7 +282,7 @@ async def test_an_extension_is_activated_as_its_groups_lens_or_as_a_lens_of_its_
     assert host.held[model.id].active_lens_id == "x_1"
     assert await mesh.ledger() == (107 * MB, 0)
     await activate("x_1")
-    assert len(host.names("AttachLens")) == 1
+    assert await mesh.ledger() == (107 * MB, 0)
     assert (await activate("")).active_extension_id == ""
     assert host.held[model.id].active_lens_id == ""
     group, plain = await group_on(mesh, model.id), await group_on(mesh, model.id)
@@ -295,6 +295,12 @@ async def test_an_extension_is_activated_as_its_groups_lens_or_as_a_lens_of_its_
     assert host.held[model.id].active_lens_id == lens.id
     assert (await get(mesh, group.id)).active_lens_id == lens.id
     assert (await get(mesh, plain.id)).active_lens_id == reading.id  # reading lenses may be used beside it
+    attached = len(host.names("AttachLens"))
+    await activate("x_1")
+    assert len(host.names("AttachLens")) == attached
+    await activate("x_1", files="trained")
+    assert host.names("AttachLens")[-1].lens.artifact_uri == "artifact://extension/trained"
+    assert (await get(mesh, group.id)).lenses[0].artifact_uri == "artifact://extension/trained"
     await switch(mesh, plain.id, None)
     assert not (await get(mesh, group.id)).HasField("active_lens_id")  # only one altering lens, and now none
 

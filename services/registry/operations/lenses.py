@@ -142,10 +142,9 @@ async def switch_extension(
         )
     holders = [(g, lens) for g in groups for lens in g.lenses if extension_id and lens.extension_id == extension_id]
     lens_id = holders[0][1].id if holders else extension_id
-    if extension_id is not None and lens_id is not None and lens_id not in copy.lens_ids:
+    if lens_id is not None:
         artifact = LensArtifact(artifact_uri, base_digest, 0, model_id)
-        check_fit(model, artifact)
-        await _place(registry, lens_id, "extension", artifact, copy)
+        await _bring_extension(registry, model, copy, lens_id, holders=holders, artifact=artifact)
     async with registry.store.transaction() as tx:
         await tx.groups.lock_of_model(model_id)
         switched = await registry.hosts.switch_lens(copy.address, model_id, lens_id)
@@ -154,6 +153,27 @@ async def switch_extension(
             await _tell_switch(tx, group.id, lens.id, switched)
     registry.gauges.switched("within", time.perf_counter() - start)
     return switched
+
+
+async def _bring_extension(
+    registry: Registry,
+    model: Model,
+    copy: Residency,
+    lens_id: str,
+    *,
+    holders: Sequence[tuple[Group, Lens]],
+    artifact: LensArtifact,
+) -> None:
+    """Have the extension's present files on the device; training gives it new ones under the same id."""
+    stale = [lens.id for _, lens in holders if lens.artifact_uri != artifact.uri]
+    if holders and not stale and lens_id in copy.lens_ids:
+        return
+    check_fit(model, artifact)
+    async with registry.store.transaction() as tx:
+        for stale_id in stale:
+            await tx.groups.retarget_lens(stale_id, artifact.uri)
+    for id_ in {lens_id, *stale}:
+        await _place(registry, id_, "extension", artifact, copy)
 
 
 async def bring(registry: Registry, lens: Lens, copy: Residency) -> int:

@@ -279,6 +279,17 @@ async def test_switching_to_a_lens_that_is_not_attached_keeps_the_active_one(poo
     assert (resident.active, resident.lenses) == (None, {})
 
 
+async def test_other_files_under_a_lens_id_take_the_place_of_the_old_ones(pool):
+    resident = await pool.load("m", models.saved("gpt2"), "none")
+    first = await pool.attach("m", Spec("l", "logit_lens"))
+    assert await pool.attach("m", Spec("l", "logit_lens")) is first
+    await pool.switch("m", "l")
+    second = await pool.attach("m", Spec("l", "logit_lens", base_digest=resident.base.digest))
+    assert second is not first
+    assert (resident.active, list(resident.lenses.values())) == (None, [second])
+    assert_ledger_is_the_truth(pool)
+
+
 async def test_torch_work_runs_on_one_thread_and_the_loop_stays_free(pool):
     names = await asyncio.gather(*(pool.run(lambda: threading.current_thread().name) for _ in range(8)))
     assert len(set(names)) == 1

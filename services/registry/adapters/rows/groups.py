@@ -62,6 +62,10 @@ class PostgresGroups:
         """Why it could not be attached."""
         await self._conn.execute(_QUERIES["lens_failed"], lens_id, code, message)
 
+    async def retarget_lens(self, lens_id: str, artifact_uri: str) -> None:
+        """Other files."""
+        await self._conn.execute(_QUERIES["retarget_lens"], lens_id, artifact_uri)
+
     async def remove_lens(self, lens_id: str) -> None:
         """Forget a lens."""
         await self._conn.execute(_QUERIES["remove_lens"], lens_id)

@@ -34,6 +34,9 @@ ORDER BY l.created_at, l.id
 -- lens_failed --
 UPDATE lenses SET error_code = $2, error_message = $3 WHERE id = $1
 
+-- retarget_lens --
+UPDATE lenses SET artifact_uri = $2 WHERE id = $1
+
 -- remove_lens --
 WITH gone AS (DELETE FROM lenses WHERE id = $1 RETURNING id),
      freed AS (DELETE FROM lens_residencies WHERE lens_id = $1)
