@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class Finished:
 class Written:
     """From the process: the transcoders are written; it ends now."""
 
-    widths: Mapping[str, tuple[int, int]]
+    widths: Mapping[str, Sequence[int]]
     """By coder, d_in and d_out."""
 
 

@@ -51,7 +51,13 @@ class Coder:
 
     @classmethod
     def start(cls, name: str, config: TrainConfig, x: Tensor, y: Tensor) -> Coder:
-        """A new coder for a resolved configuration, from a float32 sample x [N, d_in], y [N, d_out]."""
+        """A new coder for a resolved configuration, from a float32 sample x [N, d_in], y [N, d_out].
+
+        Raises:
+            NonFiniteLoss: the sample holds values that are not finite.
+        """
+        if not (_finite(x) and _finite(y)):
+            raise NonFiniteLoss(name, 0, {"rows": len(x), "finite_x": _finite(x), "finite_y": _finite(y)})
         scale = Scale.of(x, y)
         parameters = initial_parameters(config, scale, x, y)
         if config.activation == "jumprelu":

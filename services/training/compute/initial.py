@@ -69,4 +69,4 @@ def _unit_rows(matrix: Tensor) -> Tensor:
 
 def _inverse_deviation(data: Tensor) -> float:
     variance = float(torch.var(data, dim=0, correction=0).mean(dtype=torch.float64))
-    return 1 / math.sqrt(variance) if variance > 0 and math.isfinite(variance) else 1.0
+    return 1 / math.sqrt(variance) if variance > 0 else 1.0

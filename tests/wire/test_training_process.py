@@ -1,0 +1,99 @@
+"""The training process itself: it dies with its parent, and how it ended is told."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.kit import errors
+from services.training import dialogue
+from services.training.adapters.processes import HOME, PROGRAM, ChildProcess, Processes
+from services.training.dialogue import Start
+from tests.support import eventually
+
+NOTHING = Start({"coders": [], "num_tokens": 0, "base_digest": ""}, "cpu", state="/nowhere")
+PARENT = """
+import asyncio, sys
+from services.training import dialogue
+from services.training.adapters.processes import Processes
+from services.training.dialogue import Start
+
+async def main():
+    start = Start({"coders": [], "num_tokens": 0, "base_digest": ""}, "cpu", state="/nowhere")
+    async with Processes().start(start) as child:
+        print(child.pid, flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_it_does_not_outlive_a_parent_that_is_killed() -> None:
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", PARENT, stdout=subprocess.PIPE, cwd=HOME)
+    assert parent.stdout is not None
+    child = psutil.Process(int(await parent.stdout.readline()))
+    assert child.is_running()
+    parent.kill()
+    await parent.wait()
+    await eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_it_ends_when_its_input_does() -> None:
+    done = subprocess.run(PROGRAM, input=b"", stdout=subprocess.PIPE, cwd=HOME, timeout=60, check=True)
+    assert done.stdout == b""
+
+
+async def test_it_is_gone_after_the_block() -> None:
+    async with Processes().start(NOTHING) as child:
+        process = psutil.Process(child.pid)
+    assert not process.is_running()
+
+
+async def test_what_it_cannot_do_is_told_without_a_path() -> None:
+    async with Processes().start(NOTHING) as child:
+        with pytest.raises(errors.Failed) as caught:
+            await child.next()
+    assert (caught.value.reason, caught.value.message) == ("TRAINING_FAILED", "state.json: cannot be read")
+    assert caught.value.transient is False
+
+
+@pytest.mark.parametrize(
+    ("program", "how"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL"),
+        ("raise SystemExit(3)", "exited with status 3"),
+        ("print('[\"Prog', end='')", "exited with status 0"),
+    ],
+)
+async def test_a_death_is_told_and_may_be_tried_again(program: str, how: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    child = ChildProcess(process)
+    with pytest.raises(errors.Failed) as caught:
+        await child.save(Path("/nowhere"))
+    assert caught.value.message == f"the training process {how}"
+    assert (caught.value.reason, caught.value.transient) == ("TRAINING_FAILED", True)
+
+
+def test_what_libraries_print_is_no_answer() -> None:
+    program = "import sys, types; from services.training import child; "
+    program += "said = types.ModuleType('services.training.session'); "
+    program += "said.run = lambda start, commands, send: (print('a library'), send(start)); "
+    program += "sys.modules['services.training.session'] = said; child.main()"
+    line = dialogue.to_line(NOTHING)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", program], cwd=HOME, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(line)
+        process.stdin.flush()
+        assert process.stdout.readline() == line
+        rest, errors_ = process.communicate()
+    assert rest == b""
+    assert b"a library" in errors_
