@@ -56,10 +56,9 @@ async def best(repeat: int, work: Callable[[], Awaitable[object]], after: Callab
     return min(seconds)
 
 
-def floor(files: list[Path]) -> None:
-    for file in files:
-        for tensor in load_file(file).values():
-            tensor.clone()
+def floor(files: list[Path]) -> list[torch.Tensor]:
+    """All clones are held until the last is made, as a model holds them: freed ones would be handed out again."""
+    return [tensor.clone() for file in files for tensor in load_file(file).values()]
 
 
 async def nothing() -> None:
