@@ -94,7 +94,7 @@ class TrainingJob:
             cache_id = await run.unless_stopped(self._extractions.finished(extraction_id))
             await run.waiting(None)
         cache = await self._extractions.open(cache_id)
-        check_cache(task.plan, task.model_id, cache)
+        check_cache(task.plan, cache)
         return cache
 
     async def _follow(self, run: Run, plan: Plan, child: Child, saved_tokens: int) -> Finished:

@@ -44,18 +44,18 @@ def resolve(wanted: Wanted, model: BaseModel, cache: Cache | None) -> Plan:
             coders.append(_coder(name, layer, sites, model, config))
     plan = Plan(tuple(coders), wanted.options.get("num_tokens", 0))
     if cache is not None:
-        check_cache(plan, model.id, cache)
+        if cache.model_id != model.id and cache.model_digest != model.digest:
+            raise errors.Invalid.of("source.cache_id", f"the cache is of model {cache.model_id}")
+        check_cache(plan, cache)
     return plan
 
 
-def check_cache(plan: Plan, model_id: str, cache: Cache) -> None:
+def check_cache(plan: Plan, cache: Cache) -> None:
     """The cache holds what the plan reads.
 
     Raises:
-        errors.Invalid: it is of another model, lacks a hook point, or has less than one batch.
+        errors.Invalid: it lacks a hook point, or has less than one batch.
     """
-    if cache.model_id != model_id:
-        raise errors.Invalid.of("source.cache_id", f"the cache is of model {cache.model_id}")
     for point in plan.hook_points:
         if point not in cache.widths:
             raise errors.Invalid.of("source.cache_id", f"the cache does not hold {point}", hook_point=point)

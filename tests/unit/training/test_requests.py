@@ -77,7 +77,7 @@ def test_the_data_decides_what_the_request_left_open() -> None:
 @pytest.mark.parametrize(
     ("field", "changes"),
     [
-        ("source.cache_id", {"model_id": "m_2"}),
+        ("source.cache_id", {"model_id": "m_2", "model_digest": "other"}),
         ("source.cache_id", {"widths": {"blocks.1.mlp.hook_in": 32}}),
         ("batch_size", {"tokens": 63}),
     ],
@@ -88,6 +88,11 @@ def test_a_cache_that_does_not_fit_is_refused(field: str, changes: dict[str, Any
     with pytest.raises(errors.Invalid) as caught:
         resolve(wanted(1), MODEL, Cache("act_1", **(fitting | changes)))
     assert field_of(caught) == field
+
+
+def test_a_cache_of_the_same_files_under_another_id_fits() -> None:
+    cache = Cache("act_1", "m_2", MODEL.digest, "", 64, WIDTHS)
+    assert resolve(wanted(1), MODEL, cache).hook_points == planned(1).hook_points
 
 
 def test_norms_without_rms_have_no_rms_scaling() -> None:
