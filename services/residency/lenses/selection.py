@@ -44,8 +44,9 @@ def largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     chunks = pre.view(len(pre), chunk, width // chunk)
     best = largest(chunks.amax(1), k)[1]
     candidates = chunks.gather(2, best[:, None, :].expand(-1, chunk, -1)).flatten(1)
+    columns = (torch.arange(0, width, width // chunk, device=pre.device)[:, None] + best[:, None, :]).flatten(1)
     values, position = candidates.topk(k, dim=1, sorted=False)
-    return values, (position // k) * (width // chunk) + best.gather(1, position % k)
+    return values, columns.gather(1, position)
 
 
 def select_topk(encoder: Encoder, x: Tensor, k: int) -> Codes:

@@ -75,7 +75,7 @@ class FvuAccumulator:
 
 def batch_variance(y: Tensor) -> float:
     """Mean square of y [N, d] about its batch mean, per element: the denominator of a step's FVU."""
-    return float(torch.var(y, dim=0, correction=0).mean(dtype=torch.float64))
+    return float((y - y.mean(0)).square_().mean(dtype=torch.float64))
 
 
 def _ratio(error: float, variance: float) -> float:
