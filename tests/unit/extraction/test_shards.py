@@ -120,6 +120,13 @@ def test_iteration_goes_on_from_a_cursor(cache, cut):
     assert numbers(rest) == numbers(whole[cut + 1 : cut + 9])
 
 
+def test_a_single_shard_begins_elsewhere_in_every_pass(tmp_path):
+    x = torch.arange(50.0).repeat(2, 1).T.contiguous()
+    write(tmp_path, [{X: x}], counts=[50])
+    starts = {numbers([batch])[0] for batch in itertools.islice(ShardReader(tmp_path).iter_rows([X], 50), 6)}
+    assert len(starts) > 3
+
+
 def test_seeds_give_different_orders(cache):
     first, second = (numbers(itertools.islice(ShardReader(cache).iter_rows([X], 17, seed=seed), 5)) for seed in (1, 2))
     assert first != second
