@@ -208,6 +208,14 @@ async def test_bodies_over_the_limit_are_413(tmp_path: Path) -> None:
             assert answer.json()["error"]["details"] == {"max_bytes": 5000}
 
 
+async def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(mesh: Mesh) -> None:
+    reader, writer = await asyncio.open_connection(*mesh.address.split(":"))
+    head = f"POST /api/animals HTTP/1.1\r\nhost: x\r\nauthorization: {mesh.bearer()['authorization']}\r\n"
+    writer.write(f"{head}content-length: 1000000000000\r\n\r\n".encode())
+    assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 413 ")
+    writer.close()
+
+
 @pytest.mark.parametrize("content", [b"[" * 50_000, b'{"notes":' * 40 + b"1" + b"}" * 40])
 async def test_deep_bodies_are_413(mesh: Mesh, content: bytes) -> None:
     headers = mesh.bearer() | {"content-type": "application/json"}
