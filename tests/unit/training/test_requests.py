@@ -92,7 +92,7 @@ def test_a_cache_that_does_not_fit_is_refused(field: str, changes: dict[str, Any
 
 def test_a_cache_of_the_same_files_under_another_id_fits() -> None:
     cache = Cache("act_1", "m_2", MODEL.digest, "", 64, WIDTHS)
-    assert resolve(wanted(1), MODEL, cache).hook_points == planned(1).hook_points
+    assert resolve(wanted(1), MODEL, cache).hook_points == planned(1, num_tokens=64).hook_points
 
 
 def test_norms_without_rms_have_no_rms_scaling() -> None:
