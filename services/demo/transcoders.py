@@ -10,7 +10,7 @@ from services.demo.journey import HEADLINE_LAYER, LAYERS, Journey, Step, pick
 DICT_SIZE = 4096
 GROUP_SIZES = [256, 512, 1024, 2304]
 TOP_K = 32
-_EVALUATION_BATCHES = 50
+_EVALUATION_BATCHES = 16
 _EVALUATION_FIGURES = (
     "fvu", "fvu_per_prefix", "fvu_standard_error", "l0", "dead_fraction", "ce_clean", "ce_spliced", "ce_zero_ablated",
     "ce_mean_ablated", "ce_recovered", "kl", "tokens", "batches", "mode",
