@@ -21,12 +21,10 @@ class Frame:
 
     event: str
     id: str | None
+    """Sequence to resume after; None for a snapshot, which is no event of its own."""
     data: Any
-
-    @property
-    def heartbeat(self) -> bool:
-        """Says only that the stream lives: sequences of facts start at 1."""
-        return self.id == "0"
+    heartbeat: bool = False
+    """Says only that the stream lives."""
 
     def envelope(self) -> dict[str, Any]:
         """The frame of a WebSocket."""
@@ -46,9 +44,10 @@ def frame(message: Message) -> Frame:
     made = encode(message)
     if not is_event(message.DESCRIPTOR):
         return Frame("message", None, made)
-    around = {name: made[name] for name in ("sequence", "timestamp") if name in made}
-    data = around | made.get("data", {}) | {"sequence": made["sequence"]}
-    return Frame(made["event"], str(made["sequence"]), data)
+    sequence, facts = made["sequence"], made.get("data", {})
+    around = {"timestamp": made["timestamp"]} if "timestamp" in made else {}
+    data = around | facts | {"sequence": sequence}
+    return Frame(made["event"], str(sequence) if sequence else None, data, heartbeat=not sequence and not facts)
 
 
 def error_frame(failure: Failure) -> Frame:

@@ -19,7 +19,7 @@ from gateway.reply import byte_range
 from gateway.routes import Route
 from services.kit.errors import DeadlineExceeded, LensmeshError
 
-TOTAL_KEY = "x-total-bytes"
+TOTAL_KEY = "x-total-size"
 """Initial metadata of a byte stream: size of the whole, without which `Range` is ignored."""
 _ENTITY_HEADERS = ("etag", "content-disposition")
 OPEN_SECONDS = 1.0

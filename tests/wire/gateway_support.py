@@ -143,12 +143,12 @@ class Zoo:
         if request.name == "none":
             raise errors.NotFound()
         if request.name == "large":
-            for _ in range(2000):
+            for _ in range(10_000):
                 self.sent += 1
                 yield httpbody_pb2.HttpBody(data=bytes(100_000))
             return
         if self.tells_total:
-            await context.send_initial_metadata((("x-total-bytes", str(len(CONTENT))), ("etag", '"abc"')))
+            await context.send_initial_metadata((("x-total-size", str(len(CONTENT))), ("etag", '"abc"')))
         stop = request.offset + request.length if request.length else len(CONTENT)
         for start in range(request.offset, min(stop, len(CONTENT)), 30_000):
             piece = CONTENT[start : min(start + 30_000, stop)]
@@ -164,6 +164,8 @@ class Zoo:
         self.note(request, context)
         if request.id == "none":
             raise errors.NotFound()
+        if request.id == "known":
+            yield event(0, "animal:snapshot", colour="red")
         for sequence in range(request.after_sequence + 1, request.after_sequence + request.count + 1):
             yield event(sequence, progress=50.0 + sequence, message="line\nline")
         yield event(0, "heartbeat")
