@@ -1,4 +1,4 @@
-"""Extraction against its floor, as ratios of one run: `python tests/bench/extraction.py [MODEL_DIR] [--tokens N]`.
+"""Extraction against its floor, as ratios of one run: `python -m tests.bench.extraction [MODEL_DIR] [--tokens N]`.
 
 The floor is a bare forward pass of the same batches, cut off behind the deepest hook point by a model that has no
 further layers: no hooks, no copies, nothing written. Each contestant runs in turn, several rounds, and the medians are
@@ -130,7 +130,7 @@ def ragged(model: nn.Module, tokens: int, folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print one JSON object."""
+    """Print one JSON object per comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", type=Path, default=DEMO_MODEL)
     parser.add_argument("--tokens", type=int, default=65_536)
@@ -139,13 +139,14 @@ def main() -> None:
     layers = model.config.num_hidden_layers
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        found = {
-            "one_layer": against_floor(model, [layers // 2], arguments.tokens, place),
-            "all_layers": against_floor(model, range(layers), arguments.tokens, place),
-            "ragged": ragged(model, arguments.tokens, place),
+        parts: dict[str, Callable[[], dict[str, float]]] = {
+            "one_layer": lambda: against_floor(model, [layers // 2], arguments.tokens, place),
+            "all_layers": lambda: against_floor(model, range(layers), arguments.tokens, place),
+            "ragged": lambda: ragged(model, arguments.tokens, place),
         }
-    rounded = {name: {key: round(value, 3) for key, value in part.items()} for name, part in found.items()}
-    print(json.dumps(rounded, indent=1))  # noqa: T201 - the figures are what this script is for
+        for name, measure in parts.items():
+            figures = {key: round(value, 3) for key, value in measure().items()}
+            print(json.dumps({name: figures}), flush=True)  # noqa: T201 - the figures are what this script is for
 
 
 if __name__ == "__main__":

@@ -98,8 +98,8 @@ CREATE TABLE hosts (
     heartbeat_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 
--- A model in a host process. `charge_bytes` is what the ledger counts: measured bytes once resident; while it loads, what
--- it needs less what the models it displaces still hold, so that the sum is right at every moment.
+-- A model in a host process. `charge_bytes` is what the ledger counts: measured bytes once resident; while it loads,
+-- what it needs less what the models it displaces still hold, so that the sum is right at every moment.
 CREATE TABLE residencies (
     model_id varchar(255) NOT NULL REFERENCES models ON DELETE CASCADE,
     host_id varchar(255) NOT NULL REFERENCES hosts ON DELETE CASCADE,
