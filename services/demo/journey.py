@@ -58,6 +58,8 @@ class Journey:
     """Whether the figures of the shipped model must be reached; another model has other ones."""
     tokens: int = TOKENS
     """Tokens to extract and to train on."""
+    evaluation_batches: int = 16
+    """Held-out batches of each layer's evaluation."""
     model_id: str = ""
     train_dataset_id: str = ""
     held_out_dataset_id: str = ""

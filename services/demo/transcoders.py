@@ -10,7 +10,6 @@ from services.demo.journey import HEADLINE_LAYER, LAYERS, Journey, Step, pick
 DICT_SIZE = 4096
 GROUP_SIZES = [256, 512, 1024, 2304]
 TOP_K = 32
-_EVALUATION_BATCHES = 16
 _EVALUATION_FIGURES = (
     "fvu", "fvu_per_prefix", "fvu_standard_error", "l0", "dead_fraction", "ce_clean", "ce_spliced", "ce_zero_ablated",
     "ce_mean_ablated", "ce_recovered", "kl", "tokens", "batches", "mode",
@@ -67,7 +66,7 @@ def _evaluate(journey: Journey, layer: int) -> dict[str, Any]:
         "EvaluateTranscoder",
         id=transcoder_id,
         dataset_id=journey.held_out_dataset_id,
-        num_batches=_EVALUATION_BATCHES,
+        num_batches=journey.evaluation_batches,
     )
     journey.wait(queued["job_id"], f"evaluate layer {layer}")
     found = evaluation_of(journey.api.call("ListEvaluations", id=transcoder_id), queued["job_id"])

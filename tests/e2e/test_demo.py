@@ -59,7 +59,7 @@ def small_journey(up: Up, via: str) -> dict[str, Step]:
     token = mint_token(up.state / "keys", subject=f"test-{via}", loads_per_hour=1000)
     api = connect(up.mesh, token, via)
     journey = plan_journey(api, Console(quiet=True), "")
-    journey.tokens, journey.thresholds = FEW_TOKENS, False
+    journey.tokens, journey.evaluation_batches, journey.thresholds = FEW_TOKENS, 2, False
     try:
         return {step.name: step for step in travel(journey)}
     finally:
@@ -67,21 +67,17 @@ def small_journey(up: Up, via: str) -> dict[str, Step]:
 
 
 @pytest.mark.timeout(300)
-def test_the_demos_path_over_generated_stubs_gives_the_figures_of_http(mesh: Up):
-    over_http, over_stubs = (small_journey(mesh, via) for via in ("http", "stubs"))
+def test_stubs_and_processes_of_their_own_give_the_figures_of_http_and_one_process(
+    mesh: Up, directory: Path, cache: Path
+):
+    over_stubs = small_journey(mesh, "stubs")
+    with run_up(directory / "state", "--topology", "local-split") as split:
+        assert set(split.mesh.pids) >= {"extraction", "training", "extensions"}
+        assert len(set(split.mesh.grpc.values())) == 4
+        over_http = small_journey(split, "http")
     for steps in (over_http, over_stubs):
         assert {name: step.missed for name, step in steps.items() if step.missed} == {}
+        assert list(steps) == NAMES
     for name in ("fvu", "fvu_per_prefix", "l0", "dead_fraction", "ce_clean", "ce_spliced"):
-        assert over_stubs["evaluate"].figures[name] == pytest.approx(over_http["evaluate"].figures[name], rel=1e-5), (
-            name
-        )
-    assert list(over_http) == list(over_stubs) == NAMES
-
-
-@pytest.mark.timeout(300)
-def test_the_demos_path_with_every_service_in_a_process_of_its_own(directory: Path, cache: Path):
-    with run_up(directory / "state", "--topology", "local-split") as up:
-        assert set(up.mesh.pids) >= {"extraction", "training", "extensions"}
-        assert len(set(up.mesh.grpc.values())) == 4
-        steps = small_journey(up, "http")
-    assert {name: step.missed for name, step in steps.items() if step.missed} == {}
+        expected = pytest.approx(over_http["evaluate"].figures[name], rel=1e-5)
+        assert over_stubs["evaluate"].figures[name] == expected, name

@@ -87,16 +87,6 @@ def test_a_wrong_option_is_one_clear_line(tmp_path: Path, arguments: tuple[str, 
     assert not (tmp_path / "state").exists()
 
 
-def test_ctrl_c_drains_and_leaves_no_process(start: Callable[..., Up]):
-    up = start()
-    pids = up.mesh.pids
-    assert set(pids.values()) <= {one.pid for one in processes_of(up.state)}
-    assert up.stop(signal.SIGINT) == 0
-    assert not [name for name, pid in pids.items() if psutil.pid_exists(pid)]
-    assert processes_of(up.state) == []
-    assert read_mesh(up.state) is None
-
-
 async def test_what_a_killed_supervisor_leaves_does_not_stop_the_next_one(start: Callable[..., Up]):
     up = start()
     api = HttpApi(up.mesh.gateway, up.mesh.token)
@@ -106,10 +96,13 @@ async def test_what_a_killed_supervisor_leaves_does_not_stop_the_next_one(start:
     await eventually(lambda: [one for one in processes_of(up.state) if one.name() != "postgres"] == [])
     again = start()
     assert HttpApi(again.mesh.gateway, again.mesh.token).call("GetDataset", id=made["id"])["name"] == "kept"
+    assert again.stop(signal.SIGTERM) == 0
+    assert processes_of(up.state) == []
 
 
-async def test_a_killed_process_comes_back_at_its_own_address(start: Callable[..., Up]):
+async def test_a_killed_process_comes_back_at_its_own_address_and_ctrl_c_ends_them_all(start: Callable[..., Up]):
     up = start()
+    assert set(up.mesh.pids.values()) <= {one.pid for one in processes_of(up.state)}
     api = HttpApi(up.mesh.gateway, up.mesh.token)
     for name in ("gateway", "registry", "nats", "device-0", "postgres"):
         os.kill(up.mesh.pids[name], signal.SIGKILL)
@@ -118,8 +111,10 @@ async def test_a_killed_process_comes_back_at_its_own_address(start: Callable[..
     after = read_mesh(up.state)
     assert after is not None
     assert (after.gateway, after.grpc, after.metrics) == (up.mesh.gateway, up.mesh.grpc, up.mesh.metrics)
-    assert up.stop(signal.SIGTERM) == 0
+    assert up.stop(signal.SIGINT) == 0
+    assert not [name for name, pid in after.pids.items() if psutil.pid_exists(pid)]
     assert processes_of(up.state) == []
+    assert read_mesh(up.state) is None
 
 
 def _pid(up: Up, name: str) -> int | None:
