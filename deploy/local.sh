@@ -97,7 +97,7 @@ lint() {
 run_tests() {
     cd "$root"
     # Coverage counts the tests that run the code in their own process; e2e tests start processes.
-    "$venv/bin/python" -m pytest tests --ignore=tests/e2e --cov --cov-report=term:skip-covered --cov-fail-under=70
+    "$venv/bin/python" -m pytest tests --ignore=tests/e2e -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=70
     "$venv/bin/python" -m pytest tests/e2e
 }
 

@@ -7,7 +7,6 @@ from typing import Any
 from services.demo.journey import Journey, Step, pick
 from services.demo.lenses import SENTENCE
 
-_STEPS = 40
 _RANK = 8
 
 
@@ -26,7 +25,12 @@ def extension(journey: Journey, step: Step) -> None:
         "CreateExtension", model_id=journey.model_id, task_name="docstrings", kind="lora", lora={"r": _RANK}
     )
     loss_before = api.call("EvaluateExtension", id=made["id"], dataset_id=held_out_id)
-    fields = {"dataset_id": task_id, "held_out_dataset_id": held_out_id, "steps": _STEPS, "batch_size": 16}
+    fields = {
+        "dataset_id": task_id,
+        "held_out_dataset_id": held_out_id,
+        "steps": journey.extension_steps,
+        "batch_size": 16,
+    }
     journey.wait(api.call("TrainExtension", id=made["id"], max_length=128, **fields)["job_id"], "train extension")
     loss_after = api.call("EvaluateExtension", id=made["id"], dataset_id=held_out_id)
     lens = api.call("AttachLens", group_id=journey.group_id, kind="extension", extension_id=made["id"])
@@ -45,7 +49,8 @@ def extension(journey: Journey, step: Step) -> None:
         "base_unchanged": loss_after["base_unchanged"] and before == after,
         **pick(api.call("GetExtension", id=made["id"]), "trained_steps", "status"),
     }
-    journey.say(f"held-out loss {loss_before['loss']:.3f} before, {loss_after['loss']:.3f} after {_STEPS} steps")
+    before_and_after = f"{loss_before['loss']:.3f} before, {loss_after['loss']:.3f} after"
+    journey.say(f"held-out loss {before_and_after} {journey.extension_steps} steps")
     step.check(loss_before["loss"] == loss_before["base_loss"], "an untrained extension is the base")
     step.check(loss_after["loss"] < loss_before["loss"], "training lowers the held-out loss")
     step.check(activated["active"] and not deactivated["active"], "it is active when asked for, and only then")

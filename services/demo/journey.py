@@ -15,7 +15,7 @@ LAYERS = (1, 2)
 """Layers whose MLPs are read; the second one's transcoder is the demo's headline."""
 HEADLINE_LAYER = 2
 TOKENS = 409_600
-"""Tokens to extract and to train on: 200 steps of 2048."""
+"""Tokens to extract."""
 
 
 @dataclass
@@ -57,9 +57,11 @@ class Journey:
     thresholds: bool
     """Whether the figures of the shipped model must be reached; another model has other ones."""
     tokens: int = TOKENS
-    """Tokens to extract and to train on."""
-    evaluation_batches: int = 16
+    """Tokens to extract; the training goes over them twice."""
+    evaluation_batches: int = 64
     """Held-out batches of each layer's evaluation."""
+    extension_steps: int = 40
+    """Steps of the extension's training."""
     model_id: str = ""
     train_dataset_id: str = ""
     held_out_dataset_id: str = ""

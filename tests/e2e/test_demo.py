@@ -20,7 +20,8 @@ FEW_TOKENS = 8_192
 HEADLINE = {"fvu", "fvu_per_prefix", "ce_recovered", "l0", "dead_fraction"}
 
 
-@pytest.mark.timeout(540)
+@pytest.mark.demo
+@pytest.mark.timeout(900)
 def test_the_demo_as_a_user_runs_it(directory: Path, cache: Path):
     state = directory / "state"
     done = subprocess.run(
@@ -59,7 +60,8 @@ def small_journey(up: Up, via: str) -> dict[str, Step]:
     token = mint_token(up.state / "keys", subject=f"test-{via}", loads_per_hour=1000)
     api = connect(up.mesh, token, via)
     journey = plan_journey(api, Console(quiet=True), "")
-    journey.tokens, journey.evaluation_batches, journey.thresholds = FEW_TOKENS, 2, False
+    journey.tokens, journey.evaluation_batches, journey.extension_steps = FEW_TOKENS, 2, 10
+    journey.thresholds = False
     try:
         return {step.name: step for step in travel(journey)}
     finally:
