@@ -24,8 +24,10 @@ FINAL = ("completed", "failed", "cancelled")
 
 @dataclass
 class Played:
-    """What the mesh answered to each example, and the events it told meanwhile."""
+    """What the mesh answered to each example, and the events it told meanwhile; the mesh still runs."""
 
+    client: httpx.Client
+    token: str
     answers: dict[str, httpx.Response] = field(default_factory=dict)
     events: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
@@ -45,11 +47,12 @@ def played() -> Iterator[Played]:
                 connect(f"ws://{address}/api/events", proxy=None) as socket,
             ):
                 socket.send(json.dumps({"token": up.mesh.token, "topics": ["model:*", "extraction:*"]}))
-                yield _play(client, socket)
+                played = Played(client, up.mesh.token)
+                _play(played, client, socket)
+                yield played
 
 
-def _play(client: httpx.Client, socket: ClientConnection) -> Played:
-    played = Played()
+def _play(played: Played, client: httpx.Client, socket: ClientConnection) -> None:
     names: dict[str, str] = {"model_type": "llama"}
 
     def send(example: str, **changes: Any) -> dict[str, Any]:
@@ -85,7 +88,6 @@ def _play(client: httpx.Client, socket: ClientConnection) -> Played:
     large = client.post("/api/models", json=EXAMPLES["create_model"]["request"] | {"name": "x"} | LARGE).json()
     names["large_model_id"] = large["id"]
     send("load_failure")
-    return played
 
 
 LARGE = {"source": "local", "model_identifier": "tiny-gpt2", "quantization": "none", "auto_load": False}
