@@ -18,6 +18,7 @@ from services.kit.server import Context, Part, Servicer
 from services.residency.catalogue import Catalogue
 from services.training.adapters.datasets import RegisteredTexts
 from services.training.adapters.judged import ClaimedEvaluation
+from services.training.adapters.metrics import TrainingMetrics
 from services.training.adapters.peers import ExtractionPeer, Peers
 from services.training.adapters.postgres import PostgresStore
 from services.training.adapters.processes import Processes
@@ -59,12 +60,15 @@ async def compose(context: Context) -> Part:
         checkpoint_tokens=settings.training_checkpoint_tokens,
         checkpoint_seconds=settings.training_checkpoint_seconds,
     )
+    metrics = TrainingMetrics(context.metrics)
     models = PooledModels(context.residency, catalogue.ensure_resident)
     texts = RegisteredTexts(catalogue, settings.dataset_roots, settings.state_dir / "datasets")
     evaluation = EvaluationJob(models, texts, files)
 
     async def train(claim: Claim) -> dict[str, Any]:
-        return await training.run(ClaimedRun(claim, store, checkpoints_kept=settings.training_checkpoints_kept))
+        run = ClaimedRun(claim, store, metrics, checkpoints_kept=settings.training_checkpoints_kept)
+        with metrics.counted():
+            return await training.run(run)
 
     async def evaluate(claim: Claim) -> dict[str, Any]:
         return await evaluation.run(ClaimedEvaluation(claim))

@@ -140,6 +140,9 @@ async def test_a_dataset_becomes_transcoders_of_two_layers(mesh: Mesh) -> None:
     assert [point.step for point in history.points] == [data["step"] for data in told]
     thinned = await mesh.stub.GetTrainingMetrics(pb.GetTrainingMetricsRequest(id=job.id, points=1))
     assert [point.step for point in thinned.points] == [STEPS]
+    value = mesh.context.metrics.get_sample_value
+    assert (value("train_tokens_total"), value("train_nonfinite_total")) == (STEPS * BATCH, 0)
+    assert value("train_fvu") == pytest.approx(job.fvu)
     assert mesh.registry.ledger == {}
     assert mesh.registry.reserved[job.id] > 2 * 4 * 4 * 256 * 2 * models.WIDTH
     assert mesh.staged() == []

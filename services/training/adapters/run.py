@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from services.kit import errors
 from services.kit.ids import new_id
 from services.kit.jobs import Claim
+from services.training.adapters.metrics import TrainingMetrics
 from services.training.adapters.postgres import QUERIES, PostgresStore, checkpoint_of
 from services.training.dialogue import Saved
 from services.training.domain import ARTIFACT_KIND, CHECKPOINT_KIND, EVENT_PREFIX, NewTranscoder, Plan, Task
@@ -22,9 +23,11 @@ T = TypeVar("T")
 class ClaimedRun:
     """Implements the port `Run`."""
 
-    def __init__(self, claim: Claim, store: PostgresStore, *, checkpoints_kept: int) -> None:
+    def __init__(self, claim: Claim, store: PostgresStore, metrics: TrainingMetrics, *, checkpoints_kept: int) -> None:
         self._claim = claim
         self._store = store
+        self._metrics = metrics
+        self._tokens_told = 0
         self._kept = checkpoints_kept
         self._id = claim.job.id
 
@@ -37,6 +40,7 @@ class ClaimedRun:
             found = [checkpoint_of(one) for one in await conn.fetch(QUERIES["checkpoints"], [self._id])]
             made = [one["id"] for one in await conn.fetch(QUERIES["made_by"], [self._id])]
         wanted = [one for one in found if row["finalize_id"] in (None, one.id)]
+        self._tokens_told = wanted[-1].tokens_seen if wanted else 0
         self._claim.finish_data({"transcoder_ids": made} if made else {})
         return Task(
             job_id=self._id,
@@ -73,6 +77,8 @@ class ClaimedRun:
                 await self._claim.progress(percent, dict(figures), f"{EVENT_PREFIX}:progress", dict(figures))
 
         await self._claim.insist(write)
+        self._metrics.told(figures, figures["tokens_seen"] - self._tokens_told)
+        self._tokens_told = figures["tokens_seen"]
 
     async def finalizing(self) -> None:
         """It can be cancelled, but no longer paused."""
