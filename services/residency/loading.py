@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -60,18 +62,49 @@ def config_of(stored: Mapping[str, object]) -> PretrainedConfig:
         raise LoadFailed("config.json is not valid, or of a type that transformers does not know") from error
 
 
+class _LayingOut(threading.local):
+    """Whether this thread makes modules without memory. accelerate's `init_empty_weights` does so for every thread."""
+
+    active = False
+
+
+_laying_out = _LayingOut()
+
+
+def _without_memory(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if not _laying_out.active or parameter is None or parameter.is_meta:
+        return None
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+register_module_parameter_registration_hook(_without_memory)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    _laying_out.active = True
+    try:
+        yield
+    finally:
+        _laying_out.active = False
+
+
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The module tree on the meta device: no memory for parameters; buffers are real.
+    """The module tree on the meta device: no memory for parameters; buffers are real. Any thread may do this.
 
     Raises:
         UnsupportedModel: transformers has no language model of this type.
     """
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
-        with init_empty_weights(include_buffers=False):
-            return auto.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        with _parameters_on_meta():  # float32, because transformers would set another dtype as every thread's default
+            model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
     except (ValueError, TypeError) as error:
         raise UnsupportedModel(f"transformers has no language model of type {config.model_type!r}") from error
+    model.config.dtype = dtype
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def stored_dtype(entries: list[Entry]) -> torch.dtype:
@@ -151,9 +184,7 @@ class Prepared:
 
 
 def prepare(directory: Path, quantization: str) -> Prepared:
-    """Read config and headers and lay the modules out on the meta device.
-
-    While this runs, no other thread may make modules: transformers and accelerate set process-wide defaults.
+    """Read config and headers and lay the modules out on the meta device. Any thread may do this.
 
     Args:
         directory: config.json and safetensors files.

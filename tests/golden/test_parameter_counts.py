@@ -39,7 +39,11 @@ def t5() -> PreTrainedModel:
 def headers(model: PreTrainedModel, folder: Path, *, head: bool) -> list[Entry]:
     """The header of a checkpoint, in a sparse file, with or without a head of its own."""
     tied = set(model.all_tied_weights_keys) - ({"lm_head.weight"} if head else set())
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters() if name not in tied}
+    shapes = {
+        name: list(parameter.shape)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name not in tied
+    }
     header, offset = {}, 0
     for name, shape in shapes.items():
         end = offset + 4 * prod(shape)

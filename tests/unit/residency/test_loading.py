@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import torch
@@ -83,6 +84,26 @@ def test_several_files_and_an_index(tmp_path):
     (next(tmp_path.glob("*00002*.safetensors"))).unlink()
     with pytest.raises(CheckpointError, match="1 of"):
         load_model(tmp_path, "none")
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_load_is_whole_while_another_thread_lays_models_out(quantization):
+    path = models.saved("gpt2")
+    expected = scores(load_model(path, quantization))
+    config, done = read_config(path), threading.Event()
+
+    def lay_out() -> None:
+        while not done.is_set():
+            skeleton(config, torch.bfloat16)
+
+    other = threading.Thread(target=lay_out)
+    other.start()
+    try:
+        found = [load_model(path, quantization) for _ in range(5)]
+    finally:
+        done.set()
+        other.join()
+    assert all(torch.equal(scores(model), expected) for model in found)
 
 
 def test_t5s_head_is_untied_only_where_the_file_holds_another_one(tmp_path):
