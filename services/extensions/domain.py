@@ -142,16 +142,6 @@ class Documents:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestKey:
-    """What makes a repeated request recognisable; no repetition is recognised while `request_id` is empty."""
-
-    caller: str
-    method: str
-    request_id: str
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class TrainedExtension:
     """What a training made."""
 
@@ -195,17 +185,6 @@ class Generated:
     text: str
     token_ids: tuple[int, ...]
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Extensions of one answer, newest first."""
-
-    extensions: tuple[Extension, ...]
-    total: int
-    limit: int
-    offset: int
-    next_page_token: str
 
 
 @dataclass(frozen=True, slots=True)

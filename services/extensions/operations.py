@@ -22,13 +22,13 @@ from services.extensions.domain import (
     Lora,
     NewExtension,
     NewTraining,
-    Page,
-    RequestKey,
     Switch,
 )
 from services.extensions.measuring import attached, compare, examples_for, row_length
 from services.extensions.ports import Bases, Catalogue, Datasets, Store
 from services.kit import errors
+from services.kit.paging import Page
+from services.kit.requests import RequestKey
 
 DEFAULT_SAMPLES = 64
 DEFAULT_NEW_TOKENS = 64
@@ -86,9 +86,9 @@ class Operations:
     async def list(self, wanted: Filter) -> Page:
         """Extensions, newest first."""
         page = await self._store.list(wanted)
-        active = await self._catalogue.active_extensions({extension.model_id for extension in page.extensions})
-        marked = tuple(replace(extension, active=extension.id in active) for extension in page.extensions)
-        return replace(page, extensions=marked)
+        active = await self._catalogue.active_extensions({extension.model_id for extension in page.items})
+        marked = tuple(replace(extension, active=extension.id in active) for extension in page.items)
+        return replace(page, items=marked)
 
     async def delete(self, extension_id: str) -> None:
         """Delete an extension and its files.

@@ -14,12 +14,12 @@ from services.extensions.domain import (
     Filter,
     Generated,
     NewTraining,
-    Page,
-    RequestKey,
     Switch,
     TrainedExtension,
     Training,
 )
+from services.kit.paging import Page
+from services.kit.requests import RequestKey
 from services.residency.lenses.extension import Extensions
 
 T = TypeVar("T")

@@ -18,14 +18,12 @@ from services.extensions.domain import (
     Lora,
     NewExtension,
     NewTraining,
-    RequestKey,
     Switch,
 )
 from services.extensions.operations import Operations
-from services.kit.auth import current_caller
-from services.kit.idempotency import digest_of
+from services.kit.idempotency import request_key
+from services.kit.paging import asked
 
-DEFAULT_LIMIT = 50
 _SERVICE = "lensmesh.extensions.v1.ExtensionService"
 
 
@@ -50,7 +48,7 @@ class ExtensionServicer(extensions_pb2_grpc.ExtensionServiceServicer):
             shared_layer_of=request.shared_layer_of,
             seed=request.seed,
         )
-        key = _key("CreateExtension", request)
+        key = request_key(f"{_SERVICE}/CreateExtension", request)
         return _extension(await self._operations.create(new, key=key, validate_only=request.validate_only))
 
     async def GetExtension(self, request: pb.GetExtensionRequest, context: grpc.aio.ServicerContext) -> pb.Extension:
@@ -61,17 +59,9 @@ class ExtensionServicer(extensions_pb2_grpc.ExtensionServiceServicer):
         self, request: pb.ListExtensionsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListExtensionsResponse:
         """See the proto."""
-        limit = request.limit or DEFAULT_LIMIT
-        page = await self._operations.list(
-            Filter(request.model_id, request.task_name, limit, request.offset, request.page_token)
-        )
-        return pb.ListExtensionsResponse(
-            extensions=[_extension(extension) for extension in page.extensions],
-            total=page.total,
-            limit=page.limit,
-            offset=page.offset,
-            next_page_token=page.next_page_token,
-        )
+        wanted = Filter(model_id=request.model_id, task_name=request.task_name, **asked(request))
+        page = await self._operations.list(wanted)
+        return pb.ListExtensionsResponse(extensions=[_extension(item) for item in page.items], **page.fields())
 
     async def DeleteExtension(
         self, request: pb.DeleteExtensionRequest, context: grpc.aio.ServicerContext
@@ -95,7 +85,7 @@ class ExtensionServicer(extensions_pb2_grpc.ExtensionServiceServicer):
             max_length=request.max_length,
             seed=request.seed,
         )
-        job_id = await self._operations.train(training, key=_key("TrainExtension", request))
+        job_id = await self._operations.train(training, key=request_key(f"{_SERVICE}/TrainExtension", request))
         return pb.TrainExtensionResponse(job_id=job_id, id=request.id)
 
     async def ActivateExtension(
@@ -142,14 +132,6 @@ class ExtensionServicer(extensions_pb2_grpc.ExtensionServiceServicer):
 def _word(enum: Any, prefix: str, value: int) -> str:
     """The lower-case word of an enum's value; empty for UNSPECIFIED."""
     return enum.Name(value).removeprefix(prefix).lower() if value else ""
-
-
-def _key(method: str, request: Any) -> RequestKey:
-    body = type(request)()
-    body.CopyFrom(request)
-    body.ClearField("request_id")
-    digest = digest_of(body.SerializeToString(deterministic=True))
-    return RequestKey(current_caller().subject, f"{_SERVICE}/{method}", request.request_id, digest)
 
 
 def _given(message: Message, *names: str) -> dict[str, Any]:

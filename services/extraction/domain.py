@@ -159,16 +159,6 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestKey:
-    """Who asks, and how a repetition of the request is recognised."""
-
-    caller: str
-    method: str
-    request_id: str
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class Extraction:
     """One extraction as it stands."""
 
@@ -237,17 +227,6 @@ class Cache:
     def hook_points(self) -> list[str]:
         """Names of what it holds."""
         return [point["name"] for point in self.manifest["hook_points"]]
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Some extractions or caches, newest first."""
-
-    items: tuple[Any, ...]
-    total: int
-    limit: int
-    offset: int
-    next_page_token: str
 
 
 @dataclass(frozen=True, slots=True)

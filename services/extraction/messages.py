@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime
 from typing import Any
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from lensmesh.common.v1 import types_pb2
 from lensmesh.extraction.v1 import extraction_pb2 as pb
 
-from services.extraction.domain import Cache, Extraction, Filter, Page, Planned, RequestKey, Wanted
+from services.extraction.domain import Cache, Extraction, Filter, Planned, Wanted
 from services.extraction.operations import Damage
-from services.kit.auth import current_caller
-from services.kit.idempotency import digest_of
+from services.kit.paging import Page, asked
 from services.residency.shards import Layout
 
 LAYOUTS: Mapping[int, Layout | None] = {
@@ -28,7 +25,6 @@ DTYPES: Mapping[int, str] = {
     types_pb2.DTYPE_BFLOAT16: "bfloat16",
     types_pb2.DTYPE_FLOAT16: "float16",
 }
-DEFAULT_LIMIT = 50
 
 
 def wanted(request: pb.ExtractActivationsRequest) -> Wanted:
@@ -50,25 +46,12 @@ def wanted(request: pb.ExtractActivationsRequest) -> Wanted:
     )
 
 
-def request_key(request: pb.ExtractActivationsRequest) -> RequestKey:
-    """How a repetition of a request is recognised."""
-    body = pb.ExtractActivationsRequest()
-    body.CopyFrom(request)
-    body.ClearField("request_id")
-    return RequestKey(
-        caller=current_caller().subject,
-        method="lensmesh.extraction.v1.ExtractionService/ExtractActivations",
-        request_id=request.request_id,
-        digest=digest_of(body.SerializeToString(deterministic=True)),
-    )
-
-
 def wanted_page(request: pb.ListExtractionsRequest | pb.ListActivationCachesRequest) -> Filter:
     """Which page a request asks for."""
     status = ""
     if isinstance(request, pb.ListExtractionsRequest) and request.status:
         status = pb.ExtractionStatus.Name(request.status).removeprefix("EXTRACTION_STATUS_").lower()
-    return Filter(request.model_id, status, request.limit or DEFAULT_LIMIT, request.offset, request.page_token)
+    return Filter(model_id=request.model_id, status=status, **asked(request))
 
 
 def planned(plan: Planned) -> pb.ExtractActivationsResponse:
@@ -117,8 +100,8 @@ def extraction_message(extraction: Extraction) -> pb.Extraction:
         waiting_for=extraction.waiting_for,
         job_id=extraction.job_id or "",
         created_by=extraction.created_by,
-        created_at=_time(extraction.created_at),
-        finished_at=_time(extraction.finished_at),
+        created_at=extraction.created_at,
+        finished_at=extraction.finished_at,
         tokens_per_second=extraction.tokens_per_second,
         identity_error=extraction.identity_error,
     )
@@ -126,7 +109,7 @@ def extraction_message(extraction: Extraction) -> pb.Extraction:
 
 def extraction_page(page: Page) -> pb.ListExtractionsResponse:
     """A page of extractions."""
-    return pb.ListExtractionsResponse(extractions=[extraction_message(item) for item in page.items], **_page(page))
+    return pb.ListExtractionsResponse(extractions=[extraction_message(item) for item in page.items], **page.fields())
 
 
 def cache_message(cache: Cache, *, with_shards: bool = True) -> pb.ActivationCache:
@@ -151,15 +134,15 @@ def cache_message(cache: Cache, *, with_shards: bool = True) -> pb.ActivationCac
         extension_id=extension["id"] if extension else None,
         shards=[_shard(index, shard) for index, shard in enumerate(manifest["shards"])] if with_shards else [],
         statistics=[_statistics(point) for point in points],
-        created_at=_time(cache.created_at),
-        last_accessed_at=_time(cache.last_accessed_at),
+        created_at=cache.created_at,
+        last_accessed_at=cache.last_accessed_at,
     )
 
 
 def cache_page(page: Page) -> pb.ListActivationCachesResponse:
     """A page of caches."""
     caches = [cache_message(item, with_shards=False) for item in page.items]
-    return pb.ListActivationCachesResponse(activation_caches=caches, **_page(page))
+    return pb.ListActivationCachesResponse(activation_caches=caches, **page.fields())
 
 
 def opened(cache: Cache) -> pb.OpenedCache:
@@ -185,20 +168,3 @@ def _statistics(point: Mapping[str, Any]) -> pb.HookPointStatistics:
     return pb.HookPointStatistics(
         hook_point=point["name"], width=point["width"], mean_norm=point["mean_norm"], variance=point["variance"]
     )
-
-
-def _page(page: Page) -> dict[str, Any]:
-    return {
-        "total": page.total,
-        "limit": page.limit,
-        "offset": page.offset,
-        "next_page_token": page.next_page_token,
-    }
-
-
-def _time(value: datetime | None) -> Timestamp | None:
-    if value is None:
-        return None
-    stamp = Timestamp()
-    stamp.FromDatetime(value)
-    return stamp

@@ -14,14 +14,14 @@ from services.extraction.domain import (
     Filter,
     Match,
     NewExtraction,
-    Page,
     Planned,
-    RequestKey,
     Wanted,
 )
 from services.extraction.ports import Caches, Catalogue, Datasets, Meters, Store
 from services.extraction.requests import estimate, resolve
 from services.kit import errors
+from services.kit.paging import Page
+from services.kit.requests import RequestKey
 from services.residency.shards import MANIFEST, CorruptCache, FileEntry, Manifest, Problem, ShardReader, problem_of
 
 CHUNK_BYTES = 1 << 20

@@ -16,11 +16,11 @@ from services.extraction.domain import (
     Match,
     NewExtraction,
     Options,
-    Page,
     Rates,
-    RequestKey,
     Survey,
 )
+from services.kit.paging import Page
+from services.kit.requests import RequestKey
 from services.residency.texts import Sequences
 
 

@@ -12,7 +12,9 @@ from lensmesh.extraction.v1 import extraction_pb2_grpc
 
 from services.extraction import messages
 from services.extraction.operations import Operations
+from services.kit.idempotency import request_key
 
+_SERVICE = "lensmesh.extraction.v1.ExtractionService"
 SHARD_TYPE = "application/octet-stream"
 
 
@@ -29,7 +31,8 @@ class ExtractionServicer(extraction_pb2_grpc.ExtractionServiceServicer):
         wanted = messages.wanted(request)
         if request.validate_only:
             return messages.planned(await self._operations.plan(wanted))
-        return messages.started(await self._operations.extract(wanted, messages.request_key(request)))
+        key = request_key(f"{_SERVICE}/ExtractActivations", request)
+        return messages.started(await self._operations.extract(wanted, key))
 
     async def GetModelExtraction(self, request: pb.GetModelExtractionRequest, context: Any) -> pb.Extraction:
         """One extraction of a model."""

@@ -12,7 +12,9 @@ import asyncpg
 from blake3 import blake3
 
 from services.kit import errors
+from services.kit.auth import current_caller
 from services.kit.database import load_queries
+from services.kit.requests import RequestKey
 
 RETENTION = timedelta(hours=24)
 
@@ -27,15 +29,22 @@ class Request:
     """The first answer when this is a repetition; else None until the caller sets what repetitions shall get."""
 
 
-def digest_of(body: bytes) -> bytes:
-    """Digest of a request's canonical bytes: a message serialised deterministically, without its request_id."""
-    return blake3(body).digest()
+def request_key(method: str, request: Any) -> RequestKey:
+    """The key of the call that is served now.
+
+    Args:
+        method: full name of the rpc.
+        request: its message.
+    """
+    body = type(request)()
+    body.CopyFrom(request)
+    body.ClearField("request_id")
+    digest = blake3(body.SerializeToString(deterministic=True)).digest()
+    return RequestKey(current_caller().subject, method, request.request_id, digest)
 
 
 @asynccontextmanager
-async def idempotent(
-    conn: asyncpg.Connection, *, caller: str, method: str, request_id: str, request_digest: bytes
-) -> AsyncIterator[Request]:
+async def idempotent(conn: asyncpg.Connection, asked: RequestKey) -> AsyncIterator[Request]:
     """Do the work of the block once per caller, method and request id.
 
     The record is written in the transaction of the work itself: after a crash there is either both or neither. When
@@ -48,27 +57,24 @@ async def idempotent(
 
     Args:
         conn: connection in the transaction of the work.
-        caller: subject of the caller.
-        method: full name of the rpc.
-        request_id: chosen by the client; without one (empty) nothing is remembered.
-        request_digest: see `digest_of`.
+        asked: see `request_key`; without a request_id nothing is remembered.
 
     Raises:
         errors.Conflict: `REQUEST_ID_REUSED`: the id came before with another body.
     """
     assert conn.is_in_transaction(), "a request is remembered in the transaction of its work"
     request = Request()
-    if not request_id:
+    if not asked.request_id:
         yield request
         return
-    key = (caller, method, request_id)
-    if await conn.fetchval(_QUERIES["claim"], *key, request_digest) is None:
+    key = (asked.caller, asked.method, asked.request_id)
+    if await conn.fetchval(_QUERIES["claim"], *key, asked.digest) is None:
         found = await conn.fetchrow(_QUERIES["find"], *key)
-        if found["digest"] != request_digest:
+        if found["digest"] != asked.digest:
             raise errors.Conflict(
                 "This request_id was used before with another request",
                 reason="REQUEST_ID_REUSED",
-                metadata={"request_id": request_id},
+                metadata={"request_id": asked.request_id},
             )
         request.answer = found["answer"]
         yield request

@@ -6,10 +6,38 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from services.kit import errors
+
+DEFAULT_LIMIT = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some rows, newest first."""
+
+    items: tuple[Any, ...]
+    total: int
+    limit: int
+    offset: int
+    next_page_token: str
+
+    def fields(self) -> dict[str, Any]:
+        """What every list's answer has beside its items."""
+        return {
+            "total": self.total,
+            "limit": self.limit,
+            "offset": self.offset,
+            "next_page_token": self.next_page_token,
+        }
+
+
+def asked(request: Any) -> dict[str, Any]:
+    """What every list's request has beside its filters."""
+    return {"limit": request.limit or DEFAULT_LIMIT, "offset": request.offset, "page_token": request.page_token}
 
 
 def after(token: str) -> tuple[datetime | None, str | None]:

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
 from services.kit.errors import LensmeshError
+from services.kit.requests import RequestKey
 from services.registry.domain import (
     Counted,
     Dataset,
@@ -261,17 +262,6 @@ class DatasetRows(Protocol):
 
     async def texts(self, dataset_id: str, after: int, limit: int) -> list[str]:
         """Texts of an inline dataset from a position."""
-
-
-@dataclass(frozen=True, slots=True)
-class RequestKey:
-    """What makes a call idempotent."""
-
-    caller: str
-    method: str
-    request_id: str
-    """Empty when the client chose none."""
-    digest: bytes
 
 
 class Answered(Protocol):

@@ -262,27 +262,6 @@ class Feature:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestKey:
-    """Who asks, and how a repetition of the request is recognised."""
-
-    caller: str
-    method: str
-    request_id: str
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Some rows, newest first."""
-
-    items: tuple[Any, ...]
-    total: int
-    limit: int
-    offset: int
-    next_page_token: str
-
-
-@dataclass(frozen=True, slots=True)
 class Filter:
     """Which rows; what is empty or None does not matter."""
 

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
 from itertools import accumulate
 from typing import Any
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from lensmesh.common.v1 import types_pb2
 from lensmesh.training.v1 import training_pb2 as pb
 
 from services.kit import errors
-from services.kit.auth import current_caller
-from services.kit.idempotency import digest_of
+from services.kit.paging import Page, asked
 from services.training.domain import (
     Checkpoint,
     Evaluation,
     Filter,
-    Page,
     Plan,
-    RequestKey,
     Sites,
     Training,
     Transcoder,
@@ -28,8 +23,6 @@ from services.training.domain import (
     WantedEvaluation,
 )
 
-SERVICE = "lensmesh.training.v1.TrainingService"
-DEFAULT_LIMIT = 50
 _ACTIVATIONS = {
     pb.ACTIVATION_TOPK: "topk",
     pb.ACTIVATION_BATCH_TOPK: "batch_topk",
@@ -76,19 +69,6 @@ def wanted(request: pb.CreateTrainingJobRequest) -> Wanted:
     )
 
 
-def request_key(method: str, request: Any) -> RequestKey:
-    """How a repetition of a request is recognised."""
-    body = type(request)()
-    body.CopyFrom(request)
-    body.ClearField("request_id")
-    return RequestKey(
-        caller=current_caller().subject,
-        method=f"{SERVICE}/{method}",
-        request_id=request.request_id,
-        digest=digest_of(body.SerializeToString(deterministic=True)),
-    )
-
-
 def wanted_evaluation(request: pb.EvaluateTranscoderRequest) -> WantedEvaluation:
     """What a request asks for."""
     return WantedEvaluation(
@@ -107,18 +87,18 @@ def trainings_wanted(request: pb.ListTrainingJobsRequest) -> Filter:
     status = ""
     if request.status:
         status = pb.TrainingStatus.Name(request.status).removeprefix("TRAINING_STATUS_").lower()
-    return Filter(model_id=request.model_id, status=status, **_paging(request))
+    return Filter(model_id=request.model_id, status=status, **asked(request))
 
 
 def transcoders_wanted(request: pb.ListTranscodersRequest) -> Filter:
     """Which page a request asks for."""
     layer = request.layer if request.HasField("layer") else None
-    return Filter(model_id=request.model_id, layer=layer, **_paging(request))
+    return Filter(model_id=request.model_id, layer=layer, **asked(request))
 
 
 def evaluations_wanted(request: pb.ListEvaluationsRequest) -> Filter:
     """Which page a request asks for."""
-    return Filter(transcoder_id=request.id, **_paging(request))
+    return Filter(transcoder_id=request.id, **asked(request))
 
 
 def training(found: Training) -> pb.TrainingJob:
@@ -140,8 +120,8 @@ def training(found: Training) -> pb.TrainingJob:
         waiting_for=found.waiting_for,
         checkpoints=[_checkpoint(checkpoint) for checkpoint in found.checkpoints],
         created_by=found.created_by,
-        created_at=_time(found.created_at),
-        finished_at=_time(found.finished_at),
+        created_at=found.created_at,
+        finished_at=found.finished_at,
         estimated_memory_bytes=found.estimated_memory_bytes,
         **figures,
     )
@@ -149,7 +129,7 @@ def training(found: Training) -> pb.TrainingJob:
 
 def training_page(page: Page) -> pb.ListTrainingJobsResponse:
     """A page of trainings."""
-    return pb.ListTrainingJobsResponse(training_jobs=[training(item) for item in page.items], **_page(page))
+    return pb.ListTrainingJobsResponse(training_jobs=[training(item) for item in page.items], **page.fields())
 
 
 def metrics(job_id: str, points: list[dict[str, Any]]) -> pb.TrainingMetrics:
@@ -192,13 +172,13 @@ def transcoder(found: Transcoder) -> pb.Transcoder:
         tokens_seen=found.tokens_seen,
         train_fvu=found.train_fvu,
         created_by=found.created_by,
-        created_at=_time(found.created_at),
+        created_at=found.created_at,
     )
 
 
 def transcoder_page(page: Page) -> pb.ListTranscodersResponse:
     """A page of transcoders."""
-    return pb.ListTranscodersResponse(transcoders=[transcoder(item) for item in page.items], **_page(page))
+    return pb.ListTranscodersResponse(transcoders=[transcoder(item) for item in page.items], **page.fields())
 
 
 def evaluation(found: Evaluation) -> pb.Evaluation:
@@ -210,7 +190,7 @@ def evaluation(found: Evaluation) -> pb.Evaluation:
         transcoder_id=found.transcoder_id,
         dataset_id=found.dataset_id,
         job_id=found.job_id,
-        created_at=_time(found.created_at),
+        created_at=found.created_at,
         mode=mode,
         **figures,
     )
@@ -218,7 +198,7 @@ def evaluation(found: Evaluation) -> pb.Evaluation:
 
 def evaluation_page(page: Page) -> pb.ListEvaluationsResponse:
     """A page of evaluations."""
-    return pb.ListEvaluationsResponse(evaluations=[evaluation(item) for item in page.items], **_page(page))
+    return pb.ListEvaluationsResponse(evaluations=[evaluation(item) for item in page.items], **page.fields())
 
 
 def _sites(given: pb.CreateTrainingJobRequest | pb.TrainingConfig) -> Sites:
@@ -280,26 +260,5 @@ def _checkpoint(found: Checkpoint) -> pb.Checkpoint:
         tokens_seen=found.tokens_seen,
         fvu=found.fvu,
         size_bytes=found.size_bytes,
-        created_at=_time(found.created_at),
+        created_at=found.created_at,
     )
-
-
-def _paging(request: Any) -> dict[str, Any]:
-    return {"limit": request.limit or DEFAULT_LIMIT, "offset": request.offset, "page_token": request.page_token}
-
-
-def _page(page: Page) -> dict[str, Any]:
-    return {
-        "total": page.total,
-        "limit": page.limit,
-        "offset": page.offset,
-        "next_page_token": page.next_page_token,
-    }
-
-
-def _time(value: datetime | None) -> Timestamp | None:
-    if value is None:
-        return None
-    stamp = Timestamp()
-    stamp.FromDatetime(value)
-    return stamp

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from services.kit import errors
+from services.kit.paging import Page
+from services.kit.requests import RequestKey
 from services.training.domain import (
     Filter,
-    Page,
     Queued,
-    RequestKey,
     Training,
     Transcoder,
     Wanted,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from services.kit.paging import Page
+from services.kit.requests import RequestKey
 from services.training.domain import (
     BaseModel,
     Cache,
     Filter,
-    Page,
     Plan,
     Queued,
-    RequestKey,
     Training,
     Transcoder,
     Wanted,

@@ -9,8 +9,11 @@ from lensmesh.common.v1 import types_pb2
 from lensmesh.training.v1 import training_pb2 as pb
 from lensmesh.training.v1 import training_pb2_grpc
 
+from services.kit.idempotency import request_key
 from services.training import messages
 from services.training.operations import Operations
+
+_SERVICE = "lensmesh.training.v1.TrainingService"
 
 
 class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
@@ -21,7 +24,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
 
     async def CreateTrainingJob(self, request: pb.CreateTrainingJobRequest, context: Any) -> pb.TrainingJob:
         """Queue a training, or say what it would be."""
-        key = messages.request_key("CreateTrainingJob", request)
+        key = request_key(f"{_SERVICE}/CreateTrainingJob", request)
         wanted = messages.wanted(request)
         return messages.training(await self._operations.create(wanted, key, validate_only=request.validate_only))
 
@@ -68,7 +71,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
 
     async def EvaluateTranscoder(self, request: pb.EvaluateTranscoderRequest, context: Any) -> pb.QueuedJob:
         """Queue an evaluation."""
-        key = messages.request_key("EvaluateTranscoder", request)
+        key = request_key(f"{_SERVICE}/EvaluateTranscoder", request)
         queued = await self._operations.evaluate(messages.wanted_evaluation(request), key)
         return pb.QueuedJob(job_id=queued.job_id, resource_id=queued.resource_id)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,16 @@ from services.extensions.domain import (
     Layer,
     Lora,
     NewTraining,
-    Page,
-    RequestKey,
     Training,
 )
 from services.kit import errors, paging
 from services.kit.artifacts import ArtifactStore
 from services.kit.database import Database, load_queries
-from services.kit.idempotency import Request, idempotent
+from services.kit.idempotency import idempotent
 from services.kit.ids import new_id
 from services.kit.jobs import Job, JobStore
+from services.kit.paging import Page
+from services.kit.requests import RequestKey
 
 QUERIES = load_queries(__file__)
 EVENT_PREFIX = "extension"
@@ -52,7 +52,7 @@ class PostgresStore:
         """Publish the files and write the rows, or answer with what the same request made before."""
         with self.artifacts.staging(ARTIFACT_KIND) as folder:
             await asyncio.to_thread(write, folder)
-            async with self._database.transaction() as conn, remembered(conn, key) as request:
+            async with self._database.transaction() as conn, idempotent(conn, key) as request:
                 if request.answer is None:
                     artifact = await self.artifacts.publish(
                         conn, ARTIFACT_KIND, folder, {"task_name": extension.task_name}
@@ -102,7 +102,7 @@ class PostgresStore:
     async def enqueue(self, training: NewTraining, key: RequestKey) -> str:
         """Queue the job and note which version it trains."""
         extension_id = training.extension_id
-        async with self._database.transaction() as conn, remembered(conn, key) as request:
+        async with self._database.transaction() as conn, idempotent(conn, key) as request:
             if request.answer is None:
                 await lock(conn, extension_id)
                 await _require_idle(conn, extension_id)
@@ -150,11 +150,6 @@ class PostgresStore:
                 errors.NotFound, errors.Conflict
             ):  # elsewhere, or still read: the store's rows say what is left
                 await self.artifacts.delete(self._database, uri)
-
-
-def remembered(conn: asyncpg.Connection, key: RequestKey) -> AbstractAsyncContextManager[Request]:
-    """The kit's record of a request that may be sent twice."""
-    return idempotent(conn, caller=key.caller, method=key.method, request_id=key.request_id, request_digest=key.digest)
 
 
 async def _get(conn: asyncpg.Connection, extension_id: str) -> Extension:

@@ -12,11 +12,12 @@ from typing import Any
 
 import asyncpg
 
-from services.extraction.domain import ARTIFACT_KIND, Cache, Filter, Page
+from services.extraction.domain import ARTIFACT_KIND, Cache, Filter
 from services.kit import errors, paging
 from services.kit.artifacts import ArtifactStore
 from services.kit.database import Database, load_queries
 from services.kit.ids import new_id
+from services.kit.paging import Page
 
 QUERIES = load_queries(__file__, "caches.sql")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
 from dataclasses import fields
 from typing import Any
 
@@ -17,16 +16,16 @@ from services.extraction.domain import (
     Filter,
     NewExtraction,
     Options,
-    Page,
     Rates,
-    RequestKey,
 )
 from services.kit import errors, paging
 from services.kit.database import Database, load_queries
 from services.kit.events import emit
-from services.kit.idempotency import Request, idempotent
+from services.kit.idempotency import idempotent
 from services.kit.ids import new_id
 from services.kit.jobs import JobStore
+from services.kit.paging import Page
+from services.kit.requests import RequestKey
 
 QUERIES = load_queries(__file__)
 _COLUMNS = [field.name for field in fields(Extraction)]
@@ -53,7 +52,7 @@ class PostgresStore:
 
     async def queue(self, new: NewExtraction, key: RequestKey) -> Extraction:
         """Rows of the extraction and of its job in one transaction."""
-        async with self._database.transaction() as conn, _remembered(conn, key) as request:
+        async with self._database.transaction() as conn, idempotent(conn, key) as request:
             if request.answer is None:
                 job = await self._jobs.enqueue(
                     conn,
@@ -71,7 +70,7 @@ class PostgresStore:
 
     async def reuse(self, new: NewExtraction, cache_id: str, key: RequestKey) -> Extraction:
         """The row and the event that a finished extraction has, without a job."""
-        async with self._database.transaction() as conn, _remembered(conn, key) as request:
+        async with self._database.transaction() as conn, idempotent(conn, key) as request:
             if request.answer is None:
                 await _insert(conn, new, None, key.caller)
                 await finish_reused(conn, new.id, cache_id)
@@ -157,10 +156,6 @@ async def _insert(conn: asyncpg.Connection, new: NewExtraction, job_id: str | No
         new.estimate.samples,
         caller,
     )
-
-
-def _remembered(conn: asyncpg.Connection, key: RequestKey) -> AbstractAsyncContextManager[Request]:
-    return idempotent(conn, caller=key.caller, method=key.method, request_id=key.request_id, request_digest=key.digest)
 
 
 def _extraction(row: Mapping[str, Any]) -> Extraction:

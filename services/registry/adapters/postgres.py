@@ -12,13 +12,14 @@ from services.kit import events, idempotency
 from services.kit.database import Database
 from services.kit.errors import LensmeshError
 from services.kit.jobs import JobStore
+from services.kit.requests import RequestKey
 from services.registry.adapters.rows import columns
 from services.registry.adapters.rows.datasets import PostgresDatasets
 from services.registry.adapters.rows.groups import PostgresGroups
 from services.registry.adapters.rows.models import PostgresModels
 from services.registry.adapters.rows.placement import PostgresPlacement
 from services.registry.domain import Counted, Model, load_failure
-from services.registry.ports import Answered, RequestKey
+from services.registry.ports import Answered
 
 LOAD_KIND = "model_load"
 PRELOAD_KIND = "group_preload"
@@ -75,13 +76,7 @@ class PostgresTransaction:
     @asynccontextmanager
     async def once(self, request: RequestKey) -> AsyncIterator[Answered]:
         """Do the block once per request id."""
-        async with idempotency.idempotent(
-            self._conn,
-            caller=request.caller,
-            method=request.method,
-            request_id=request.request_id,
-            request_digest=request.digest,
-        ) as answered:
+        async with idempotency.idempotent(self._conn, request) as answered:
             yield answered
 
     async def counted(self) -> Counted:

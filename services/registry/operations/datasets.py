@@ -9,9 +9,9 @@ from blake3 import blake3
 
 from services.kit.errors import Conflict, Invalid
 from services.kit.ids import new_id
+from services.kit.requests import RequestKey
 from services.registry.domain import Caller, Dataset, Listed, Page, check_dataset_identifier
 from services.registry.operations.registry import Registry
-from services.registry.ports import RequestKey
 
 TEXTS_AT_ONCE = 100
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from services.kit.errors import Invalid, LensmeshError
 from services.kit.ids import new_id
+from services.kit.requests import RequestKey
 from services.registry.domain import Caller, Group, Listed, Page, Residency, not_resident
 from services.registry.operations.admission import does_not_fit
 from services.registry.operations.estimating import estimate_model
@@ -15,7 +16,7 @@ from services.registry.operations.lenses import bring, take_lens_off
 from services.registry.operations.loading import await_job, ensure_resident, move_model
 from services.registry.operations.planning import ASSUMED_BYTES_PER_SECOND
 from services.registry.operations.registry import Registry
-from services.registry.ports import LoadLease, RequestKey
+from services.registry.ports import LoadLease
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from services.kit.errors import Conflict, Invalid, LensmeshError, NotFound, Unsupported
 from services.kit.ids import new_id
+from services.kit.requests import RequestKey
 from services.registry.domain import (
     Caller,
     Group,
@@ -20,7 +21,7 @@ from services.registry.domain import (
     not_resident,
 )
 from services.registry.operations.registry import Registry
-from services.registry.ports import RequestKey, Switched, Transaction
+from services.registry.ports import Switched, Transaction
 
 _FIELDS = {"transcoder": "transcoder_id", "extension": "extension_id", "tuned_lens": "artifact_uri"}
 """The field that names what a lens of a kind is made of."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from services.kit.errors import Conflict, LensmeshError, Unavailable
+from services.kit.requests import RequestKey
 from services.registry.domain import Caller, LoadPlan, Model, Residency
 from services.registry.operations.admission import Order, accept, count_load, plan_order
 from services.registry.operations.estimating import inspected, need_of, plan
 from services.registry.operations.registry import Registry, no_host
 from services.registry.operations.unloading import unload_copies
-from services.registry.ports import RequestKey, Transaction
+from services.registry.ports import Transaction
 
 
 @dataclass(frozen=True, slots=True)

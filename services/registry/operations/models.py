@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from services.kit.errors import Conflict, Forbidden, Stale
 from services.kit.ids import new_id
+from services.kit.requests import RequestKey
 from services.registry.domain import Caller, Facts, Listed, LoadPlan, Model, Page, Source, check_identifier
 from services.registry.operations import admission
 from services.registry.operations.estimating import columns_of, inspect_if_reachable, need_of, plan
 from services.registry.operations.registry import Registry
 from services.registry.operations.unloading import unload_copies
-from services.registry.ports import RequestKey
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,7 @@ from google.protobuf.message import Message
 
 from services.kit.auth import current_caller
 from services.kit.errors import Invalid
-from services.kit.idempotency import digest_of
 from services.registry.domain import Caller, Listed, Page
-from services.registry.ports import RequestKey
 
 M = TypeVar("M", bound=Message)
 DEFAULT_LIMIT = 50
@@ -35,15 +33,6 @@ def caller() -> Caller:
         admin=found.internal or "model:admin" in found.scopes,
         loads_per_hour=claim if isinstance(claim, int) and not isinstance(claim, bool) else None,
     )
-
-
-def request_key(method: str, request: Any) -> RequestKey:
-    """What makes a call idempotent: caller, method, its request_id, and a digest of everything else in it."""
-    body = type(request)()
-    body.CopyFrom(request)
-    body.ClearField("request_id")
-    digest = digest_of(body.SerializeToString(deterministic=True))
-    return RequestKey(caller().subject, method, request.request_id, digest)
 
 
 def page(request: Any) -> Page:

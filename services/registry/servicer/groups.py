@@ -8,10 +8,11 @@ from google.protobuf.empty_pb2 import Empty
 from lensmesh.registry.v1 import groups_pb2 as pb
 from lensmesh.registry.v1 import groups_pb2_grpc
 
+from services.kit.idempotency import request_key
 from services.registry.domain import Group, Lens
 from services.registry.operations import groups, lenses
 from services.registry.operations.registry import Registry
-from services.registry.servicer.calls import caller, page, paging, request_key
+from services.registry.servicer.calls import caller, page, paging
 from services.registry.wire import to_dict, to_message
 
 DEFAULT_TOP_K = 10

@@ -11,10 +11,11 @@ from lensmesh.events.v1 import events_pb2
 from lensmesh.registry.v1 import models_pb2 as pb
 from lensmesh.registry.v1 import models_pb2_grpc
 
+from services.kit.idempotency import request_key
 from services.registry.domain import LoadPlan, Model
 from services.registry.operations import estimating, loading, models, serving, unloading
 from services.registry.operations.registry import Registry
-from services.registry.servicer.calls import caller, masked, page, paging, request_key
+from services.registry.servicer.calls import caller, masked, page, paging
 from services.registry.servicer.events import Feeds
 from services.registry.wire import to_dict, to_message
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -12,10 +12,11 @@ import asyncpg
 from services.kit import errors
 from services.kit.artifacts import ArtifactStore
 from services.kit.database import Database, load_queries
-from services.kit.idempotency import Request, idempotent
+from services.kit.idempotency import idempotent
 from services.kit.ids import new_id
 from services.kit.jobs import JobStore
-from services.kit.paging import after, cut
+from services.kit.paging import Page, after, cut
+from services.kit.requests import RequestKey
 from services.training.domain import (
     EVALUATION_KIND,
     EVALUATION_PREFIX,
@@ -24,10 +25,8 @@ from services.training.domain import (
     Checkpoint,
     Evaluation,
     Filter,
-    Page,
     Plan,
     Queued,
-    RequestKey,
     Training,
     Transcoder,
     Wanted,
@@ -49,7 +48,7 @@ class PostgresStore:
 
     async def queue(self, wanted: Wanted, plan: Plan, key: RequestKey) -> Training:
         """Rows of the training and of its job in one transaction."""
-        async with self._database.transaction() as conn, _remembered(conn, key) as request:
+        async with self._database.transaction() as conn, idempotent(conn, key) as request:
             if request.answer is None:
                 job = await self._jobs.enqueue(
                     conn,
@@ -140,7 +139,7 @@ class PostgresStore:
 
     async def queue_evaluation(self, wanted: WantedEvaluation, key: RequestKey) -> Queued:
         """Rows of the evaluation and of its job in one transaction."""
-        async with self._database.transaction() as conn, _remembered(conn, key) as request:
+        async with self._database.transaction() as conn, idempotent(conn, key) as request:
             if request.answer is None:
                 evaluation_id = new_id("eval")
                 facts = {"transcoder_id": wanted.transcoder_id, "dataset_id": wanted.dataset_id}
@@ -240,7 +239,3 @@ async def _trainings(conn: asyncpg.Connection, rows: Iterable[Mapping[str, Any]]
 
 def _transcoder(row: Mapping[str, Any]) -> Transcoder:
     return Transcoder(**{name: row[name] for name in _TRANSCODER})
-
-
-def _remembered(conn: asyncpg.Connection, key: RequestKey) -> AbstractAsyncContextManager[Request]:
-    return idempotent(conn, caller=key.caller, method=key.method, request_id=key.request_id, request_digest=key.digest)

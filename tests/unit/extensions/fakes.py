@@ -15,13 +15,13 @@ from services.extensions.domain import (
     Filter,
     Generated,
     NewTraining,
-    Page,
-    RequestKey,
     Switch,
     TrainedExtension,
     Training,
 )
 from services.kit import errors
+from services.kit.paging import Page
+from services.kit.requests import RequestKey
 from services.residency.lenses.extension import Extensions
 from tests.models import TEXTS, tiny, tokenizer
 

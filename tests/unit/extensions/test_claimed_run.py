@@ -9,10 +9,11 @@ import pytest
 
 from services.extensions.adapters.postgres import PostgresStore
 from services.extensions.adapters.run import ClaimedRun
-from services.extensions.domain import Extension, NewTraining, RequestKey, TrainedExtension
+from services.extensions.domain import Extension, NewTraining, TrainedExtension
 from services.kit.artifacts import ArtifactStore
 from services.kit.database import Database
 from services.kit.jobs import Claim, JobStore, StaleLease
+from services.kit.requests import RequestKey
 
 KEY = RequestKey("ada", "m", "", b"")
 RESULT = TrainedExtension(steps=7, tokens=70, loss_before=2.0, loss_after=1.0, seconds=0.5)

@@ -137,7 +137,7 @@ async def test_extensions_say_whether_they_are_active(service: Service) -> None:
     assert (await service.operations.get(second.id)).active
     assert not (await service.operations.get(first.id)).active
     page = await service.operations.list(Filter())
-    assert [(extension.id, extension.active) for extension in page.extensions] == [(first.id, False), (second.id, True)]
+    assert [(extension.id, extension.active) for extension in page.items] == [(first.id, False), (second.id, True)]
     switch = await service.operations.deactivate(second.id)
     assert switch.active_extension_id == ""
     assert not (await service.operations.get(second.id)).active

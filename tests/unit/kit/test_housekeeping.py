@@ -13,9 +13,10 @@ from services.kit.artifacts import ArtifactStore
 from services.kit.auth import Caller
 from services.kit.database import Database
 from services.kit.events import emit
-from services.kit.idempotency import digest_of, idempotent
+from services.kit.idempotency import idempotent
 from services.kit.jobs import JobStore
 from services.kit.jobs.metrics import attempts, job_counts, oldest_queued_seconds
+from services.kit.requests import RequestKey
 from tests.support import eventually
 from tests.unit.kit.jobs_support import enqueue, lapse
 
@@ -36,7 +37,7 @@ async def _fill(database: Database) -> None:
     async with database.transaction() as conn:
         await emit(conn, "model:loading", "m_1", {})
         await emit(conn, "model:ready", "m_1", {})
-        async with idempotent(conn, caller="a", method="m", request_id="r", request_digest=digest_of(b"")) as request:
+        async with idempotent(conn, RequestKey("a", "m", "r", b"")) as request:
             request.answer = {}
 
 

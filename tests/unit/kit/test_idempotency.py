@@ -6,7 +6,8 @@ import pytest
 
 from services.kit import errors
 from services.kit.database import Database
-from services.kit.idempotency import digest_of, idempotent, purge
+from services.kit.idempotency import idempotent, purge
+from services.kit.requests import RequestKey
 
 
 async def _create(
@@ -15,9 +16,7 @@ async def _create(
     """A create as a service writes it; the "resource" is a row of event_streams."""
     async with (
         database.transaction() as conn,
-        idempotent(
-            conn, caller=caller, method=method, request_id=request_id, request_digest=digest_of(body)
-        ) as request,
+        idempotent(conn, RequestKey(caller, method, request_id, body)) as request,
     ):
         if request.answer is None:
             number = await conn.fetchval(
@@ -67,9 +66,7 @@ async def test_a_crash_before_the_reply_leaves_both_or_neither(database: Databas
     with pytest.raises(errors.Unavailable):
         async with (
             database.transaction() as conn,
-            idempotent(
-                conn, caller="ada", method="Create", request_id="r1", request_digest=digest_of(b"{}")
-            ) as request,
+            idempotent(conn, RequestKey("ada", "Create", "r1", b"{}")) as request,
         ):
             await conn.execute("INSERT INTO event_streams VALUES ('m:lost', 'm', 1)")
             request.answer = {"id": "m:lost"}
@@ -83,7 +80,7 @@ async def test_a_failed_create_is_not_remembered(database: Database) -> None:
     with pytest.raises(errors.NotFound):
         async with (
             database.transaction() as conn,
-            idempotent(conn, caller="ada", method="Create", request_id="r1", request_digest=digest_of(b"{}")),
+            idempotent(conn, RequestKey("ada", "Create", "r1", b"{}")),
         ):
             raise errors.NotFound
     assert await _create(database, body=b"corrected") == {"id": "m:0"}
