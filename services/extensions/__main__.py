@@ -18,6 +18,7 @@ from services.kit.channels import open_channel
 from services.kit.jobs import Claim
 from services.kit.server import Context, Part, Servicer
 from services.residency.catalogue import Catalogue
+from services.residency.hosts import Hosts
 
 HOST_SERVICE = "lensmesh.residency.v1.ModelHostService"
 
@@ -28,15 +29,11 @@ async def compose(context: Context) -> Part:
     settings = ExtensionSettings(**context.settings.model_dump())
     store = PostgresStore(context.database, context.jobs, context.artifacts)
     catalogue = Catalogue(context.registry, context.host_id)
-    peers = Peers(
-        catalogue,
-        context.registry,
-        lambda address: open_channel(address, settings, (HOST_SERVICE,)),
-        context.host_id,
-    )
+    hosts = Hosts(context.registry, lambda address: open_channel(address, settings, (HOST_SERVICE,)), context.host_id)
+    peers = Peers(catalogue, context.registry, hosts)
     bases = PooledBases(context.residency, catalogue.ensure_resident)
     datasets = RegisteredDatasets(catalogue, settings.dataset_roots)
-    training = TrainingJob(store, peers, bases, datasets, checkpoint_seconds=settings.extension_checkpoint_seconds)
+    training = TrainingJob(store, hosts, bases, datasets, checkpoint_seconds=settings.extension_checkpoint_seconds)
 
     async def train(claim: Claim) -> dict[str, float]:
         return await training.run(ClaimedRun(claim, store))
@@ -51,5 +48,5 @@ async def compose(context: Context) -> Part:
         ],
         handlers={JOB_KIND: train},
         limits={JOB_KIND: settings.max_concurrent_extension_trainings},
-        close=[peers.close],
+        close=[hosts.close],
     )

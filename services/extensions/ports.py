@@ -133,8 +133,12 @@ class Catalogue(Protocol):
     ) -> Generated:
         """Continue a prompt on the host that has the base."""
 
+
+class Ledger(Protocol):
+    """Bytes of this process's device."""
+
     async def reserve(self, owner: str, size_bytes: int) -> None:
-        """Reserve bytes of this process's device.
+        """Set bytes aside before they are allocated.
 
         Raises:
             Exhausted: there is no room.

@@ -17,7 +17,7 @@ from services.extensions.compute.memory import training_bytes
 from services.extensions.compute.train import StepReport, Trainer, TrainSettings
 from services.extensions.domain import NewTraining, TrainedExtension, Training
 from services.extensions.measuring import attached, examples_for, loss, row_length
-from services.extensions.ports import Base, Bases, Catalogue, Datasets, Run, Store
+from services.extensions.ports import Base, Bases, Datasets, Ledger, Run, Store
 from services.kit import errors
 from services.residency.lenses.extension_files import retrained
 
@@ -40,11 +40,11 @@ class TrainingJob:
     """Handles jobs of kind `extension_training`."""
 
     def __init__(
-        self, store: Store, catalogue: Catalogue, bases: Bases, datasets: Datasets, *, checkpoint_seconds: float
+        self, store: Store, ledger: Ledger, bases: Bases, datasets: Datasets, *, checkpoint_seconds: float
     ) -> None:
         """Use these ports; a state to resume from is saved every `checkpoint_seconds`."""
         self._store = store
-        self._catalogue = catalogue
+        self._ledger = ledger
         self._bases = bases
         self._datasets = datasets
         self._checkpoint_seconds = checkpoint_seconds
@@ -97,11 +97,11 @@ class TrainingJob:
         self, owner: str, base: Base, key: str, examples: Examples, settings: TrainSettings
     ) -> AsyncIterator[None]:
         shape = (min(settings.batch_size, len(examples)), examples.ids.shape[1])
-        await self._catalogue.reserve(owner, training_bytes(base.model.config, base.attached[key], *shape))
+        await self._ledger.reserve(owner, training_bytes(base.model.config, base.attached[key], *shape))
         try:
             yield
         finally:
-            await self._catalogue.release(owner)
+            await self._ledger.release(owner)
 
     async def _train(self, run: Run, session: _Session, training: Training) -> TrainedExtension:
         started = monotonic()

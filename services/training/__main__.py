@@ -16,6 +16,7 @@ from services.kit.database import Database
 from services.kit.jobs import Claim
 from services.kit.server import Context, Part, Servicer
 from services.residency.catalogue import Catalogue
+from services.residency.hosts import Hosts
 from services.training.adapters.datasets import RegisteredTexts
 from services.training.adapters.judged import ClaimedEvaluation
 from services.training.adapters.metrics import TrainingMetrics
@@ -45,15 +46,14 @@ async def compose(context: Context) -> Part:
     settings = TrainingSettings(**context.settings.model_dump())
     store = PostgresStore(context.database, context.jobs, context.artifacts)
     catalogue = Catalogue(context.registry, context.host_id)
-    peers = Peers(
-        catalogue, context.registry, lambda address: open_channel(address, settings, (HOST_SERVICE,)), context.host_id
-    )
+    hosts = Hosts(context.registry, lambda address: open_channel(address, settings, (HOST_SERVICE,)), context.host_id)
+    peers = Peers(catalogue, context.registry, hosts)
     channel = open_channel(_extraction_address(context, settings), settings, (EXTRACTION_SERVICE,))
     extraction = ExtractionPeer(channel)
     files = PublishedFiles(context.database, context.artifacts)
     training = TrainingJob(
         extraction,
-        peers,
+        hosts,
         files,
         Processes(),
         device=context.device,
@@ -83,7 +83,7 @@ async def compose(context: Context) -> Part:
         ],
         handlers={JOB_KIND: train, EVALUATION_KIND: evaluate},
         limits={JOB_KIND: settings.max_concurrent_trainings},
-        close=[channel.close, peers.close],
+        close=[channel.close, hosts.close],
     )
 
 

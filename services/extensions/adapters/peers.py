@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import grpc
 from google.protobuf import json_format
 from lensmesh.common.v1 import types_pb2
 from lensmesh.registry.v1 import (
     devices_pb2,
-    devices_pb2_grpc,
     groups_pb2,
     groups_pb2_grpc,
 )
-from lensmesh.residency.v1 import residency_pb2, residency_pb2_grpc
+from lensmesh.residency.v1 import residency_pb2
 
 from services.extensions.domain import BaseModel, Extension, Generated, Switch
 from services.kit import errors
 from services.residency.catalogue import LOAD_SECONDS, LOOK_UP_SECONDS, Catalogue, translated_calls
+from services.residency.hosts import Hosts
 
 GROUPS_PAGE = 500
 
@@ -25,27 +23,17 @@ GROUPS_PAGE = 500
 class Peers:
     """Implements the port `Catalogue`."""
 
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        registry: grpc.aio.Channel,
-        connect: Callable[[str], grpc.aio.Channel],
-        host_id: str,
-    ) -> None:
+    def __init__(self, catalogue: Catalogue, registry: grpc.aio.Channel, hosts: Hosts) -> None:
         """Use these.
 
         Args:
             catalogue: the registry's models.
             registry: channel to the registry as the mesh itself.
-            connect: opens a channel to a host's address.
-            host_id: this process.
+            hosts: where models are.
         """
         self._catalogue = catalogue
         self._groups = groups_pb2_grpc.GroupServiceStub(registry)
-        self._placement = devices_pb2_grpc.PlacementServiceStub(registry)
-        self._connect = connect
-        self._host_id = host_id
-        self._hosts: dict[str, grpc.aio.Channel] = {}
+        self._hosts = hosts
 
     async def model(self, model_id: str) -> BaseModel:
         """The catalogue's record."""
@@ -71,17 +59,11 @@ class Peers:
         return active
 
     async def _active_lens(self, model_id: str) -> str:
-        wanted = devices_pb2.LocateModelRequest(model_id=model_id)
         with translated_calls():
-            try:
-                location = await self._placement.LocateModel(wanted, timeout=LOOK_UP_SECONDS)
-            except grpc.aio.AioRpcError as error:
-                if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
-                    return ""
-                raise
-            state = await self._host(location.address).GetState(
-                residency_pb2.GetStateRequest(), timeout=LOOK_UP_SECONDS
-            )
+            host = await self._hosts.having(model_id)
+            if host is None:
+                return ""
+            state = await host.GetState(residency_pb2.GetStateRequest(), timeout=LOOK_UP_SECONDS)
         return next((model.active_lens_id for model in state.models if model.model_id == model_id), "")
 
     async def lenses_of(self, extension: Extension) -> list[str]:
@@ -110,7 +92,7 @@ class Peers:
             request.artifact_uri = extension.artifact_uri
             request.base_digest = extension.base_digest
         with translated_calls():
-            done = await self._placement.SwitchExtension(request, timeout=LOAD_SECONDS)
+            done = await self._hosts.placement.SwitchExtension(request, timeout=LOAD_SECONDS)
         return Switch(done.seconds, done.memory_before_bytes, done.memory_after_bytes, done.active_extension_id)
 
     async def generate(
@@ -131,39 +113,5 @@ class Peers:
             ),
         )
         with translated_calls():
-            text = await self._host(await self._address(extension.model_id)).Generate(request)
+            text = await (await self._hosts.of(extension.model_id)).Generate(request)
         return Generated(text.text, tuple(text.token_ids), text.seconds)
-
-    async def _address(self, model_id: str) -> str:
-        try:
-            location = await self._placement.LocateModel(
-                devices_pb2.LocateModelRequest(model_id=model_id), timeout=LOOK_UP_SECONDS
-            )
-        except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
-                raise
-            request = devices_pb2.EnsureResidentRequest(host_id=self._host_id, model_id=model_id)
-            location = await self._placement.EnsureResident(request, timeout=LOAD_SECONDS)
-        return location.address
-
-    def _host(self, address: str) -> residency_pb2_grpc.ModelHostServiceStub:
-        if address not in self._hosts:
-            self._hosts[address] = self._connect(address)
-        return residency_pb2_grpc.ModelHostServiceStub(self._hosts[address])
-
-    async def reserve(self, owner: str, size_bytes: int) -> None:
-        """In the ledger of this process's device."""
-        request = devices_pb2.ReserveRequest(host_id=self._host_id, owner=owner, bytes=size_bytes)
-        with translated_calls():
-            await self._placement.Reserve(request, timeout=LOOK_UP_SECONDS)
-
-    async def release(self, owner: str) -> None:
-        """In the same ledger."""
-        request = devices_pb2.ReleaseRequest(host_id=self._host_id, owner=owner)
-        with translated_calls():
-            await self._placement.Release(request, timeout=LOOK_UP_SECONDS)
-
-    async def close(self) -> None:
-        """Close the channels to hosts."""
-        for channel in self._hosts.values():
-            await channel.close()

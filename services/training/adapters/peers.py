@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import grpc
 from lensmesh.common.v1 import types_pb2
 from lensmesh.extraction.v1 import extraction_pb2, extraction_pb2_grpc
-from lensmesh.registry.v1 import devices_pb2, devices_pb2_grpc, groups_pb2, groups_pb2_grpc
-from lensmesh.residency.v1 import residency_pb2, residency_pb2_grpc
+from lensmesh.registry.v1 import groups_pb2, groups_pb2_grpc
+from lensmesh.residency.v1 import residency_pb2
 
 from services.kit import errors
 from services.residency.catalogue import LOAD_SECONDS, LOOK_UP_SECONDS, Catalogue, translated_calls
+from services.residency.hosts import Hosts
 from services.training.domain import BaseModel, Cache, Plan, Transcoder
 
 GROUPS_PAGE = 500
@@ -25,29 +25,19 @@ _ENDED = (
 
 
 class Peers:
-    """Implements the ports `Catalogue` and `Ledger`."""
+    """Implements the port `Catalogue`."""
 
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        registry: grpc.aio.Channel,
-        connect: Callable[[str], grpc.aio.Channel],
-        host_id: str,
-    ) -> None:
+    def __init__(self, catalogue: Catalogue, registry: grpc.aio.Channel, hosts: Hosts) -> None:
         """Use these.
 
         Args:
             catalogue: the registry's models and datasets.
             registry: channel to the registry as the mesh itself.
-            connect: opens a channel to a host's address.
-            host_id: this process.
+            hosts: where models are.
         """
         self._catalogue = catalogue
         self._groups = groups_pb2_grpc.GroupServiceStub(registry)
-        self._placement = devices_pb2_grpc.PlacementServiceStub(registry)
-        self._connect = connect
-        self._host_id = host_id
-        self._hosts: dict[str, grpc.aio.Channel] = {}
+        self._hosts = hosts
 
     async def model(self, model_id: str) -> BaseModel:
         """The registry's row."""
@@ -84,37 +74,7 @@ class Peers:
             prefix=prefix,
         )
         with translated_calls():
-            return await (await self._host_of(transcoder.model_id)).Encode(request, timeout=LOAD_SECONDS)
-
-    async def reserve(self, owner: str, size_bytes: int) -> None:
-        """In the ledger of this process's device."""
-        request = devices_pb2.ReserveRequest(host_id=self._host_id, owner=owner, bytes=size_bytes)
-        with translated_calls():
-            await self._placement.Reserve(request, timeout=LOOK_UP_SECONDS)
-
-    async def release(self, owner: str) -> None:
-        """In the same ledger."""
-        request = devices_pb2.ReleaseRequest(host_id=self._host_id, owner=owner)
-        with translated_calls():
-            await self._placement.Release(request, timeout=LOOK_UP_SECONDS)
-
-    async def close(self) -> None:
-        """Close the channels to hosts."""
-        for channel in self._hosts.values():
-            await channel.close()
-
-    async def _host_of(self, model_id: str) -> residency_pb2_grpc.ModelHostServiceStub:
-        try:
-            wanted = devices_pb2.LocateModelRequest(model_id=model_id)
-            location = await self._placement.LocateModel(wanted, timeout=LOOK_UP_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
-                raise
-            request = devices_pb2.EnsureResidentRequest(host_id=self._host_id, model_id=model_id)
-            location = await self._placement.EnsureResident(request, timeout=LOAD_SECONDS)
-        if location.address not in self._hosts:
-            self._hosts[location.address] = self._connect(location.address)
-        return residency_pb2_grpc.ModelHostServiceStub(self._hosts[location.address])
+            return await (await self._hosts.of(transcoder.model_id)).Encode(request, timeout=LOAD_SECONDS)
 
 
 class ExtractionPeer:
