@@ -148,17 +148,31 @@ async def test_a_dataset_becomes_transcoders_of_two_layers(mesh: Mesh) -> None:
     assert mesh.staged() == []
 
 
-async def test_a_killed_process_is_started_again_from_its_checkpoint(
-    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pids: list[int] = []
-    say = processes.ChildProcess._say
+@pytest.fixture
+def pids(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Processes that were told something; the first stands still from its first checkpoint until it is told more."""
+    told: list[int] = []
+    say, save = processes.ChildProcess._say, processes.ChildProcess.save
 
     async def remember(self: processes.ChildProcess, command: Any) -> None:
-        pids.append(self.pid)
+        if len(set(told)) <= 1:
+            os.kill(self.pid, signal.SIGCONT)
+        told.append(self.pid)
         await say(self, command)
 
+    async def hold(self: processes.ChildProcess, folder: Path) -> Any:
+        first = told.count(self.pid) == 1 and set(told) == {self.pid}
+        saved = await save(self, folder)
+        if first:
+            os.kill(self.pid, signal.SIGSTOP)
+        return saved
+
     monkeypatch.setattr(processes.ChildProcess, "_say", remember)
+    monkeypatch.setattr(processes.ChildProcess, "save", hold)
+    return told
+
+
+async def test_a_killed_process_is_started_again_from_its_checkpoint(mesh: Mesh, pids: list[int]) -> None:
     async with mesh.working():
         job = await mesh.create()
         await eventually(lambda: _has_checkpoint(mesh, job.id), timeout=60)
@@ -176,10 +190,11 @@ async def _has_checkpoint(mesh: Mesh, job_id: str) -> bool:
     return len((await mesh.get(job_id)).checkpoints) > 0
 
 
-async def test_paused_resumed_and_the_same_bits(mesh: Mesh) -> None:
+async def test_paused_resumed_and_the_same_bits(mesh: Mesh, pids: list[int]) -> None:
     async with mesh.working():
         job = await mesh.create(num_tokens=STEPS * BATCH)
         await eventually(lambda: _has_checkpoint(mesh, job.id), timeout=60)
+        assert len(pids) == 2  # started and told to save
         await mesh.stub.PauseTrainingJob(pb.PauseTrainingJobRequest(id=job.id))
         paused = await mesh.reached(job.id, pb.TRAINING_STATUS_PAUSED)
         assert paused.checkpoints[-1].step >= 10
