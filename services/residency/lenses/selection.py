@@ -58,24 +58,6 @@ def select_topk(encoder: Encoder, x: Tensor, k: int) -> Codes:
     return Codes.of_rows(values, latents, len(encoder.weight))
 
 
-def select_batch_topk(encoder: Encoder, x: Tensor, k: int) -> Codes:
-    """Codes of the N * k largest positive pre-activations of all of x [N, d_in] together; exact.
-
-    BatchTopK (Bussmann et al. 2024, arXiv:2412.06410, eq. 3) in two stages: `width` candidates of every row, then the
-    best of them all. A row all of whose candidates won may hide more winners; then the width is doubled.
-    """
-    dict_size, width = len(encoder.weight), min(4 * k, len(encoder.weight))
-    while True:
-        codes = select_topk(encoder, x, width)
-        if len(codes) <= len(x) * k:
-            return codes
-        kept = codes.value.topk(len(x) * k, sorted=False).indices.sort().values
-        best = Codes(codes.rows, dict_size, codes.row[kept], codes.latent[kept], codes.value[kept])
-        if width == dict_size or int(torch.bincount(best.row, minlength=len(x)).max()) < width:
-            return best
-        width = min(2 * width, dict_size)
-
-
 def select_above(encoder: Encoder, x: Tensor, threshold: Tensor) -> Codes:
     """Codes of the positive pre-activations above `threshold` [D] (strictly, as SAELens' JumpReLU has it)."""
     rows, latents, values = [], [], []

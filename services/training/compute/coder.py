@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from services.residency.lenses.codes import Codes
+from services.residency.lenses.selection import Encoder
 from services.residency.lenses.transcoder import Transcoder
 from services.training.compute import sparsity
+from services.training.compute.batch_topk import select_batch_topk
 from services.training.compute.config import TrainConfig
 from services.training.compute.dead import revive
 from services.training.compute.initial import Scale, initial_parameters
-from services.training.compute.metrics import batch_variance
 from services.training.compute.nested import Nested, Parameters, Prefixes, nested_gradients
+from services.training.compute.ranks import ALONE, Ranks
 from services.training.compute.report import StepReport
 from services.training.compute.schedule import learning_rate
 
@@ -39,10 +41,11 @@ class NonFiniteLoss(ArithmeticError):
 class Coder:
     """Trains in scaled units: x * scale.source to y * scale.target. `transcoder` folds the factors into the weights."""
 
-    def __init__(self, name: str, config: TrainConfig, scale: Scale, parameters: Parameters) -> None:
-        """Take a resolved configuration and first weights, which are trained in place."""
+    def __init__(self, name: str, config: TrainConfig, scale: Scale, parameters: Parameters, ranks: Ranks) -> None:
+        """Take a resolved configuration and first weights, which are trained in place; the same ones on all ranks."""
         device = parameters["W_enc"].device
         self.name, self.config, self.scale, self.parameters, self.step_count = name, config, scale, parameters, 0
+        self._ranks = ranks
         weights = torch.tensor(config.prefix_weights, dtype=torch.float64)
         self._prefixes = Prefixes(config.shape.prefix_widths, (weights / weights.sum()).float().to(device))
         self._optimizer = torch.optim.Adam(list(parameters.values()), lr=learning_rate(config, 0), fused=True)
@@ -50,8 +53,8 @@ class Coder:
         self._idle_rows = torch.zeros(config.dict_size, dtype=torch.int64, device=device)
 
     @classmethod
-    def start(cls, name: str, config: TrainConfig, x: Tensor, y: Tensor) -> Coder:
-        """A new coder for a resolved configuration, from a float32 sample x [N, d_in], y [N, d_out].
+    def start(cls, name: str, config: TrainConfig, x: Tensor, y: Tensor, ranks: Ranks = ALONE) -> Coder:
+        """A new coder for a resolved configuration, from a float32 sample x [N, d_in], y [N, d_out], equal on all ranks.
 
         Raises:
             NonFiniteLoss: the sample holds values that are not finite.
@@ -61,38 +64,45 @@ class Coder:
         scale = Scale.of(x, y)
         parameters = initial_parameters(config, scale, x, y)
         if config.activation == "jumprelu":
-            codes = sparsity.select_batch_topk(
-                sparsity.Encoder(parameters["W_enc"], parameters["b_enc"]),
-                x[: config.batch_size] * scale.source,
-                config.shape.top_k,
-            )
-            parameters["threshold"] = sparsity.lowest(codes).expand(config.dict_size).clone()
-        return cls(name, config, scale, parameters)
+            rows = x[: config.batch_size] * scale.source
+            encoder = Encoder(parameters["W_enc"], parameters["b_enc"])
+            codes = select_batch_topk(encoder, rows, config.shape.top_k)
+            parameters["threshold"] = sparsity.lowest(codes, ALONE).expand(config.dict_size).clone()
+        ranks.first_(parameters.values())
+        return cls(name, config, scale, parameters, ranks)
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor) -> StepReport:
-        """Train on one batch x [N, d_in], y [N, d_out], as stored.
+        """Train on this rank's rows of one batch, x [N, d_in], y [N, d_out], as stored.
 
         Raises:
-            NonFiniteLoss: nothing was changed.
+            NonFiniteLoss: nothing was changed; on all ranks alike.
         """
         begin = time.perf_counter()
         x, y = x.float() * self.scale.source, y.float() * self.scale.target
         codes, nested = self._gradients(x, y)
+        self._ranks.mean_([nested.errors])
         l2_loss = float(nested.errors @ self._prefixes.weights)
-        variance = batch_variance(y)
+        variance = float(self._ranks.variance(y))
         if not math.isfinite(l2_loss):
             facts = {"l2_loss": l2_loss, "rows": len(x), "finite_x": _finite(x), "finite_y": _finite(y)}
             raise NonFiniteLoss(self.name, self.step_count, facts)
         dead = (self._idle_rows >= self.config.dead_after_tokens).nonzero().flatten()
         aux_loss = self._revive(dead, x, nested)
+        self._ranks.mean_(nested.gradients.values())
         norm, rate = self._update(nested.gradients)
-        self._count(codes, len(x))
+        l0_per_prefix = self._count(codes)
         if self.config.activation == "jumprelu":
-            sparsity.steer(self.parameters["threshold"], codes, self.config.shape.top_k)
+            sparsity.steer(self.parameters["threshold"], l0_per_prefix[-1], self.config.shape.top_k)
         else:
             self._threshold = sparsity.follow_threshold(
-                self.config, self.parameters, self._threshold, x, self.step_count
+                self.config,
+                self.parameters,
+                self._threshold,
+                step=self.step_count,
+                x=x,
+                codes=codes,
+                ranks=self._ranks,
             )
         self.step_count += 1
         seconds = time.perf_counter() - begin
@@ -101,13 +111,13 @@ class Coder:
             step=self.step_count,
             tokens_seen=self.step_count * self.config.batch_size,
             seconds=seconds,
-            tokens_per_second=len(x) / seconds,
+            tokens_per_second=self.config.batch_size / seconds,
             learning_rate=rate,
             loss=l2_loss + self.config.aux_weight * aux_loss,
             l2_loss=l2_loss,
             aux_loss=aux_loss,
             fvu_per_prefix=[error / max(variance, _LEAST_VARIANCE) for error in nested.errors.tolist()],
-            l0_per_prefix=self._l0(codes),
+            l0_per_prefix=l0_per_prefix,
             dead_fraction=len(dead) / self.config.dict_size,
             gradient_norm=norm,
         )
@@ -149,6 +159,7 @@ class Coder:
         *,
         step_count: int,
         device: torch.device | str,
+        ranks: Ranks = ALONE,
     ) -> Coder:
         """The coder that gave `tensors` after `step_count` steps, bit for bit.
 
@@ -162,7 +173,7 @@ class Coder:
         _check_parameters(config, parameters)
         if not {"threshold", "idle_rows"} <= own.keys():
             raise ValueError("threshold, idle_rows: missing")
-        coder = cls(name, config, scale, parameters)
+        coder = cls(name, config, scale, parameters, ranks)
         for key, parameter in parameters.items():
             prefix = f"optimizer.{key}."
             moments = {key_.removeprefix(prefix): value for key_, value in own.items() if key_.startswith(prefix)}
@@ -175,7 +186,7 @@ class Coder:
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Codes, Nested]:
         if self.config.activation != "jumprelu":
-            codes = sparsity.select(self.config, self.parameters, x)
+            codes = sparsity.select(self.config, self.parameters, x, self._ranks)
             return codes, nested_gradients(self.parameters, codes, x, y, self._prefixes)
         window = sparsity.Window.of(self.config, self.parameters, x)
         nested = nested_gradients(self.parameters, window.codes, x, y, self._prefixes)
@@ -186,11 +197,19 @@ class Coder:
         if not len(dead) or not self.config.aux_k:
             return 0.0
         revival = revive(
-            self.parameters, dead, x, nested.residual, aux_k=self.config.aux_k, weight=self.config.aux_weight
+            self.parameters,
+            dead,
+            x,
+            nested.residual,
+            aux_k=self.config.aux_k,
+            weight=self.config.aux_weight,
+            ranks=self._ranks,
         )
         for name, gradient in revival.gradients.items():
             nested.gradients[name].index_add_(0, dead, gradient)
-        return revival.loss
+        loss = torch.tensor(revival.loss, dtype=torch.float64, device=x.device)
+        self._ranks.mean_([loss])
+        return float(loss)
 
     def _update(self, gradients: Parameters) -> tuple[float, float]:
         norm = float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
@@ -206,13 +225,13 @@ class Coder:
             self.parameters["threshold"].clamp_(min=0)
         return norm, rate
 
-    def _count(self, codes: Codes, rows: int) -> None:
-        self._idle_rows += rows
-        self._idle_rows[codes.latent] = 0
-
-    def _l0(self, codes: Codes) -> list[float]:
-        within = codes.counts().cumsum(0)[torch.tensor(self._prefixes.widths, device=codes.latent.device) - 1]
-        return (within / codes.rows).tolist()
+    def _count(self, codes: Codes) -> list[float]:
+        """Note who was active; L0 of each prefix."""
+        counts = self._ranks.total(codes.counts())
+        self._idle_rows += self.config.batch_size
+        self._idle_rows[counts > 0] = 0
+        within = counts.cumsum(0)[torch.tensor(self._prefixes.widths, device=counts.device) - 1]
+        return (within / self.config.batch_size).tolist()
 
 
 def _check_parameters(config: TrainConfig, parameters: Parameters) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from services.residency.lenses.codes import starts, weighted_rows
 from services.residency.lenses.selection import Encoder, select_topk
 from services.training.compute.nested import Parameters, latent_gradients, sampled_products
+from services.training.compute.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,16 @@ class Revival:
     gradients: Parameters
 
 
-def revive(parameters: Parameters, dead: Tensor, x: Tensor, residual: Tensor, *, aux_k: int, weight: float) -> Revival:
+def revive(
+    parameters: Parameters,
+    dead: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    *,
+    aux_k: int,
+    weight: float,
+    ranks: Ranks = ALONE,
+) -> Revival:
     """AuxK: the aux_k strongest dead latents of every row model what the living ones left.
 
     Gao et al. 2024 (arXiv:2406.04093), appendix A.2. The residual is a constant here, so that the living are not pulled
@@ -34,14 +43,15 @@ def revive(parameters: Parameters, dead: Tensor, x: Tensor, residual: Tensor, *,
         residual: [N, d_out].
         aux_k: dead latents per row, at least 1.
         weight: of this loss, on the gradients only.
+        ranks: whose residuals' variance is the loss's unit.
     """
     encoder = Encoder(parameters["W_enc"][dead], parameters["b_enc"][dead])
     W_dec = parameters["W_dec"][dead]
     codes = select_topk(encoder, x, min(aux_k, len(dead)))
     offsets = starts(codes.row, codes.rows)
     error = weighted_rows(W_dec, codes.latent, codes.value, offsets) - residual
-    variance = torch.var(residual, dim=0, correction=0).mean().clamp_min(1e-12)
-    loss = float(error.square().mean() / variance)
+    variance = float(ranks.variance(residual).clamp_min(1e-12))
+    loss = float(error.square().mean()) / variance
     by_row = error * (2 * weight / (error.numel() * variance))
     by_value = sampled_products(by_row, W_dec, offsets, codes.latent)
     return Revival(loss, dead, latent_gradients(codes, by_value, codes.row, by_row, x))

@@ -8,7 +8,6 @@ set was cut into batches does not matter (Gemma Scope's definition, arXiv:2408.0
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -71,11 +70,6 @@ class FvuAccumulator:
         """float64 [d]: the mean row so far, what mean ablation puts in place of y."""
         assert self._mean is not None, "asked for the mean of no rows"
         return self._mean
-
-
-def batch_variance(y: Tensor) -> float:
-    """Mean square of y [N, d] about its batch mean, per element: the denominator of a step's FVU."""
-    return float((y - y.mean(0)).square_().mean(dtype=torch.float64))
 
 
 def _ratio(error: float, variance: float) -> float:

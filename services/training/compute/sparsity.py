@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from services.residency.lenses.codes import Codes
-from services.residency.lenses.selection import Encoder, select_above, select_batch_topk, select_topk
+from services.residency.lenses.selection import Encoder, select_above, select_topk
+from services.training.compute.batch_topk import select_batch_topk
 from services.training.compute.config import TrainConfig
 from services.training.compute.nested import Parameters
+from services.training.compute.ranks import Ranks
 
 FOLLOW = 0.25
 """Weight of the newest estimate in the running threshold."""
@@ -28,30 +30,46 @@ def encoder(config: TrainConfig, parameters: Parameters) -> Encoder:
     return Encoder(parameters["W_enc"].to(dtype), parameters["b_enc"].to(dtype))
 
 
-def select(config: TrainConfig, parameters: Parameters, x: Tensor) -> Codes:
-    """Codes of a batch x [N, d_in] with topk or batch_topk; values in float32."""
-    pick = select_topk if config.activation == "topk" else select_batch_topk
-    codes = pick(encoder(config, parameters), x.to(getattr(torch, config.dtype)), config.shape.top_k)
+def select(config: TrainConfig, parameters: Parameters, x: Tensor, ranks: Ranks) -> Codes:
+    """Codes of a rank's rows x [N, d_in] with topk or batch_topk; values in float32."""
+    x, k = x.to(getattr(torch, config.dtype)), config.shape.top_k
+    if config.activation == "topk":
+        codes = select_topk(encoder(config, parameters), x, k)
+    else:
+        codes = select_batch_topk(encoder(config, parameters), x, k, ranks)
     return Codes(codes.rows, codes.dict_size, codes.row, codes.latent, codes.value.float())
 
 
-def follow_threshold(config: TrainConfig, parameters: Parameters, threshold: Tensor, x: Tensor, step: int) -> Tensor:
+def follow_threshold(
+    config: TrainConfig, parameters: Parameters, threshold: Tensor, *, step: int, x: Tensor, codes: Codes, ranks: Ranks
+) -> Tensor:
     """The running threshold, a scalar tensor, after step `step`: the one under which L0 is top_k on average.
 
     It is what batch_topk selects by once trained, and the JumpReLU stand-in that other tools read for topk.
+
+    Args:
+        config: resolved.
+        parameters: as the step leaves them.
+        threshold: the one before.
+        step: from 0.
+        x: the step's rows of this rank, [N, d_in].
+        codes: theirs.
+        ranks: who holds the other rows.
     """
-    if step % PROBE_EVERY and config.activation == "topk":
-        return threshold
-    rows = x[:PROBE_ROWS] if config.activation == "topk" else x
-    newest = lowest(
-        select_batch_topk(encoder(config, parameters), rows.to(getattr(torch, config.dtype)), config.shape.top_k)
-    )
+    if config.activation == "topk":
+        if step % PROBE_EVERY:
+            return threshold
+        rows = x[:: max(1, config.batch_size // PROBE_ROWS)].to(getattr(torch, config.dtype))
+        codes = select_batch_topk(encoder(config, parameters), rows, config.shape.top_k, ranks)
+    newest = lowest(codes, ranks)
     return newest if step == 0 else threshold + FOLLOW * (newest - threshold)
 
 
-def lowest(codes: Codes) -> Tensor:
-    """The smallest active value, a float32 scalar; 0 when nothing is active."""
-    return codes.value.min().float() if len(codes) else codes.value.new_zeros((), dtype=torch.float32)
+def lowest(codes: Codes, ranks: Ranks) -> Tensor:
+    """The smallest active value of all ranks, a float32 scalar; 0 when nothing is active."""
+    some = codes.value.min().float() if len(codes) else codes.value.new_full((), torch.inf, dtype=torch.float32)
+    least = ranks.least(some)
+    return torch.where(least.isinf(), torch.zeros_like(least), least)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +104,9 @@ class Window:
         return torch.zeros_like(threshold).index_add_(0, self.codes.latent, each)
 
 
-def steer(threshold: Tensor, codes: Codes, top_k: int) -> None:
-    """Move all thresholds [D] together, in place, towards top_k active latents per row.
+def steer(threshold: Tensor, l0: float, top_k: int) -> None:
+    """Move all thresholds [D] together, in place, towards top_k active latents per row, `l0` being this step's.
 
     The published sparsity losses leave L0 to a coefficient that has to be searched for; here it is asked for.
     """
-    threshold.mul_(1 + STEERING * max(-1.0, min(1.0, len(codes) / (codes.rows * top_k) - 1)))
+    threshold.mul_(1 + STEERING * max(-1.0, min(1.0, l0 / top_k - 1)))

@@ -16,6 +16,7 @@ from services.training.compute.batches import Pairs, Source
 from services.training.compute.coder import Coder
 from services.training.compute.config import ConfigError, TrainConfig
 from services.training.compute.initial import SAMPLE_ROWS, Scale
+from services.training.compute.ranks import ALONE, Ranks
 from services.training.compute.report import StepReport
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
@@ -43,6 +44,7 @@ class Trainer:
         plans: Mapping[str, CoderPlan],
         device: torch.device | str = "cpu",
         state: State | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Start coders from the data's statistics, or go on from a state.
 
@@ -50,21 +52,23 @@ class Trainer:
             source: the rows.
             plans: by coder's name; one batch size, token number and seed for all.
             device: where the coders live.
-            state: what `state` of a trainer with the same plans gave.
+            state: what `state` of a trainer with the same plans gave, however many ranks it had.
+            ranks: the processes that train together, each of them with the same arguments.
 
         Raises:
             ConfigError: a plan does not fit the data or the others; nothing was allocated.
             ValueError: it is a state of another training.
         """
         first = _check(source, plans)
-        self._source, self._device, self._seed = source, torch.device(device), first.seed
+        ranks.check(first.batch_size)
+        self._source, self._device, self._seed, self._ranks = source, torch.device(device), first.seed, ranks
         self.steps, self.batch_size, self.step_count = first.steps, first.batch_size, 0
         self._pair = {name: plan.pair for name, plan in plans.items()}
         resolved = {name: plan.config.resolved(source.widths[plan.pair][1]) for name, plan in plans.items()}
         if state is None:
             self.coders = self._start(resolved)
         else:
-            self.coders = coders_of(state, self._device)
+            self.coders = coders_of(state, self._device, ranks)
             if {coder.name: coder.config for coder in self.coders} != resolved:
                 raise ValueError("this state belongs to another training")
             self.step_count = state[1]["step_count"]
@@ -109,14 +113,16 @@ class Trainer:
         coders = []
         for name, config in configs.items():
             x, y = (torch.cat([part[self._pair[name]][side] for part in parts])[:rows] for side in (0, 1))
-            coders.append(Coder.start(name, config, x.to(self._device).float(), y.to(self._device).float()))
+            sample = (x.to(self._device).float(), y.to(self._device).float())
+            coders.append(Coder.start(name, config, *sample, self._ranks))
         return coders
 
     def _ready(self, batch: Pairs) -> Pairs:
-        return {name: (x.to(self._device), y.to(self._device)) for name, (x, y) in batch.items()}
+        share = self._ranks.share
+        return {name: (share(x).to(self._device), share(y).to(self._device)) for name, (x, y) in batch.items()}
 
 
-def coders_of(state: State, device: torch.device | str = "cpu") -> list[Coder]:
+def coders_of(state: State, device: torch.device | str = "cpu", ranks: Ranks = ALONE) -> list[Coder]:
     """The coders of a state, without any data.
 
     Raises:
@@ -128,7 +134,8 @@ def coders_of(state: State, device: torch.device | str = "cpu") -> list[Coder]:
         own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
         config = TrainConfig(**found["config"])
         scale = Scale(*found["scale"])
-        coders.append(Coder.restored(name, config, scale, own, step_count=facts["step_count"], device=device))
+        steps = facts["step_count"]
+        coders.append(Coder.restored(name, config, scale, own, step_count=steps, device=device, ranks=ranks))
     return coders
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.residency.lenses import selection
-from services.residency.lenses.selection import Encoder, largest, select_above, select_batch_topk, select_topk
+from services.residency.lenses.selection import Encoder, largest, select_above, select_topk
 
 
 def dense_topk(pre: torch.Tensor, k: int) -> torch.Tensor:
@@ -40,17 +40,6 @@ def test_blocks_give_what_one_product_gives(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(selection, "BLOCK_ELEMENTS", 64 * 3)
     assert torch.allclose(select_topk(encoder, x, 4).dense(), whole, atol=1e-6)
     assert torch.allclose(whole, dense_topk(x @ encoder.weight.T + encoder.bias, 4), atol=1e-5)
-
-
-def test_batch_topk_is_exact_when_one_row_holds_all_winners() -> None:
-    torch.manual_seed(0)
-    encoder, x = Encoder(torch.randn(64, 8), torch.zeros(64)), torch.randn(4, 8)
-    x[1] *= 1000
-    pre = x @ encoder.weight.T
-    codes = select_batch_topk(encoder, x, 4)
-    expected = pre.flatten().topk(16).values.sort().values
-    assert torch.allclose(codes.value.sort().values, expected)
-    assert set(codes.row.tolist()) == {1}
 
 
 def test_a_row_of_negative_pre_activations_has_no_entry_and_a_nan_stays() -> None:

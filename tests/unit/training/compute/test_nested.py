@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from services.residency.lenses.codes import Codes
-from services.residency.lenses.selection import Encoder, select_batch_topk, select_topk
+from services.residency.lenses.selection import Encoder, select_topk
+from services.training.compute.batch_topk import select_batch_topk
 from services.training.compute.dead import revive
 from services.training.compute.nested import Parameters, Prefixes, nested_gradients
 
