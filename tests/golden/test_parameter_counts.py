@@ -114,7 +114,7 @@ def test_the_published_comparison(t5: PreTrainedModel) -> None:
 def test_both_denominators(t5: PreTrainedModel) -> None:
     counts = KINDS["lora"].counts(t5, ExtensionConfig(), BASE)
     assert counts.as_dict() == {
-        "base": BASE, "trainable": 688_128, "lora": 688_128, "layer": 0,
+        "base": BASE, "trainable": 688_128, "lora": 688_128, "layer": 0, "shared": 0,
         "trainable_over_base": 688_128 / BASE, "trainable_over_total": 688_128 / 77_649_280,
     }  # fmt: skip
     assert (f"{counts.trainable_over_base:.4%}", f"{counts.trainable_over_total:.4%}") == ("0.8941%", "0.8862%")

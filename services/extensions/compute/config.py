@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from torch import nn
 
 from services.residency.lenses import lora
 
 Kind = Literal["lora", "layer", "hybrid"]
-Variant = Literal["lora", "rslora", "dora"]
+Variant = Literal["lora", "rslora", "dora", "adalora"]
 Position = Literal["encoder", "decoder", "both"]
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{2,62}")
@@ -30,6 +30,22 @@ class ConfigInvalid(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPlacement:
+    """One inserted layer; `ExtensionConfig` checks it."""
+
+    position: Position = "encoder"
+    """Stack that gets it, or both; a decoder-only model has only its decoder."""
+    index: int | None = None
+    """Number it has when it is inserted, at least 1; None for the end of the stack."""
+    initialization_scale: float = 0.01
+    """Factor on its output projections; 0 leaves the model's function exactly as it was."""
+    mlp_width: int | None = None
+    """Neurons of its MLP, at most the neighbour's: those that matter most are copied; None for all of them."""
+    from_step: int = 0
+    """Optimizer step before which training inserts it; 0 for layers that are there from the beginning."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExtensionConfig:
     """How a base is extended; what does not apply to the kind is ignored. Valid once it exists.
 
@@ -38,7 +54,7 @@ class ExtensionConfig:
     """
 
     lora_r: int = 16
-    """Rank of each adapter; at least 1 and at most the rank of the adapted matrices."""
+    """Rank of each adapter, for adalora the rank it begins with; at least 1, at most that of the adapted matrices."""
     lora_alpha: float = 32
     """Scale of the adapter's output: alpha / r, or alpha / sqrt(r) for rslora."""
     lora_dropout: float = 0.1
@@ -46,13 +62,21 @@ class ExtensionConfig:
     lora_target_modules: tuple[str, ...] = ()
     """Last parts of the paths of the linear modules to adapt; empty means PEFT's default for the model type."""
     lora_variant: Variant = "lora"
-    """lora (arXiv:2106.09685), rslora (arXiv:2312.03732) or dora (arXiv:2402.09353)."""
+    """lora (arXiv:2106.09685), rslora (arXiv:2312.03732), dora (arXiv:2402.09353) or adalora (arXiv:2303.10512)."""
+    lora_target_r: int | None = None
+    """Mean rank that training prunes adalora's adapters to, below `lora_r`; half of it when None."""
     layer_position: Position = "encoder"
     """Stack of an encoder-decoder model that gets the layer; a decoder-only model has only its decoder."""
     layer_index: int | None = None
     """Number the inserted layer will have, at least 1; None for the end of the stack."""
     layer_initialization_scale: float = 0.01
     """Factor on the inserted layer's output projections; 0 leaves the model's function exactly as it was."""
+    layers: tuple[LayerPlacement, ...] = ()
+    """Several insertion points instead of the one above, in the order of insertion: upwards in each stack."""
+    shared_layer_of: str = ""
+    """Extension whose inserted layers a hybrid uses instead of its own; only the adapters are the hybrid's."""
+    train_shared_layer: bool = False
+    """Train the shared layers too, which changes every extension that shares them."""
     freeze_base: bool = True
     """Train the extension alone; False trains a copy that becomes a new model, never a shared base."""
     save_path: Path = Path("extensions")
@@ -60,27 +84,69 @@ class ExtensionConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_target_modules", tuple(self.lora_target_modules))
+        object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "save_path", Path(self.save_path))
-        violations = [(name, description) for name, wrong, description in self._checks() if wrong]
+        checks = (*self._adapter(), *self._layers(), *self._together())
+        violations = [(name, description) for name, wrong, description in checks if wrong]
         if violations:
             raise ConfigInvalid(violations)
 
-    def _checks(self) -> Iterable[tuple[str, bool, str]]:
-        """(field, is wrong, what it must be) for every field that can be wrong by itself."""
+    @property
+    def placements(self) -> tuple[LayerPlacement, ...]:
+        """Every layer to insert, in order."""
+        return self.layers or (
+            LayerPlacement(
+                position=self.layer_position,
+                index=self.layer_index,
+                initialization_scale=self.layer_initialization_scale,
+            ),
+        )
+
+    def _adapter(self) -> Iterable[tuple[str, bool, str]]:
+        """(field, is wrong, what it must be) for every field of adapters."""
         yield "lora_r", self.lora_r < 1, f"must be at least 1, got {self.lora_r}"
         yield "lora_alpha", not self.lora_alpha > 0, f"must be above 0, got {self.lora_alpha}"
         yield "lora_dropout", not 0 <= self.lora_dropout < 1, f"must be in [0, 1), got {self.lora_dropout}"
         yield "lora_variant", self.lora_variant not in get_args(Variant), f"must be one of {get_args(Variant)}"
-        yield "layer_position", self.layer_position not in get_args(Position), f"must be one of {get_args(Position)}"
-        yield (
-            "layer_index",
-            self.layer_index is not None and self.layer_index < 1,
-            f"must be 1 or more, got {self.layer_index}",
-        )
-        scale = self.layer_initialization_scale
-        yield "layer_initialization_scale", not 0 <= scale <= 1, f"must be in [0, 1], got {scale}"
         repeated = len(set(self.lora_target_modules)) < len(self.lora_target_modules)
         yield "lora_target_modules", repeated or "" in self.lora_target_modules, "names must be distinct and not empty"
+        adaptive, target = self.lora_variant == "adalora", self.lora_target_r
+        yield "lora_target_r", target is not None and not adaptive, "belongs to variant adalora"
+        yield (
+            "lora_target_r",
+            adaptive and target is not None and not 1 <= target < self.lora_r,
+            f"must be 1 to {self.lora_r - 1}, below lora_r, got {target}",
+        )
+        yield "lora_r", adaptive and self.lora_r == 1, "must be at least 2 for adalora, which prunes ranks"
+
+    def _layers(self) -> Iterable[tuple[str, bool, str]]:
+        """The same for every field of inserted layers."""
+        for number, layer in enumerate(self.placements):
+            place = f"layers[{number}]." if self.layers else "layer_"
+            yield place + "position", layer.position not in get_args(Position), f"must be one of {get_args(Position)}"
+            wrong = layer.index is not None and layer.index < 1
+            yield place + "index", wrong, f"must be 1 or more, got {layer.index}"
+            scale = layer.initialization_scale
+            yield place + "initialization_scale", not 0 <= scale <= 1, f"must be in [0, 1], got {scale}"
+            wrong = layer.mlp_width is not None and layer.mlp_width < 1
+            yield place + "mlp_width", wrong, f"must be 1 or more, got {layer.mlp_width}"
+            earliest = self.placements[number - 1].from_step if number else 0
+            wrong = layer.from_step < earliest or (number == 0 and layer.from_step != 0)
+            yield (
+                place + "from_step",
+                wrong,
+                f"must be {'0 for the first layer' if number == 0 else f'{earliest} or more'}, got {layer.from_step}",
+            )
+
+    def _together(self) -> Iterable[tuple[str, bool, str]]:
+        """The same for fields that exclude each other."""
+        single = ExtensionConfig.__dataclass_fields__
+        own = [name for name in _SINGLE_LAYER if getattr(self, name) != single[name].default]
+        yield "layers", bool(self.layers and own), f"takes the place of {', '.join(own)}; give one of them"
+        shared = bool(self.shared_layer_of)
+        yield "layers", bool(shared and (self.layers or own)), "are those of shared_layer_of; give one of them"
+        yield "train_shared_layer", self.train_shared_layer and not shared, "needs shared_layer_of"
+        yield "shared_layer_of", shared and not self.freeze_base, "goes with a frozen base: the layers belong to it"
 
     def targets(self, model: nn.Module) -> tuple[str, ...]:
         """The configured target modules, or the model type's default.
@@ -92,23 +158,41 @@ class ExtensionConfig:
 
     def peft(self, model: nn.Module) -> LoraConfig:
         """PEFT's own configuration of the adapter on this model."""
-        config = LoraConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=sorted(self.targets(model)),
-            use_rslora=self.lora_variant == "rslora",
-            use_dora=self.lora_variant == "dora",
-            task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
-        )
+        common: dict[str, Any] = {
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": sorted(self.targets(model)),
+            "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        }
+        config: LoraConfig
+        if self.lora_variant == "adalora":  # its steps are unknown until it is trained: see compute.adalora
+            target = self.lora_target_r or self.lora_r // 2
+            config = AdaLoraConfig(init_r=self.lora_r, target_r=target, total_step=1, **common)
+        else:
+            rslora, dora = self.lora_variant == "rslora", self.lora_variant == "dora"
+            config = LoraConfig(r=self.lora_r, use_rslora=rslora, use_dora=dora, **common)
         config.fan_in_fan_out = lora.stores_transposed(model, config)
         return config
 
     def as_dict(self) -> dict[str, Any]:
         """What decides the extension's function, as plain JSON."""
-        fields = asdict(self) | {"lora_target_modules": list(self.lora_target_modules)}
-        del fields["save_path"]
-        return fields
+        values = asdict(self)
+        del values["save_path"]
+        return values | {"lora_target_modules": list(self.lora_target_modules), "layers": list(values["layers"])}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ExtensionConfig:
+        """What `as_dict` gave; fields that are not there have their defaults.
+
+        Raises:
+            ConfigInvalid: a value is out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        layers = tuple(LayerPlacement(**layer) for layer in values.get("layers", ()))
+        return cls(**{name: value for name, value in values.items() if name in known} | {"layers": layers})
+
+
+_SINGLE_LAYER = ("layer_position", "layer_index", "layer_initialization_scale")
 
 
 def require_task_name(name: str, module_paths: Iterable[str]) -> None:

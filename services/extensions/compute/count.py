@@ -27,11 +27,15 @@ class ParameterCounts:
     """Parameters of the adapters."""
     layer: int
     """Parameters of inserted layers."""
+    shared: int = 0
+    """Of these, in layers of another extension that training leaves alone."""
+    trains_base: bool = False
+    """Training changes the base's parameters too, of a copy."""
 
     @property
     def trainable(self) -> int:
-        """Parameters that training changes."""
-        return self.lora + self.layer
+        """Parameters that training changes; the base's too where it is a copy that becomes a new model."""
+        return self.lora + self.layer - self.shared + (self.base if self.trains_base else 0)
 
     @property
     def trainable_over_base(self) -> float:
@@ -41,23 +45,24 @@ class ParameterCounts:
     @property
     def trainable_over_total(self) -> float:
         """Trainable parameters as a share of base and extension together, what PEFT prints."""
-        return self.trainable / (self.base + self.trainable)
+        return self.trainable / (self.base + self.lora + self.layer)
 
     def as_dict(self) -> dict[str, float]:
-        """All six figures by name."""
-        names = ("base", "trainable", "lora", "layer", "trainable_over_base", "trainable_over_total")
+        """All seven figures by name."""
+        names = ("base", "trainable", "lora", "layer", "shared", "trainable_over_base", "trainable_over_total")
         return {name: getattr(self, name) for name in names}
 
 
-def lora_parameters(targets: Mapping[str, tuple[int, int]], r: int, *, dora: bool = False) -> int:
-    """Parameters of an adapter: A [r, in] and B [out, r] per module, for DoRA a magnitude [out] too.
+def lora_parameters(targets: Mapping[str, tuple[int, int]], r: int, variant: str = "lora") -> int:
+    """Trainable parameters of an adapter: A [r, in] and B [out, r] per module.
 
     Args:
         targets: adapted modules with their (in_features, out_features).
         r: rank.
-        dora: count DoRA's magnitudes.
+        variant: DoRA has a magnitude [out] per module too, AdaLoRA r singular values.
     """
-    return sum(r * (n_in + n_out) + (n_out if dora else 0) for n_in, n_out in targets.values())
+    extra = {"dora": lambda n_out: n_out, "adalora": lambda _: r}.get(variant, lambda _: 0)
+    return sum(r * (n_in + n_out) + extra(n_out) for n_in, n_out in targets.values())
 
 
 def distinct_parameters(model: nn.Module) -> int:

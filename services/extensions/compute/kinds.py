@@ -5,59 +5,66 @@ A new kind is one class and its entry in `KINDS`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
-from services.extensions.compute.config import ExtensionConfig
+from services.extensions.compute.config import ExtensionConfig, LayerPlacement
 from services.extensions.compute.count import ParameterCounts, lora_parameters
 from services.residency.lenses import lora
 from services.residency.lenses.extension import Extension, ExtensionRefused, applied
 from services.residency.lenses.inserted import insert
+
+Operations = tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
     """What a new extension consists of."""
 
-    operations: tuple[dict[str, Any], ...]
+    operations: Operations
     """What to do to the base, in order."""
     weights: Mapping[str, torch.Tensor]
-    """CPU tensors by checkpoint key."""
+    """CPU tensors by checkpoint key; without those of layers that it shares."""
     adapter: LoraConfig | None
     """PEFT's configuration of the adapter, if it has one."""
 
 
 class Kind(Protocol):
-    """One kind of extension."""
+    """One kind of extension. `shared` are the insertions of the extension whose layers it uses, if it does."""
 
     def needs_base(self, config: ExtensionConfig) -> bool:
         """Whether `draft` reads the base's weights, or its shapes alone."""
 
-    def operations(self, model: PreTrainedModel, config: ExtensionConfig) -> tuple[dict[str, Any], ...]:
+    def operations(self, model: PreTrainedModel, config: ExtensionConfig, shared: Operations = ()) -> Operations:
         """What will be done to the base, in order; `model` is the bare base, or its skeleton.
+
+        Layers that training inserts later are not among them.
 
         Raises:
             ExtensionRefused: the configuration does not fit the model.
         """
 
-    def counts(self, model: PreTrainedModel, config: ExtensionConfig, base: int) -> ParameterCounts:
-        """Exact counts.
+    def counts(
+        self, model: PreTrainedModel, config: ExtensionConfig, base: int, shared: Operations = ()
+    ) -> ParameterCounts:
+        """Exact counts, layers that training inserts later included.
 
         Args:
             model: the bare base, or its skeleton.
             config: what the extension is made of.
             base: the base's own count.
+            shared: see the class.
 
         Raises:
             ExtensionRefused: the configuration does not fit the model.
         """
 
-    def draft(self, model: PreTrainedModel, config: ExtensionConfig, seed: int) -> Draft:
+    def draft(self, model: PreTrainedModel, config: ExtensionConfig, seed: int, shared: Operations = ()) -> Draft:
         """A new extension for the bare base, or for its skeleton where that is enough.
 
         Raises:
@@ -72,82 +79,98 @@ class LoraKind:
         """DoRA's magnitudes begin as the norms of the base's weights."""
         return config.lora_variant == "dora"
 
-    def operations(self, model: PreTrainedModel, config: ExtensionConfig) -> tuple[dict[str, Any], ...]:
+    def operations(self, model: PreTrainedModel, config: ExtensionConfig, shared: Operations = ()) -> Operations:
         """Adapt every target."""
-        del model, config
+        del model
+        _require_none_shared(config, shared)
         return ({"op": "lora"},)
 
-    def counts(self, model: PreTrainedModel, config: ExtensionConfig, base: int) -> ParameterCounts:
-        """A, B, and DoRA's magnitudes."""
-        dora = config.lora_variant == "dora"
-        return ParameterCounts(base, lora=lora_parameters(_targets(model, config), config.lora_r, dora=dora), layer=0)
+    def counts(
+        self, model: PreTrainedModel, config: ExtensionConfig, base: int, shared: Operations = ()
+    ) -> ParameterCounts:
+        """A, B, and what the variant adds."""
+        _require_none_shared(config, shared)
+        return ParameterCounts(base, _adapters(model, config), layer=0, trains_base=not config.freeze_base)
 
-    def draft(self, model: PreTrainedModel, config: ExtensionConfig, seed: int) -> Draft:
-        """A random, B zero: it changes nothing until it is trained."""
-        adapter = config.peft(model)
-        weights: Mapping[str, torch.Tensor] = lora.fresh_weights(_targets(model, config), config.lora_r, seed)
-        if self.needs_base(config):
-            weights = lora.build(model, adapter, weights, fresh=True).state()
-        return Draft(operations=self.operations(model, config), weights=weights, adapter=adapter)
+    def draft(self, model: PreTrainedModel, config: ExtensionConfig, seed: int, shared: Operations = ()) -> Draft:
+        """It changes nothing until it is trained."""
+        operations = self.operations(model, config, shared)
+        return Draft(operations, *_fresh_adapters(model, config, seed))
 
 
 class LayerKind:
-    """A layer inserted into one stack, or one into each."""
+    """Layers inserted into the base's stacks."""
 
     def needs_base(self, config: ExtensionConfig) -> bool:
-        """The layer begins as a copy of its neighbour."""
+        """A layer begins as a copy of its neighbour."""
         del config
         return True
 
-    def operations(self, model: PreTrainedModel, config: ExtensionConfig) -> tuple[dict[str, Any], ...]:
-        """Insert one layer, or one in each stack."""
-        return _inserted(model, config)[0]
+    def operations(self, model: PreTrainedModel, config: ExtensionConfig, shared: Operations = ()) -> Operations:
+        """One insertion for every layer that is there from the beginning."""
+        _require_none_shared(config, shared)
+        return _inserted(model, config, later=False).operations
 
-    def counts(self, model: PreTrainedModel, config: ExtensionConfig, base: int) -> ParameterCounts:
+    def counts(
+        self, model: PreTrainedModel, config: ExtensionConfig, base: int, shared: Operations = ()
+    ) -> ParameterCounts:
         """Every parameter of the inserted layers."""
-        _, inserted = _inserted(model, config)
-        return ParameterCounts(base, lora=0, layer=sum(p.numel() for p in inserted.parameters.values()))
+        _require_none_shared(config, shared)
+        layer = _size(_inserted(model, config, later=True))
+        return ParameterCounts(base, lora=0, layer=layer, trains_base=not config.freeze_base)
 
-    def draft(self, model: PreTrainedModel, config: ExtensionConfig, seed: int) -> Draft:
-        """A scaled copy of the layer before; nothing in it is random."""
+    def draft(self, model: PreTrainedModel, config: ExtensionConfig, seed: int, shared: Operations = ()) -> Draft:
+        """Scaled copies of the layers before; nothing in them is random."""
         del seed
-        operations, inserted = _inserted(model, config)
-        return Draft(operations=operations, weights=inserted.state(), adapter=None)
+        _require_none_shared(config, shared)
+        _inserted(model, config, later=True)  # what cannot be inserted later is refused now
+        inserted = _inserted(model, config, later=False)
+        return Draft(inserted.operations, inserted.state(), adapter=None)
 
 
 class HybridKind:
-    """Inserted layers, and adapters on the base and on them."""
+    """Inserted layers, its own or another extension's, and adapters on the base and on them."""
 
     def needs_base(self, config: ExtensionConfig) -> bool:
-        """As for the layer alone."""
-        del config
-        return True
+        """As for the layer alone; over shared layers as for the adapters alone."""
+        return not config.shared_layer_of or LoraKind().needs_base(config)
 
-    def operations(self, model: PreTrainedModel, config: ExtensionConfig) -> tuple[dict[str, Any], ...]:
+    def operations(self, model: PreTrainedModel, config: ExtensionConfig, shared: Operations = ()) -> Operations:
         """Insert, then adapt."""
-        return LayerKind().operations(model, config) + LoraKind().operations(model, config)
+        return (*self._layers(model, config, shared, later=False).operations, {"op": "lora"})
 
-    def counts(self, model: PreTrainedModel, config: ExtensionConfig, base: int) -> ParameterCounts:
-        """Layers, and adapters on the longer model."""
-        _, inserted = _inserted(model, config)
-        with applied(inserted.edits):
-            lora_count = LoraKind().counts(model, config, base).lora
-        return ParameterCounts(base, lora_count, LayerKind().counts(model, config, base).layer)
+    def counts(
+        self, model: PreTrainedModel, config: ExtensionConfig, base: int, shared: Operations = ()
+    ) -> ParameterCounts:
+        """Layers, and adapters on the model as it is before training inserts more."""
+        with applied(self._layers(model, config, shared, later=False).edits):
+            adapters = _adapters(model, config)
+        layer = _size(self._layers(model, config, shared, later=True))
+        frozen = layer if shared and not config.train_shared_layer else 0
+        return ParameterCounts(base, adapters, layer, shared=frozen, trains_base=not config.freeze_base)
 
-    def draft(self, model: PreTrainedModel, config: ExtensionConfig, seed: int) -> Draft:
+    def draft(self, model: PreTrainedModel, config: ExtensionConfig, seed: int, shared: Operations = ()) -> Draft:
         """Insertion first, since PEFT freezes what it finds; then adapters on everything."""
-        operations, inserted = _inserted(model, config)
+        self._layers(model, config, shared, later=True)  # what cannot be inserted later is refused now
+        inserted = self._layers(model, config, shared, later=False)
         with applied(inserted.edits):
-            adapters = LoraKind().draft(model, config, seed)
-        return Draft(
-            operations=operations + adapters.operations,
-            weights={**inserted.state(), **adapters.weights},
-            adapter=adapters.adapter,
-        )
+            weights, adapter = _fresh_adapters(model, config, seed)
+        own: Mapping[str, torch.Tensor] = {} if shared else inserted.state()
+        return Draft((*inserted.operations, {"op": "lora"}), {**own, **weights}, adapter)
+
+    def _layers(self, model: PreTrainedModel, config: ExtensionConfig, shared: Operations, *, later: bool) -> Extension:
+        if bool(config.shared_layer_of) != bool(shared):
+            raise ExtensionRefused("shared_layer_of", "names no extension with inserted layers")
+        return _again(model, shared) if shared else _inserted(model, config, later=later)
 
 
 KINDS: dict[str, Kind] = {"lora": LoraKind(), "layer": LayerKind(), "hybrid": HybridKind()}
 """Every kind by its name in manifests and requests."""
+
+
+def _require_none_shared(config: ExtensionConfig, shared: Sequence[Mapping[str, Any]]) -> None:
+    if config.shared_layer_of or shared:
+        raise ExtensionRefused("shared_layer_of", "belongs to an extension of kind hybrid")
 
 
 def _targets(model: PreTrainedModel, config: ExtensionConfig) -> dict[str, tuple[int, int]]:
@@ -156,23 +179,74 @@ def _targets(model: PreTrainedModel, config: ExtensionConfig) -> dict[str, tuple
     return targets
 
 
-def _inserted(model: PreTrainedModel, config: ExtensionConfig) -> tuple[tuple[dict[str, Any], ...], Extension]:
-    """The operations of the configured layers, and the layers."""
-    operations: list[dict[str, Any]] = []
+def _adapters(model: PreTrainedModel, config: ExtensionConfig) -> int:
+    return lora_parameters(_targets(model, config), config.lora_r, config.lora_variant)
+
+
+def _fresh_adapters(
+    model: PreTrainedModel, config: ExtensionConfig, seed: int
+) -> tuple[Mapping[str, torch.Tensor], LoraConfig]:
+    adapter = config.peft(model)
+    fresh = lora.fresh_triplets if config.lora_variant == "adalora" else lora.fresh_weights
+    weights: Mapping[str, torch.Tensor] = fresh(_targets(model, config), config.lora_r, seed)
+    if config.lora_variant == "dora":
+        weights = lora.build(model, adapter, weights, fresh=True).state()
+    return weights, adapter
+
+
+def _size(extension: Extension) -> int:
+    return sum(parameter.numel() for parameter in extension.parameters.values())
+
+
+def _inserted(model: PreTrainedModel, config: ExtensionConfig, *, later: bool) -> Extension:
+    """The configured layers; with those that training inserts, if `later`."""
     whole = Extension(edits=(), parameters={})
-    for position in _positions(model, config):
+    for placement in config.placements:
+        if later or placement.from_step == 0:
+            whole = add(model, whole, placement)
+    return whole
+
+
+def add(model: PreTrainedModel, whole: Extension, placement: LayerPlacement) -> Extension:
+    """An extension with one more layer, or one more in each stack, for a bare base.
+
+    Raises:
+        ExtensionRefused: it does not fit, or lies below a layer that was inserted into the stack before.
+    """
+    for position in _positions(model, placement):
         with applied(whole.edits):
-            part = insert(model, position, index=config.layer_index, scale=config.layer_initialization_scale)
-        number = int(next(iter(part.parameters)).split(".")[2])
-        operations.append({"op": "insert", "position": position, "index": number})
+            part = insert(
+                model,
+                position,
+                index=placement.index,
+                scale=placement.initialization_scale,
+                mlp_width=placement.mlp_width,
+            )
+        index = part.operations[0]["index"]
+        below = [op["index"] for op in whole.operations if op.get("position") == position and op["index"] >= index]
+        if below:
+            raise ExtensionRefused(
+                "layers.index", f"must be above {max(below)}: layers go into the {position} upwards, got {index}"
+            )
         whole = whole.then(part)
-    return tuple(operations), whole
+    return whole
 
 
-def _positions(model: PreTrainedModel, config: ExtensionConfig) -> tuple[str, ...]:
+def _again(model: PreTrainedModel, insertions: Operations) -> Extension:
+    """The shapes of another extension's layers."""
+    whole = Extension(edits=(), parameters={})
+    for operation in insertions:
+        placement = LayerPlacement(
+            position=operation["position"], index=operation["index"], mlp_width=operation.get("mlp_width")
+        )
+        whole = add(model, whole, placement)
+    return replace(whole, operations=tuple(dict(operation) for operation in insertions))
+
+
+def _positions(model: PreTrainedModel, placement: LayerPlacement) -> tuple[str, ...]:
     """Stacks to insert into; the encoder of a model that has none is its only stack (spec/004's default)."""
     if model.config.is_encoder_decoder:
-        return ("encoder", "decoder") if config.layer_position == "both" else (config.layer_position,)
-    if config.layer_position == "both":
+        return ("encoder", "decoder") if placement.position == "both" else (placement.position,)
+    if placement.position == "both":
         raise ExtensionRefused("layer.position", "this model has one stack only")
     return ("decoder",)

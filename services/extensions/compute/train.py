@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from services.extensions.compute.config import ConfigInvalid
 from services.extensions.compute.examples import IGNORED, Examples, Order
-from services.residency.lenses.extension import ExtensionRefused, Extensions
+from services.residency.lenses.extension import ExtensionRefused, Extensions, overwrite
+from services.residency.quantize import training_mode
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -154,7 +155,7 @@ class Trainer:
         self._key = key
         self._examples = examples
         self._order = Order(len(examples), settings.batch_size, settings.seed)
-        self._parameters = dict(attached[key].parameters)
+        self._parameters = attached[key].trainable
         self._device = next(iter(self._parameters.values())).device
         with torch.inference_mode(False):
             self._optimizer = torch.optim.AdamW(
@@ -210,7 +211,7 @@ class Trainer:
             try:
                 for parameter, _ in flags:
                     parameter.requires_grad_(id(parameter) in own)
-                self._model.train()
+                training_mode(self._model)
                 yield
             finally:
                 self._model.train(was_training)
@@ -252,7 +253,7 @@ class Trainer:
         """
         if facts.get("run") != self._run():
             raise ExtensionRefused("checkpoint", "was taken from a training with other settings or examples")
-        self._attached[self._key].load(_named(tensors, "weights."))
+        overwrite(self._parameters, _named(tensors, "weights."))
         steps, first, second = (_named(tensors, f"{name}.") for name in ("step", "exp_avg", "exp_avg_sq"))
         if first.keys() != second.keys() or first.keys() != steps.keys() or first.keys() - self._parameters.keys():
             raise ExtensionRefused("checkpoint", "the optimizer's state does not belong to this extension")

@@ -23,8 +23,8 @@ class ExtensionLens:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the extension's own weights."""
-        return self._base.extensions[self._lens_id].nbytes
+        """Bytes of the extension's own weights; layers that an extension before it holds are not among them."""
+        return self._base.extensions.bytes_of(self._lens_id)
 
     @property
     def hook_points(self) -> Sequence[str]:
@@ -61,7 +61,7 @@ def load(spec: Spec, base: Base) -> ExtensionLens:
     with base.extensions.using(None):
         try:
             _require_base(extension_files.read_manifest(spec.folder), base)
-            extension = extension_files.attachable(spec.folder, base.model)
+            extension = extension_files.attachable(spec.folder, base.model, among=base.extensions)
         except ExtensionRefused as error:
             raise LensCorrupt(f"the extension's files cannot be used: {error}") from error
         except OSError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,6 +67,19 @@ class Extension:
     """What activation changes, in order."""
     parameters: Mapping[str, nn.Parameter]
     """Its own parameters by their key in the checkpoint; nothing of the base is among them."""
+    operations: tuple[Mapping[str, Any], ...] = ()
+    """What was done to the base, in order, as manifests say it."""
+    constants: tuple[torch.Tensor, ...] = ()
+    """Other tensors that its modules hold and that are on its device too."""
+    layers: SharedLayers | None = None
+    """Inserted layers that extensions with the same ones may share while they are attached."""
+    frozen: frozenset[str] = frozenset()
+    """Keys of parameters that training leaves alone: another extension's layers."""
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by their key in the checkpoint."""
+        return {key: parameter for key, parameter in self.parameters.items() if key not in self.frozen}
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +88,14 @@ class Extension:
 
     def then(self, other: Extension) -> Extension:
         """Both, the other's edits after ours."""
-        return Extension(self.edits + other.edits, {**self.parameters, **other.parameters})
+        return Extension(
+            self.edits + other.edits,
+            {**self.parameters, **other.parameters},
+            self.operations + other.operations,
+            self.constants + other.constants,
+            self.layers or other.layers,
+            self.frozen | other.frozen,
+        )
 
     def state(self) -> dict[str, torch.Tensor]:
         """A copy of the weights on the CPU, by checkpoint key."""
@@ -86,15 +107,34 @@ class Extension:
         Raises:
             ExtensionRefused: keys are missing or unexpected, or a shape differs; nothing was changed.
         """
-        require_same_tensors(self.parameters, weights)
-        with torch.no_grad():
-            for key, parameter in self.parameters.items():
-                parameter.copy_(weights[key])
+        overwrite(self.parameters, weights)
 
     def move(self, device: torch.device | str) -> None:
         """Bring the extension's own weights to a device; the base's stay where they are."""
-        for parameter in self.parameters.values():
-            parameter.data = parameter.data.to(device)
+        for tensor in (*self.parameters.values(), *self.constants):
+            tensor.data = tensor.data.to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedLayers:
+    """Inserted layers as they were read from a file."""
+
+    digest: str
+    """blake3 of the file."""
+    extension: Extension
+    """The layers alone, without what adapts them."""
+
+
+def overwrite(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, torch.Tensor]) -> None:
+    """Give parameters the values of the tensors of the same keys, which must be exactly theirs.
+
+    Raises:
+        ExtensionRefused: keys are missing or unexpected, or a shape differs; nothing was changed.
+    """
+    require_same_tensors(parameters, weights)
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(weights[key])
 
 
 def require_same_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
@@ -138,8 +178,27 @@ class Extensions:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all attached extensions together."""
-        return sum(extension.nbytes for extension in self._attached.values())
+        """Bytes of all attached extensions together; what several share counts once."""
+        return sum(map(self.bytes_of, self._attached))
+
+    def bytes_of(self, key: str) -> int:
+        """Bytes that an extension adds to those attached before it.
+
+        Raises:
+            KeyError: it is not attached.
+        """
+        seen: set[int] = set()
+        for other, extension in self._attached.items():
+            own = {id(parameter): parameter for parameter in extension.parameters.values()}
+            if other == key:
+                return sum(p.numel() * p.element_size() for number, p in own.items() if number not in seen)
+            seen.update(own)
+        raise KeyError(key)
+
+    def layers(self, digest: str) -> Extension | None:
+        """Inserted layers with this content that an attached extension holds."""
+        held = (extension.layers for extension in self._attached.values())
+        return next((layers.extension for layers in held if layers is not None and layers.digest == digest), None)
 
     def __contains__(self, key: str) -> bool:
         return key in self._attached
@@ -164,6 +223,20 @@ class Extensions:
         if key in self._attached:
             raise KeyError(f"{key} is attached already")
         self._attached[key] = extension
+
+    def replace(self, key: str, extension: Extension) -> None:
+        """Put another extension under an attached key; if it is active, the new one is from now on.
+
+        Raises:
+            KeyError: it is not attached.
+        """
+        active = self._active
+        if key not in self._attached:
+            raise KeyError(key)
+        if active == key:
+            self.activate(None)
+        self._attached[key] = extension
+        self.activate(active)
 
     def activate(self, key: str | None) -> None:
         """Make one extension the active one, or none; the former's edits are taken back first.

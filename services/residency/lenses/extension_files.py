@@ -7,8 +7,11 @@ identity and its name an alias.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import takewhile
+from os import link
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from blake3 import blake3
 from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
+from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from transformers import PreTrainedModel
 
@@ -24,6 +27,8 @@ from services.residency.lenses import lora
 from services.residency.lenses.extension import (
     Extension,
     ExtensionRefused,
+    Extensions,
+    SharedLayers,
     applied,
     require_same_tensors,
 )
@@ -53,6 +58,10 @@ class Manifest:
     """The configuration it was created with."""
     parameter_counts: dict[str, float] = field(default_factory=dict)
     """Exact counts: base, trainable, lora, layer, trainable_over_base, trainable_over_total."""
+    inserted_digest: str = ""
+    """blake3 of inserted.safetensors; extensions of one base that have the same share it, on disk and in memory."""
+    layers_frozen: bool = False
+    """The layers are another extension's, and training leaves them alone."""
     training: dict[str, Any] = field(default_factory=dict)
     """Steps, tokens, held-out loss before and after; empty while it is as it was created."""
     format: int = FORMAT
@@ -68,7 +77,11 @@ def structure(model: PreTrainedModel) -> str:
 
 
 def write(
-    folder: Path, manifest: Manifest, weights: Mapping[str, torch.Tensor], adapter_config: Mapping[str, Any] | None
+    folder: Path,
+    manifest: Manifest,
+    weights: Mapping[str, torch.Tensor],
+    adapter_config: Mapping[str, Any] | None,
+    layers: Path | None = None,
 ) -> None:
     """Write an extension into an existing empty folder.
 
@@ -77,34 +90,77 @@ def write(
         manifest: goes to extension.json.
         weights: CPU tensors by checkpoint key.
         adapter_config: PEFT's configuration as JSON when the extension has an adapter.
+        layers: another extension's inserted.safetensors to share, instead of layers among the weights.
     """
     adapter = {key: tensor for key, tensor in weights.items() if key.startswith(lora.KEY_PREFIX)}
     inserted = {key: tensor for key, tensor in weights.items() if key not in adapter}
-    _write_json(folder / "extension.json", asdict(manifest))
     if adapter_config is not None:
         (folder / LORA_FOLDER).mkdir()
         _write_json(folder / LORA_FOLDER / "adapter_config.json", adapter_config)
         _write_tensors(folder / LORA_FOLDER / ADAPTER_FILE, adapter)
-    if inserted:
+    if layers is not None:
+        _share(layers, folder / INSERTED_FILE)
+    elif inserted:
         _write_tensors(folder / INSERTED_FILE, inserted)
+    digest = file_digest(folder / INSERTED_FILE) if (folder / INSERTED_FILE).exists() else ""
+    _write_json(folder / "extension.json", asdict(replace(manifest, inserted_digest=digest)))
+
+
+def file_digest(path: Path) -> str:
+    """Hex blake3 of a file."""
+    return blake3().update_mmap(path).hexdigest()
+
+
+def _share(source: Path, target: Path) -> None:
+    """The same file under a second name, so that the disk holds it once; a copy where the file systems differ."""
+    try:
+        link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def retrained(source: Path, extension: Extension, training: Mapping[str, Any]) -> Callable[[Path], None]:
-    """The next version of an extension: the same but for its weights and what is said of the training.
+    """The next version of an extension: its weights, its operations (training may insert layers), what was learnt.
 
     Args:
-        source: folder of the version that was trained.
+        source: folder of the version that was trained; frozen layers are shared with it.
         extension: its trained weights, copied at once.
         training: goes to the manifest.
 
     Returns:
-        Writes the files into an empty folder; needs neither the extension nor the source any more.
+        Writes the files into an empty folder while the source is there still.
     """
-    manifest = replace(read_manifest(source), training=dict(training))
-    weights = extension.state()
-    adapter = source / LORA_FOLDER / "adapter_config.json"
-    config = json.loads(adapter.read_text()) if adapter.exists() else None
-    return lambda folder: write(folder, manifest, weights, config)
+    manifest = read_manifest(source)
+    operations = tuple(dict(operation) for operation in extension.operations)
+    manifest = replace(manifest, operations=operations, training=dict(training))
+    weights = {key: tensor for key, tensor in extension.state().items() if key not in extension.frozen}
+    layers = source / INSERTED_FILE if manifest.layers_frozen else None
+    config = _adapter_json(source)
+    return lambda folder: write(folder, manifest, weights, config, layers)
+
+
+def over_layers(source: Path, layers: Path) -> Callable[[Path], None]:
+    """The next version of an extension over other weights of the layers that it shares, its adapter as it is.
+
+    Args:
+        source: folder of the extension.
+        layers: the inserted.safetensors that another extension's training changed.
+
+    Returns:
+        Writes the files into an empty folder while both sources are there still.
+
+    Raises:
+        ExtensionRefused: the layers are of another shape.
+    """
+    manifest, config = read_manifest(source), _adapter_json(source)
+    require_same_tensors(read_tensors(source / INSERTED_FILE), read_tensors(layers))
+    weights = read_tensors(source / LORA_FOLDER / ADAPTER_FILE) if config is not None else {}
+    return lambda folder: write(folder, manifest, weights, config, layers)
+
+
+def _adapter_json(folder: Path) -> dict[str, Any] | None:
+    path = folder / LORA_FOLDER / "adapter_config.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -125,14 +181,36 @@ def read_manifest(folder: Path) -> Manifest:
         raise ExtensionRefused("extension.json", "is missing or damaged") from error
 
 
-def attachable(folder: Path, model: PreTrainedModel, *, base_digest: str = "") -> Extension:
+def attachable(
+    folder: Path, model: PreTrainedModel, *, base_digest: str = "", among: Extensions | None = None
+) -> Extension:
     """Build the extension in a folder for a live base, strictly; the base is left as it was.
+
+    Args:
+        folder: as `write` left it.
+        model: the base without extensions.
+        base_digest: content digest of the base's files where it is known.
+        among: where an extension with the same inserted layers may be attached already, whose layers are used then.
+            What is attached for training must not share layers that the training changes.
 
     Raises:
         ExtensionRefused: see `read` and `assemble`.
     """
     manifest, weights, config = read(folder, model, base_digest=base_digest)
-    return assemble(model, manifest.operations, weights, config)
+    insertions = _leading(manifest.operations)
+    inserted = {key: tensor for key, tensor in weights.items() if not key.startswith(lora.KEY_PREFIX)}
+    frozen = frozenset(inserted if manifest.layers_frozen else ())
+    whole = len(insertions) == sum(operation["op"] == "insert" for operation in manifest.operations)
+    if among is None or not insertions or not whole:
+        return replace(assemble(model, manifest.operations, weights, config), frozen=frozen)
+    layers = among.layers(manifest.inserted_digest) or assemble(model, insertions, inserted, None)
+    extension = assemble(model, manifest.operations, weights, config, layers=layers)
+    return replace(extension, frozen=frozen, layers=SharedLayers(manifest.inserted_digest, layers))
+
+
+def _leading(operations: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The insertions that the operations begin with."""
+    return list(takewhile(lambda operation: operation.get("op") == "insert", operations))
 
 
 def read(
@@ -158,8 +236,10 @@ def read(
     if (folder / LORA_FOLDER).is_dir():
         config = lora.read_config(folder / LORA_FOLDER)
         weights |= read_tensors(folder / LORA_FOLDER / ADAPTER_FILE)
-    if (folder / INSERTED_FILE).is_file():
+    if manifest.inserted_digest or (folder / INSERTED_FILE).is_file():
         weights |= read_tensors(folder / INSERTED_FILE)
+        if manifest.inserted_digest not in ("", file_digest(folder / INSERTED_FILE)):
+            raise ExtensionRefused("weights", f"{INSERTED_FILE} is not the file that was written")
     return manifest, weights, config
 
 
@@ -168,6 +248,8 @@ def assemble(
     operations: Sequence[Mapping[str, Any]],
     weights: Mapping[str, torch.Tensor],
     config: LoraConfig | None,
+    *,
+    layers: Extension | None = None,
 ) -> Extension:
     """Build an extension for a live base, strictly; the base is left as it was.
 
@@ -176,12 +258,13 @@ def assemble(
         operations: what to do to it, in order.
         weights: tensors by checkpoint key, exactly those that the operations need; copied.
         config: PEFT's configuration for the operation `lora`.
+        layers: what the first of the operations have made already.
 
     Raises:
         ExtensionRefused: an operation is unknown, or something does not fit the base.
     """
-    whole = Extension(edits=(), parameters={})
-    for operation in operations:
+    whole = layers or Extension(edits=(), parameters={})
+    for operation in operations[len(whole.operations) :]:
         try:
             build = OPERATIONS[operation["op"]]
             with applied(whole.edits):
@@ -193,13 +276,13 @@ def assemble(
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file in private memory (a map of the file would fault when it is truncated).
+    """Tensors of a safetensors file of our own, mapped: nothing is read before it is used, and nothing is read twice.
 
     Raises:
         ExtensionRefused: the file is missing, truncated or no safetensors file.
     """
     try:
-        return load_tensors(path.read_bytes())
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ExtensionRefused("weights", f"{path.name} is missing or damaged") from error
 
@@ -208,7 +291,8 @@ def _insert(
     model: PreTrainedModel, operation: Mapping[str, Any], weights: Mapping[str, torch.Tensor], config: LoraConfig | None
 ) -> Extension:
     del config
-    return insert(model, operation["position"], index=operation["index"], weights=weights)
+    width = operation.get("mlp_width")
+    return insert(model, operation["position"], index=operation["index"], mlp_width=width, weights=weights)
 
 
 def _adapt(

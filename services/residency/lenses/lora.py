@@ -8,13 +8,13 @@ which leaves the wrappers in the base's tree and its paths renamed, is never use
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import AdaLoraConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -31,6 +31,9 @@ MAGNITUDE = "lora_magnitude_vector"
 """DoRA's norms of the adapted weights; PEFT leaves `.weight` off their keys."""
 READ_FIELDS = frozenset(
     {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "fan_in_fan_out"}
+)
+ADALORA_FIELDS = frozenset({"init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"}) | frozenset(
+    {"orth_reg_weight", "total_step"}
 )
 """Fields of an adapter_config.json that change the function and are understood here."""
 IGNORED_FIELDS = frozenset(
@@ -95,6 +98,27 @@ def require_rank(targets: Mapping[str, tuple[int, int]], r: int) -> None:
             raise ExtensionRefused("lora.r", f"{r} is above the rank of {path}, which is {min(n_in, n_out)}")
 
 
+def rank(config: LoraConfig) -> int:
+    """The rank of the adapter's matrices."""
+    return config.init_r if isinstance(config, AdaLoraConfig) else config.r
+
+
+def fresh_triplets(targets: Mapping[str, tuple[int, int]], r: int, seed: int) -> dict[str, torch.Tensor]:
+    """Weights of a new AdaLoRA adapter as PEFT draws them (arXiv:2303.10512, section 3.1): it changes nothing yet.
+
+    Returns:
+        float32 tensors by checkpoint key: `lora_A` [r, in] and `lora_B` [out, r] normal with deviation 0.02, the
+        singular values `lora_E` [r, 1] zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights: dict[str, torch.Tensor] = {}
+    for path, (n_in, n_out) in targets.items():
+        weights[f"{KEY_PREFIX}{path}.lora_A"] = 0.02 * torch.randn(r, n_in, generator=generator)
+        weights[f"{KEY_PREFIX}{path}.lora_B"] = 0.02 * torch.randn(n_out, r, generator=generator)
+        weights[f"{KEY_PREFIX}{path}.lora_E"] = torch.zeros(r, 1)
+    return weights
+
+
 def fresh_weights(targets: Mapping[str, tuple[int, int]], r: int, seed: int) -> dict[str, torch.Tensor]:
     """Weights of a new adapter: A uniform in ±1/sqrt(in) as PEFT draws it, B zero, so that it changes nothing yet.
 
@@ -123,18 +147,26 @@ def read_config(folder: Path) -> LoraConfig:
         peft_type = stored.get("peft_type")
     except (ValueError, AttributeError) as error:
         raise ExtensionRefused("adapter_config", "is not a JSON object") from error
-    if peft_type != "LORA":
-        raise ExtensionRefused("adapter_config.peft_type", f"must be LORA, got {peft_type!r}")
-    default = LoraConfig()
+    if peft_type not in ("LORA", "ADALORA"):
+        raise ExtensionRefused("adapter_config.peft_type", f"must be LORA or ADALORA, got {peft_type!r}")
+    adaptive = peft_type == "ADALORA"
+    read = READ_FIELDS | (ADALORA_FIELDS if adaptive else frozenset())
+    default = AdaLoraConfig(total_step=1) if adaptive else LoraConfig()
     for name, value in stored.items():
-        if name not in READ_FIELDS | IGNORED_FIELDS and value != getattr(default, name, None):
+        if name not in read | IGNORED_FIELDS and value != getattr(default, name, None):
             raise ExtensionRefused(f"adapter_config.{name}", "is set, but not supported")
-    return LoraConfig(**{name: stored[name] for name in READ_FIELDS & stored.keys()})
+    if adaptive:
+        stored["r"] = default.r  # PEFT's AdaLoRA has no use for it
+    try:
+        return type(default)(**{name: stored[name] for name in read & stored.keys()})
+    except (TypeError, ValueError) as error:
+        raise ExtensionRefused("adapter_config", "is contradictory") from error
 
 
 def config_json(config: LoraConfig) -> dict[str, Any]:
     """What adapter_config.json holds: plain JSON, in an order that depends on nothing but the values."""
-    stored = config.to_dict() | {"peft_type": "LORA", "inference_mode": True, "peft_version": None}
+    kind = "ADALORA" if isinstance(config, AdaLoraConfig) else "LORA"
+    stored = config.to_dict() | {"peft_type": kind, "inference_mode": True, "peft_version": None}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in sorted(stored.items())}
 
 
@@ -154,12 +186,11 @@ def build(
     """
     _require_trainable_int4(model)
     targets = matched(adaptable(model), sorted(config.target_modules or ()))
-    require_rank(targets, config.r)
+    require_rank(targets, rank(config))
     if config.use_dora:
         _require_readable(model, targets)
-    edits, parameters = _inject(model, config)
-    extension = Extension(edits=edits, parameters=parameters)
-    begun = {key: parameter for key, parameter in parameters.items() if fresh and key.endswith(MAGNITUDE)}
+    extension = _inject(model, config)
+    begun = {key: parameter for key, parameter in extension.parameters.items() if fresh and key.endswith(MAGNITUDE)}
     extension.load({**begun, **weights})
     return extension
 
@@ -187,10 +218,11 @@ def _require_readable(model: nn.Module, targets: Iterable[str]) -> None:
             raise ExtensionRefused("lora.variant", "dora cannot read the weights of an int8 base on the CPU")
 
 
-def _inject(model: nn.Module, config: LoraConfig) -> tuple[tuple[Edit, ...], dict[str, nn.Parameter]]:
+def _inject(model: nn.Module, config: LoraConfig) -> Extension:
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     edits: list[Edit] = []
     parameters: dict[str, nn.Parameter] = {}
+    constants: list[torch.Tensor] = []
     injected = copy(config)
     injected.fan_in_fan_out = stores_transposed(model, config)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
@@ -201,22 +233,26 @@ def _inject(model: nn.Module, config: LoraConfig) -> tuple[tuple[Edit, ...], dic
                 parent_path, _, name = path.rpartition(".")
                 parent = model.get_submodule(parent_path)
                 edits.append(Edit(parent, name, wrapper))
-                parameters.update(_own_parameters(path, wrapper))
+                constants += (p for p in _own_parameters(wrapper).values() if not p.requires_grad)
+                parameters |= {
+                    f"{KEY_PREFIX}{path}.{key}": p for key, p in _own_parameters(wrapper).items() if p.requires_grad
+                }
                 setattr(parent, name, wrapper.get_base_layer())
             if hasattr(model, "peft_config"):
                 del model.peft_config
             for parameter, flag in trainable:
                 parameter.requires_grad_(flag)
-    return tuple(edits), parameters
+    return Extension(tuple(edits), parameters, operations=({"op": "lora"},), constants=tuple(constants))
 
 
 def _wrappers(model: nn.Module) -> dict[str, LoraLayer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _own_parameters(path: str, wrapper: LoraLayer) -> Iterator[tuple[str, nn.Parameter]]:
-    """(checkpoint key, parameter) of a wrapper, the key as PEFT writes it: without the adapter's name."""
-    for name, parameter in wrapper.named_parameters():
-        if not name.startswith("base_layer."):
-            key = name.replace(f".{ADAPTER}", "").replace(f"{MAGNITUDE}.weight", MAGNITUDE)
-            yield f"{KEY_PREFIX}{path}.{key}", parameter
+def _own_parameters(wrapper: LoraLayer) -> dict[str, nn.Parameter]:
+    """A wrapper's parameters by the end of the key that PEFT writes: without the adapter's name."""
+    return {
+        name.replace(f".{ADAPTER}", "").replace(f"{MAGNITUDE}.weight", MAGNITUDE): parameter
+        for name, parameter in wrapper.named_parameters()
+        if not name.startswith("base_layer.")
+    }

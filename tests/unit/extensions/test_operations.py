@@ -120,7 +120,6 @@ async def test_wrong_fields_are_named_and_nothing_is_created(
     "changes",
     [
         {"kind": "layer", "lora": None, "layers": (Layer(), Layer())},
-        {"lora": Lora(variant="adalora")},
         {"freeze_base": False},
         {"shared_layer_of": "x_1"},
     ],

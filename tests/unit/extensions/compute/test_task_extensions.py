@@ -166,8 +166,8 @@ def test_every_wrong_field_is_named() -> None:
             layer_initialization_scale=2, lora_target_modules=("q", "q"),
         )  # fmt: skip
     assert [field for field, _ in invalid.value.violations] == [
-        "lora_r", "lora_alpha", "lora_dropout", "lora_variant", "layer_position",
-        "layer_initialization_scale", "lora_target_modules",
+        "lora_r", "lora_alpha", "lora_dropout", "lora_variant", "lora_target_modules", "layer_position",
+        "layer_initialization_scale",
     ]  # fmt: skip
 
 
@@ -202,6 +202,10 @@ def test_a_hybrids_manifest_says_what_peft_cannot(tmp_path: Path) -> None:
     keys = set(load_file(weights))
     assert keys == {f"transformer.h.2.{name}" for name, _ in tiny("gpt2", 2).transformer.h[1].named_parameters()}
     save_file({**load_file(weights), "transformer.h.20.ln_1.weight": torch.zeros(64)}, weights)
+    with pytest.raises(ExtensionRefused, match=r"inserted\.safetensors is not the file that was written"):
+        attachable(folder, tiny("gpt2", 2))
+    stored = json.loads((folder / "extension.json").read_text())
+    (folder / "extension.json").write_text(json.dumps(stored | {"inserted_digest": ""}))
     with pytest.raises(ExtensionRefused, match=r"unexpected transformer\.h\.20\.ln_1\.weight"):
         attachable(folder, tiny("gpt2", 2))
 

@@ -89,20 +89,22 @@ class LayerConfig(_message.Message):
     def __init__(self, position: _Optional[_Union[LayerPosition, str]] = ..., index: _Optional[int] = ..., initialization_scale: _Optional[float] = ...) -> None: ...
 
 class ParameterCounts(_message.Message):
-    __slots__ = ("base", "trainable", "lora", "layer", "trainable_over_base", "trainable_over_total")
+    __slots__ = ("base", "trainable", "lora", "layer", "trainable_over_base", "trainable_over_total", "shared")
     BASE_FIELD_NUMBER: _ClassVar[int]
     TRAINABLE_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     TRAINABLE_OVER_BASE_FIELD_NUMBER: _ClassVar[int]
     TRAINABLE_OVER_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     base: int
     trainable: int
     lora: int
     layer: int
     trainable_over_base: float
     trainable_over_total: float
-    def __init__(self, base: _Optional[int] = ..., trainable: _Optional[int] = ..., lora: _Optional[int] = ..., layer: _Optional[int] = ..., trainable_over_base: _Optional[float] = ..., trainable_over_total: _Optional[float] = ...) -> None: ...
+    shared: int
+    def __init__(self, base: _Optional[int] = ..., trainable: _Optional[int] = ..., lora: _Optional[int] = ..., layer: _Optional[int] = ..., trainable_over_base: _Optional[float] = ..., trainable_over_total: _Optional[float] = ..., shared: _Optional[int] = ...) -> None: ...
 
 class CreateExtensionRequest(_message.Message):
     __slots__ = ("model_id", "task_name", "kind", "lora", "layer", "layers", "freeze_base", "shared_layer_of", "seed", "request_id", "validate_only")
