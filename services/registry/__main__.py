@@ -19,7 +19,7 @@ from services.registry.adapters.jobs import handlers
 from services.registry.adapters.metrics import RegistryMetrics
 from services.registry.adapters.model_hosts import SERVICE, GrpcModelHosts
 from services.registry.adapters.peers import GrpcPeers
-from services.registry.adapters.postgres import LOAD_KIND, PostgresStore
+from services.registry.adapters.postgres import LOAD_KIND, SWITCH_KIND, PostgresStore
 from services.registry.config import RegistrySettings
 from services.registry.operations import hosts
 from services.registry.operations.registry import Limits, Registry
@@ -36,6 +36,7 @@ OWNERS = {
     "load": "registry",
     "group": "registry",
     "preload": "registry",
+    "switch": "registry",
     "extension": "extensions",
 }
 """Service in the NATS subject of an event, where it is not the event's own prefix."""
@@ -75,7 +76,7 @@ async def compose(context: Context) -> Part:
     return Part(
         servicers=_servicers(registry, context, Feeds(hub, context.jobs)),
         handlers=handlers(registry, context.jobs),
-        limits={LOAD_KIND: settings.max_concurrent_loads},
+        limits={LOAD_KIND: settings.max_concurrent_loads, SWITCH_KIND: 1},
         background=[
             broker.run,
             Relay(context.database, broker, OWNERS).run,

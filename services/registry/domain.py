@@ -179,7 +179,7 @@ class Residency:
     model_id: str
     host_id: str
     state: str
-    """loading, resident, unloading, or lost with its host."""
+    """loading, resident, unloading, parking, parked in host memory, or lost with its host."""
     quantization: str
     required_bytes: int
     charge_bytes: int
@@ -201,6 +201,12 @@ class Residency:
         """What its leaving gives back."""
         return self.charge_bytes + self.lens_bytes
 
+    @property
+    def moving(self) -> bool:
+        """Whether a job brings it, parks it or drops it right now."""
+        dropped = self.state == "parked" and self.job_id is not None
+        return dropped or self.state in ("loading", "unloading", "parking")
+
 
 @dataclass(frozen=True, slots=True)
 class Host:
@@ -219,8 +225,11 @@ class Host:
     utilization_ratio: float | None
     lost: bool
     heartbeat_at: datetime
+    park_bytes: int = 0
+    """Host memory that parked models may take."""
     used_bytes: int = 0
     reserved_bytes: int = 0
+    parked_bytes: int = 0
     silent_seconds: float = 0.0
     residents: tuple[Residency, ...] = ()
 
@@ -252,6 +261,7 @@ class HostedModel:
     fingerprint: str
     leases: int
     idle_seconds: float
+    parked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +271,9 @@ class Eviction:
     model_id: str
     bytes: int
     cause: str
+    """memory, resident_limit, or park_limit for one that is parked already."""
+    parked: bool = False
+    """Whether it stays in host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +287,9 @@ class Placement:
     obtainable_bytes: int
     """Free after everything idle had left."""
     evictions: tuple[Eviction, ...]
+    required_bytes: int
+    restores: bool = False
+    """Whether the model is parked there, and is moved back rather than loaded."""
 
     @property
     def device(self) -> str:
@@ -315,7 +331,9 @@ class Lens:
     created_by: str
     created_at: datetime
     charge_bytes: int | None = None
-    """Bytes on the device of the copy that serves; None when it is not there."""
+    """Bytes on the device of the copy that serves, or where it is parked; None when it is nowhere."""
+    parked: bool = False
+    """Whether it is in host memory with its base, and not on a device."""
 
     @property
     def alters(self) -> bool:

@@ -158,8 +158,8 @@ class PlacementRows(Protocol):
     async def remove(self, model_id: str, host_id: str) -> bool:
         """Forget a residency; whether there was one."""
 
-    async def left(self, job_id: str, model_id: str, host_id: str, freed: int) -> None:
-        """A model left for a load: forget it, and charge that load with what it gave back, up to what it needs."""
+    async def left(self, job_id: str, copy: Residency, *, parked: bool) -> None:
+        """A copy left for a load, which is charged with what the device got back; forget it, or keep it as parked."""
 
     async def reserve(self, host_id: str, owner: str, size: int) -> None:
         """Write a reservation, replacing the owner's former one."""
@@ -306,6 +306,9 @@ class Transaction(Protocol):
     async def enqueue_preload(self, job_id: str, payload: Mapping[str, Any], subject: str) -> None:
         """Queue the job that preloads a group."""
 
+    async def enqueue_switch(self, job_id: str, payload: Mapping[str, Any], subject: str) -> int:
+        """Queue the job that switches to another group, behind those of users who have fewer waiting; its place."""
+
     async def job_outcome(self, job_id: str) -> tuple[str, LensmeshError]:
         """A job's state, and why it failed or was cancelled, when it did."""
 
@@ -363,6 +366,17 @@ class ModelHosts(Protocol):
         Raises:
             Conflict: `IN_USE`: leases are held.
         """
+
+    async def park(self, address: str, model_id: str) -> int:
+        """Move a model and its lenses to host memory; bytes that the device got back.
+
+        Raises:
+            Conflict: `IN_USE`: leases are held.
+            Exhausted: host memory has no room for it.
+        """
+
+    async def restore(self, address: str, model_id: str) -> HostedModel:
+        """Move a parked model back."""
 
     async def attach_lens(self, address: str, model_id: str, lens_id: str, kind: str, artifact: LensArtifact) -> int:
         """Bring a lens to a resident model; its bytes on the device."""

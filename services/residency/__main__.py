@@ -23,8 +23,8 @@ async def compose(context: Context) -> Part:
     """
     assert context.registry is not None, "only the registry itself has no channel to it"
     settings = ResidencySettings(**context.settings.model_dump())
-    memory = survey(context.device, settings.device_memory_limit)
-    pool = Pool(context.device, memory.budget_bytes)
+    memory = survey(context.device, settings.device_memory_limit, settings.park_memory_limit)
+    pool = Pool(context.device, memory.budget_bytes, memory.park_bytes)
     context.residency = pool
     host = Host(
         pool=pool,

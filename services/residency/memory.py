@@ -31,21 +31,29 @@ class DeviceMemory:
     kind: str
     total_bytes: int
     budget_bytes: int
+    park_bytes: int
+    """Host memory that parked models may take."""
 
 
-def survey(device: str, limit: int) -> DeviceMemory:
+def survey(device: str, limit: int, park_limit: int | None = None) -> DeviceMemory:
     """Size up a device.
 
     Args:
         device: torch device.
         limit: bytes we may use, from the settings; 0 leaves it to `DEFAULT_SHARE` of what is there.
+        park_limit: bytes of host memory for parked models; when None half of what is available, and nothing where the
+            device has no memory of its own, because there a parked model would free nothing.
     """
+    host = psutil.virtual_memory()
+    shared = False
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
-        kind, total = properties.name, properties.total_memory
+        kind, total, shared = properties.name, properties.total_memory, bool(properties.is_integrated)
     else:
-        kind, total = platform.processor() or "cpu", psutil.virtual_memory().total
-    return DeviceMemory(kind, total, min(limit, total) if limit else int(total * DEFAULT_SHARE))
+        kind, total = platform.processor() or "cpu", host.total
+    if park_limit is None:
+        park_limit = 0 if shared else host.available // 2
+    return DeviceMemory(kind, total, min(limit, total) if limit else int(total * DEFAULT_SHARE), park_limit)
 
 
 def held(device: str) -> int:

@@ -117,6 +117,7 @@ def hosted_model(resident: Resident) -> devices_pb2.HostedModel:
         fingerprint=resident.fingerprint,
         leases=resident.leases,
         idle_seconds=time.monotonic() - resident.last_used,
+        parked=resident.state == "parked",
     )
 
 

@@ -93,9 +93,10 @@ class Lease:
 class Pool:
     """The models of one process. All coroutines belong to one event loop."""
 
-    def __init__(self, device: str, budget_bytes: int) -> None:
+    def __init__(self, device: str, budget_bytes: int, park_bytes: int = 0) -> None:
         self.device = device
         self.budget_bytes = budget_bytes
+        self.park_bytes = park_bytes
         self._residents: dict[str, Resident] = {}
         self._loading: dict[str, int] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
@@ -105,15 +106,20 @@ class Pool:
     @property
     def used_bytes(self) -> int:
         """Bytes of models and lenses on the device, measured when they came; parked ones are not on it."""
-        return sum(resident.total_bytes for resident in self._residents.values() if self._counts(resident))
+        return self._bytes("device")
+
+    @property
+    def parked_bytes(self) -> int:
+        """Bytes of parked models and their lenses, in host memory."""
+        return self._bytes("parked")
 
     @property
     def reserved_bytes(self) -> int:
         """Bytes promised to loads that are going on."""
         return sum(self._loading.values())
 
-    def _counts(self, resident: Resident) -> bool:
-        return resident.state == "device" or self.device == "cpu"
+    def _bytes(self, state: Residency) -> int:
+        return sum(resident.total_bytes for resident in self._residents.values() if resident.state == state)
 
     @property
     def residents(self) -> list[Resident]:
@@ -333,10 +339,13 @@ class Pool:
             resident.leaving = False
 
     async def park(self, model_id: str) -> int:
-        """Move a model and its lenses to host memory; returns the device bytes that came back (none on a CPU).
+        """Move a model and its lenses to host memory; returns the bytes that the device's budget got back.
+
+        On a CPU nothing moves: the bytes count as parked instead of as the device's.
 
         Raises:
             errors.Conflict: `IN_USE`.
+            errors.Exhausted: `INSUFFICIENT_MEMORY`: they are more than may be parked; it stays on the device.
         """
         return await self._move(self.get(model_id), "parked")
 
@@ -362,8 +371,10 @@ class Pool:
                 return 0
             async with self._leaving(resident, 0):
                 before = self.used_bytes
-                if state == "device" and not self._counts(resident):
+                if state == "device":
                     self._require(resident.total_bytes)
+                elif resident.total_bytes > self.park_bytes - self.parked_bytes:
+                    raise insufficient_memory(resident.total_bytes, self.park_bytes - self.parked_bytes)
                 if self.device != "cpu":
                     await self.run(self._relocate, resident, self.device if state == "device" else "cpu")
                 resident.state = state

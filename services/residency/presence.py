@@ -64,6 +64,7 @@ class Presence:
             kind=self.memory.kind,
             total_bytes=self.memory.total_bytes,
             budget_bytes=self.memory.budget_bytes,
+            park_bytes=self.memory.park_bytes,
             services=self.services,
             models=[hosted_model(resident) for resident in self.pool.residents],
         )

@@ -36,6 +36,9 @@ class FakeHost(
     device: str = "cpu"
     incarnation: str = "life-1"
     budget: int = 1000 * MB
+    park: int = 0
+    """Bytes of host memory for parked models."""
+    refuses_to_park: bool = False
     services: tuple[str, ...] = ("extraction", "training", "extensions")
     sizes: dict[str, int] = field(default_factory=lambda: {"tiny": 100 * MB})
     """Bytes of the weights by identifier; int8 takes half."""
@@ -132,6 +135,21 @@ class FakeHost(
             raise errors.Conflict("leases are held", reason="IN_USE")
         self.held.pop(request.model_id, None)
         return host_pb.Released(freed_bytes=model.memory_bytes if model else 0)
+
+    async def Park(self, request: Any, context: Any) -> Any:
+        self.asked.append(("Park", request))
+        model = self.held[request.model_id]
+        if model.leases:
+            raise errors.Conflict("leases are held", reason="IN_USE")
+        if self.refuses_to_park:
+            raise errors.Exhausted("host memory is full", reason="INSUFFICIENT_MEMORY")
+        model.parked = True
+        return host_pb.Released(freed_bytes=model.memory_bytes)
+
+    async def Restore(self, request: Any, context: Any) -> Any:
+        self.asked.append(("Restore", request))
+        self.held[request.model_id].parked = False
+        return self.held[request.model_id]
 
     async def AttachLens(self, request: Any, context: Any) -> Any:
         self.asked.append(("AttachLens", request))

@@ -136,6 +136,7 @@ class Mesh:
                 kind="fake",
                 total_bytes=2 * host.budget,
                 budget_bytes=host.budget,
+                park_bytes=host.park,
                 services=host.services,
                 models=host.held.values(),
             )

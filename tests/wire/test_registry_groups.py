@@ -159,9 +159,8 @@ async def test_a_group_whose_base_is_nowhere_says_so(mesh: Mesh, host: FakeHost)
     model = await mesh.create()
     group = await group_on(mesh, model.id)
     lens = await attach(mesh, group.id, "good")
-    assert lens.residency == pb.RESIDENCY_UNSPECIFIED
+    assert lens.residency == pb.RESIDENCY_DISK
     for call in (
-        switch(mesh, group.id, lens.id),
         mesh.groups.AnalyzeText(pb.AnalyzeTextRequest(id=group.id, text="a", lens_ids=[lens.id])),
         mesh.groups.MoveGroup(pb.MoveGroupRequest(id=group.id, device="cpu")),
     ):
@@ -169,7 +168,7 @@ async def test_a_group_whose_base_is_nowhere_says_so(mesh: Mesh, host: FakeHost)
         assert (failure.code, failure.reason) == ("FAILED_PRECONDITION", "GROUP_NOT_RESIDENT")
         assert failure.facts["model_id"] == model.id
     status = await mesh.groups.GetGroupStatus(pb.GetGroupStatusRequest(id=group.id))
-    assert (status.residency, status.fully_loaded, status.saved_bytes) == (pb.RESIDENCY_UNSPECIFIED, False, 0)
+    assert (status.residency, status.fully_loaded, status.saved_bytes) == (pb.RESIDENCY_DISK, False, 0)
 
 
 async def test_lenses_come_back_with_their_base_and_a_broken_one_fails_alone(mesh: Mesh, host: FakeHost) -> None:

@@ -1,4 +1,4 @@
-"""The registry's own job kinds: loads and preloads, as leases that the operations understand."""
+"""The registry's own job kinds: loads, preloads and switches, as leases that the operations understand."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from services.kit.jobs import Cancelled, Claim, Handler, JobStore
-from services.registry.adapters.postgres import LOAD_KIND, PRELOAD_KIND, PostgresTransaction
+from services.registry.adapters.postgres import LOAD_KIND, PRELOAD_KIND, SWITCH_KIND, PostgresTransaction
 from services.registry.domain import load_failure
 from services.registry.operations.groups import run_preload
 from services.registry.operations.registry import Registry
 from services.registry.operations.running import run_load, settle
+from services.registry.operations.switching import run_switch
 
 T = TypeVar("T")
 
@@ -56,4 +57,7 @@ def handlers(registry: Registry, jobs: JobStore) -> dict[str, Handler]:
     async def preload(claim: Claim) -> dict[str, Any]:
         return await run_preload(registry, ClaimLease(claim, jobs))
 
-    return {LOAD_KIND: load, PRELOAD_KIND: preload}
+    async def switch(claim: Claim) -> dict[str, Any]:
+        return await run_switch(registry, ClaimLease(claim, jobs))
+
+    return {LOAD_KIND: load, PRELOAD_KIND: preload, SWITCH_KIND: switch}

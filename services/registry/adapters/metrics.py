@@ -62,6 +62,7 @@ class RegistryMetrics:
         self._budget = device("registry_device_budget_bytes", "Bytes we may use")
         self._used = device("registry_device_used_bytes", "Bytes of models and lenses by the ledger")
         self._reserved = device("registry_device_reserved_bytes", "Bytes promised to loads and jobs")
+        self._parked = device("registry_device_parked_bytes", "Bytes of parked models and lenses, in host memory")
         self._alive = device("registry_device_alive", "Whether the device's host is heard")
         self._jobs = Gauge("jobs", "Jobs by kind and state", ["kind", "state"], registry=registry)
         self._oldest = Gauge("job_queue_oldest_seconds", "Age of the oldest queued job", ["kind"], registry=registry)
@@ -72,7 +73,7 @@ class RegistryMetrics:
             self._loads.labels(result)
         for status in STATUSES:
             self._models.labels(status)
-        for cause in ("memory", "resident_limit", "device_cleared"):
+        for cause in ("memory", "resident_limit", "park_limit", "device_cleared"):
             self._evictions.labels(cause)
         for kind in ("within", "cross"):
             self._switch_seconds.labels(kind)
@@ -115,6 +116,7 @@ class RegistryMetrics:
             self._budget.labels(host.name).set(host.budget_bytes)
             self._used.labels(host.name).set(0 if host.lost else host.used_bytes)
             self._reserved.labels(host.name).set(0 if host.lost else host.reserved_bytes)
+            self._parked.labels(host.name).set(0 if host.lost else host.parked_bytes)
             self._alive.labels(host.name).set(not host.lost)
         async with database.connection() as conn:
             jobs = await job_counts(conn)

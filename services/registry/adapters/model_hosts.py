@@ -25,6 +25,7 @@ READ_SECONDS = 300.0
 STALL_SECONDS = 300.0
 """A load without news for so long has stalled."""
 LENS_SECONDS = 120.0
+MOVE_SECONDS = 600.0
 SWITCH_SECONDS = 10.0
 STATE_SECONDS = 5.0
 FORWARD_SECONDS = 3600.0
@@ -98,6 +99,17 @@ class GrpcModelHosts:
         request = pb.UnloadRequest(model_id=model_id, wait_seconds=wait_seconds)
         with translated():
             return (await self._stub(address).Unload(request, timeout=wait_seconds + LENS_SECONDS)).freed_bytes
+
+    async def park(self, address: str, model_id: str) -> int:
+        """Move a model to host memory."""
+        with translated():
+            found = await self._stub(address).Park(pb.ParkRequest(model_id=model_id), timeout=MOVE_SECONDS)
+        return found.freed_bytes
+
+    async def restore(self, address: str, model_id: str) -> HostedModel:
+        """Move a parked model back."""
+        with translated():
+            return hosted(await self._stub(address).Restore(pb.RestoreRequest(model_id=model_id), timeout=MOVE_SECONDS))
 
     async def attach_lens(self, address: str, model_id: str, lens_id: str, kind: str, artifact: LensArtifact) -> int:
         """Bring a lens to a resident model."""

@@ -23,6 +23,13 @@ from services.registry.ports import Answered
 
 LOAD_KIND = "model_load"
 PRELOAD_KIND = "group_preload"
+SWITCH_KIND = "group_switch"
+
+_WAITING_OF_USER = "SELECT count(*) FROM jobs WHERE kind = $1 AND state = 'queued' AND created_by = $2"
+_PLACE = """
+SELECT count(*) FROM jobs
+WHERE kind = $1 AND (state IN ('running', 'finalizing') OR state = 'queued' AND priority >= $2)
+"""
 
 
 class PostgresTransaction:
@@ -63,6 +70,21 @@ class PostgresTransaction:
             event_data={"group_id": payload["group_id"]},
             job_id=job_id,
         )
+
+    async def enqueue_switch(self, job_id: str, payload: Mapping[str, Any], subject: str) -> int:
+        """Queue the job that switches to another group; a user's second waits behind every other user's first."""
+        mine = await self._conn.fetchval(_WAITING_OF_USER, SWITCH_KIND, subject)
+        await self._jobs.enqueue(
+            self._conn,
+            kind=SWITCH_KIND,
+            payload=dict(payload),
+            created_by=subject,
+            event_prefix="switch",
+            event_data={"group_id": payload["group_id"]},
+            job_id=job_id,
+            priority=-mine,
+        )
+        return await self._conn.fetchval(_PLACE, SWITCH_KIND, -mine)
 
     async def job_outcome(self, job_id: str) -> tuple[str, LensmeshError]:
         """A job's state, and why it ended so; one that is gone counts as failed."""

@@ -79,7 +79,7 @@ async def accept(
     hosts = await tx.placement.hosts(lock=True)
     if not any(host.answers_to(order.device) for host in hosts):
         raise no_host(order.device)
-    plan = plan_order(order, hosts, registry.limits.max_resident_models)
+    plan = plan_order(order, hosts, registry.limits.max_resident_models, model.id)
     job = job_id or new_id("job")
     await _charge(tx, model, order, plan, job)
     if not job_id:
@@ -87,14 +87,20 @@ async def accept(
     return job, plan
 
 
-def plan_order(order: Order, hosts: Sequence[Host], limit: int) -> LoadPlan:
+def plan_order(order: Order, hosts: Sequence[Host], limit: int, model_id: str) -> LoadPlan:
     """A plan with a placement that fits.
 
     Raises:
         Exhausted: there is none.
     """
     plan = plan_load(
-        order.need, hosts, device=order.device, fall_back=order.fall_back, limit=limit, seconds=order.seconds
+        order.need,
+        hosts,
+        device=order.device,
+        fall_back=order.fall_back,
+        limit=limit,
+        seconds=order.seconds,
+        copy_of=(model_id, order.quantization),
     )
     if plan.best is None:
         raise does_not_fit(plan, limit)
@@ -104,28 +110,32 @@ def plan_order(order: Order, hosts: Sequence[Host], limit: int) -> LoadPlan:
 def does_not_fit(plan: LoadPlan, limit: int) -> Exhausted:
     """Why no placement fits, with both sides of the comparison."""
     roomiest = max(plan.placements, key=lambda placement: placement.obtainable_bytes)
-    if roomiest.obtainable_bytes >= plan.need.total:
+    if roomiest.obtainable_bytes >= roomiest.required_bytes:
         return Exhausted(
             f"{roomiest.device} holds {limit} models, and none of them may leave",
             metadata={"limit": limit, "device": roomiest.device},
             retry_after=30.0,
         )
-    return insufficient_memory(plan.need.total, roomiest.obtainable_bytes, roomiest.device)
+    return insufficient_memory(roomiest.required_bytes, roomiest.obtainable_bytes, roomiest.device)
 
 
 async def _charge(tx: Transaction, model: Model, order: Order, plan: LoadPlan, job: str) -> None:
     best = plan.best
     assert best is not None, "only a plan that fits is charged"
-    freed = sum(eviction.bytes for eviction in best.evictions)
+    freed = sum(eviction.bytes for eviction in best.evictions if eviction.cause != "park_limit")
     for eviction in best.evictions:
-        await tx.placement.change(eviction.model_id, best.host.host_id, state="unloading", job_id=job)
+        if eviction.cause == "park_limit":  # nothing of the device's; the job's id alone says that it is leaving
+            await tx.placement.change(eviction.model_id, best.host.host_id, job_id=job)
+            continue
+        state = "parking" if eviction.parked else "unloading"
+        await tx.placement.change(eviction.model_id, best.host.host_id, state=state, job_id=job)
     await tx.placement.put(
         model.id,
         best.host.host_id,
         state="loading",
         quantization=order.quantization,
-        required_bytes=plan.need.total,
-        charge_bytes=max(0, plan.need.total - freed),
+        required_bytes=best.required_bytes,
+        charge_bytes=max(0, best.required_bytes - freed),
         job_id=job,
         leases=0,
         active_lens_id=None,
@@ -138,7 +148,7 @@ async def _charge(tx: Transaction, model: Model, order: Order, plan: LoadPlan, j
         quantization=order.quantization,
         cause=order.cause,
         created_by=order.subject,
-        required_bytes=plan.need.total,
+        required_bytes=best.required_bytes,
     )
     changes: dict[str, Any] = {
         "wanted": True,

@@ -86,11 +86,20 @@ async def estimate_model(registry: Registry, model_id: str, quantization: str | 
     """
     model = await inspected(registry, model_id)
     need, seconds = await need_of(registry, model.files, quantization or model.quantization, model_id=model_id)
-    return await plan(registry, need, device=device, seconds=seconds)
+    copy_of = (model_id, quantization or model.quantization)
+    return await plan(registry, need, device=device, seconds=seconds, copy_of=copy_of)
 
 
-async def plan(registry: Registry, need: Need, *, device: str, seconds: float, fall_back: bool = False) -> LoadPlan:
-    """Placements of a need over the live hosts.
+async def plan(
+    registry: Registry,
+    need: Need,
+    *,
+    device: str,
+    seconds: float,
+    fall_back: bool = False,
+    copy_of: tuple[str, str] = ("", ""),
+) -> LoadPlan:
+    """Placements of a need over the live hosts; see `plan_load`.
 
     Raises:
         Unavailable: `NO_HOST`: none has this device.
@@ -100,4 +109,4 @@ async def plan(registry: Registry, need: Need, *, device: str, seconds: float, f
     if not any(host.answers_to(device) for host in hosts):
         raise no_host(device)
     limit = registry.limits.max_resident_models
-    return plan_load(need, hosts, device=device, fall_back=fall_back, limit=limit, seconds=seconds)
+    return plan_load(need, hosts, device=device, fall_back=fall_back, limit=limit, seconds=seconds, copy_of=copy_of)

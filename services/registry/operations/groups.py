@@ -9,11 +9,9 @@ from typing import Any
 from services.kit.errors import Invalid, LensmeshError
 from services.kit.ids import new_id
 from services.kit.requests import RequestKey
-from services.registry.domain import Caller, Group, Listed, Page, Residency, not_resident
-from services.registry.operations.admission import does_not_fit
-from services.registry.operations.estimating import estimate_model
+from services.registry.domain import Caller, Group, Listed, Page, not_resident
 from services.registry.operations.lenses import bring, take_lens_off
-from services.registry.operations.loading import await_job, ensure_resident, move_model
+from services.registry.operations.loading import await_job, bring_base, move_model
 from services.registry.operations.planning import ASSUMED_BYTES_PER_SECOND
 from services.registry.operations.registry import Registry
 from services.registry.ports import LoadLease
@@ -24,8 +22,8 @@ class GroupStatus:
     """Where a group's parts are."""
 
     group: Group
-    resident: bool
-    """Whether the base is on a device."""
+    residency: str
+    """Of the base: device, parked or disk."""
     device: str | None
     resident_lens_ids: tuple[str, ...]
     fully_loaded: bool
@@ -110,12 +108,13 @@ async def group_status(registry: Registry, group_id: str) -> GroupStatus:
         cross = await tx.groups.switch_seconds(group_id, "cross")
         speed = float(await tx.models.load_speed() or ASSUMED_BYTES_PER_SECOND)
     copy = next((c for c in copies if c.state == "resident"), None)
+    parked = any(c.state == "parked" for c in copies)
     here = tuple(lens.id for lens in group.lenses if copy is not None and lens.id in copy.lens_ids)
     base = copy.charge_bytes if copy is not None else 0
     largest = max((lens.size_bytes for lens in group.lenses), default=0)
     return GroupStatus(
         group=group,
-        resident=copy is not None,
+        residency="device" if copy is not None else "parked" if parked else "disk",
         device=f"{copy.host_id}/{copy.device}" if copy is not None else None,
         resident_lens_ids=here,
         fully_loaded=copy is not None and len(here) == len(group.lenses),
@@ -177,7 +176,7 @@ async def run_preload(registry: Registry, lease: LoadLease) -> dict[str, Any]:
         LensmeshError: the base could not be loaded.
     """
     group_id, wanted = lease.payload["group_id"], list(lease.payload["lens_ids"])
-    copy = await lease.unless_stopped(_base(registry, lease.payload["model_id"]))
+    copy = await lease.unless_stopped(bring_base(registry, lease.payload["model_id"]))
     failed: list[str] = []
     loaded, size = 0, copy.charge_bytes
     for lens_id in ["", *wanted]:
@@ -199,19 +198,6 @@ async def run_preload(registry: Registry, lease: LoadLease) -> dict[str, Any]:
             await tx.emit("group:preload", group_id, facts)
             await lease.progress(percent, figures)
     return {"group_id": group_id, "loaded": loaded, "failed": failed}
-
-
-async def _base(registry: Registry, model_id: str) -> Residency:
-    """The copy that serves, after loading one where it fits best."""
-    async with registry.store.transaction() as tx:
-        copies = await tx.placement.of_model(model_id)
-    placed = next((copy.host_id for copy in copies if copy.state in ("resident", "loading")), None)
-    if placed is None:
-        found = await estimate_model(registry, model_id, None, "")
-        if found.best is None:
-            raise does_not_fit(found, registry.limits.max_resident_models)
-        placed = found.best.host.host_id
-    return await ensure_resident(registry, placed, model_id)
 
 
 async def move_group(registry: Registry, caller: Caller, group_id: str, device: str) -> GroupStatus:

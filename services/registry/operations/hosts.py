@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from services.kit.errors import LensmeshError, NotFound, Unavailable
-from services.registry.domain import Host, HostedModel, Residency
+from services.registry.domain import Host, HostedModel, Model, Residency
 from services.registry.operations.loading import restore
 from services.registry.operations.registry import Registry
 from services.registry.operations.running import adopt, ready_facts, restore_lenses, settle_abandoned
 from services.registry.operations.unloading import departed
+from services.registry.ports import Transaction
 
 
 async def register_host(registry: Registry, facts: Mapping[str, Any], held: Sequence[HostedModel]) -> float:
@@ -89,7 +90,7 @@ async def follow(
     by_id = {model.model_id: model for model in held}
     for row in host.residents if known is None else known:
         hosted = by_id.pop(row.model_id, None)
-        if row.state in ("loading", "unloading"):
+        if row.moving:
             continue
         if hosted is None or hosted.quantization != row.quantization:
             async with registry.store.transaction() as tx:
@@ -114,7 +115,8 @@ async def lose_silent_hosts(registry: Registry) -> list[str]:
             await tx.placement.lose(host_id)
     for host_id in silent:
         async with registry.store.transaction() as tx:
-            rows = [row for row in await tx.placement.of_host(host_id) if row.state in ("resident", "unloading")]
+            held = await tx.placement.of_host(host_id)
+        rows = [row for row in held if row.state in ("resident", "unloading", "parking", "parked")]
         for row in rows:
             await _lose(registry, row)
     return silent
@@ -164,7 +166,7 @@ async def _lose(registry: Registry, row: Residency) -> None:
         model = await tx.models.get(row.model_id, lock=True)
         await tx.placement.change(row.model_id, row.host_id, state="lost", leases=0, job_id=None)
         rest = {r.state for r in await tx.placement.of_model(row.model_id)}
-        if rest & {"resident", "unloading"} or model.status != "ready":
+        if rest & {"resident", "unloading", "parking"} or model.status != "ready":
             return
         status = "loading" if "loading" in rest else "unloaded"
         await tx.models.update(row.model_id, status=status, memory_usage_bytes=None, progress=0.0, fingerprint=None)
@@ -183,9 +185,18 @@ async def _update(registry: Registry, host: Host, row: Residency, hosted: Hosted
                 await tx.groups.displace_lens(lens_id, host.host_id)
         for lens_id, size in hosted.lenses.items():
             await tx.groups.place_lens(lens_id, row.model_id, host.host_id, size)
-        if model.status not in ("ready", "loading"):
+        if hosted.parked:
+            await _not_on_a_device(tx, model)
+        elif model.status not in ("ready", "loading"):
             await tx.models.update(row.model_id, status="ready", progress=100.0, memory_usage_bytes=hosted.memory_bytes)
             await tx.emit("model:ready", row.model_id, ready_facts(model, host, hosted))
+
+
+async def _not_on_a_device(tx: Transaction, model: Model) -> None:
+    """A copy turned out to be parked: the model is `unloaded` unless another copy serves."""
+    rest = {copy.state for copy in await tx.placement.of_model(model.id)}
+    if model.status == "ready" and not rest & {"resident", "unloading", "parking"}:
+        await tx.models.update(model.id, status="unloaded", memory_usage_bytes=None, progress=0.0, fingerprint=None)
 
 
 async def _adopt_or_unload(registry: Registry, host: Host, hosted: HostedModel) -> None:
@@ -198,14 +209,14 @@ async def _adopt_or_unload(registry: Registry, host: Host, hosted: HostedModel) 
         if model is not None:
             if any(copy.host_id == host.host_id for copy in await tx.placement.of_model(model.id)):
                 return
-            if model.wanted and model.quantization == hosted.quantization:
+            if model.wanted and model.quantization == hosted.quantization and not hosted.parked:
                 await adopt(tx, host, hosted)
                 for lens_id, size in hosted.lenses.items():
                     await tx.groups.place_lens(lens_id, model.id, host.host_id, size)
                 ready = {"status": "ready", "progress": 100.0, "memory_usage_bytes": hosted.memory_bytes}
                 await tx.models.update(model.id, fingerprint=hosted.fingerprint or None, **ready)
                 await tx.emit("model:ready", model.id, ready_facts(model, host, hosted))
-    if model is not None and model.wanted and model.quantization == hosted.quantization:
+    if model is not None and model.wanted and model.quantization == hosted.quantization and not hosted.parked:
         await restore_lenses(registry, model.id, host.host_id)
         return
     try:
@@ -215,10 +226,11 @@ async def _adopt_or_unload(registry: Registry, host: Host, hosted: HostedModel) 
 
 
 def _differs(rows: Sequence[Residency], held: Sequence[HostedModel]) -> bool:
-    expected = {row.model_id: (row.quantization, set(row.lens_ids)) for row in rows if row.state == "resident"}
-    busy = {row.model_id for row in rows if row.state in ("loading", "unloading")}
-    found = {m.model_id: (m.quantization, set(m.lenses)) for m in held if m.model_id not in busy}
+    still = [row for row in rows if row.state in ("resident", "parked") and not row.moving]
+    expected = {row.model_id: (row.quantization, row.state == "parked", set(row.lens_ids)) for row in still}
+    busy = {row.model_id for row in rows if row.moving}
+    found = {m.model_id: (m.quantization, m.parked, set(m.lenses)) for m in held if m.model_id not in busy}
     if expected != found or any(row.state == "lost" for row in rows):
         return True
     measured = {m.model_id: m.memory_bytes for m in held}
-    return any(measured[row.model_id] != row.charge_bytes for row in rows if row.state == "resident")
+    return any(measured[row.model_id] != row.charge_bytes for row in still)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.kit.errors import Conflict, Invalid, LensmeshError, NotFound, Unsupported
 from services.kit.ids import new_id
@@ -21,6 +21,7 @@ from services.registry.domain import (
     not_resident,
 )
 from services.registry.operations.registry import Registry
+from services.registry.operations.unloading import unload_copies
 from services.registry.ports import Switched, Transaction
 
 _FIELDS = {"transcoder": "transcoder_id", "extension": "extension_id", "tuned_lens": "artifact_uri"}
@@ -89,15 +90,23 @@ async def detach_lens(registry: Registry, group_id: str, lens_id: str) -> None:
         await tx.groups.remove_lens(lens_id)
 
 
-async def switch_lens(registry: Registry, group_id: str, lens_id: str | None) -> Switched:
+async def switch_lens(
+    registry: Registry, group_id: str, lens_id: str | None, *, began: float | None = None
+) -> Switched:
     """Make a lens of a group the active one, or none. Switches on one base take turns, so that rows tell the truth.
+
+    Args:
+        registry: the registry.
+        group_id: the group.
+        lens_id: one of its lenses; None for the base alone.
+        began: `time.perf_counter` when a switch from another group began; None for one within the group.
 
     Raises:
         NotFound: no such group or lens.
         Conflict: `GROUP_NOT_RESIDENT`.
         Exhausted: `INSUFFICIENT_MEMORY`: the lens is not on the device and has no room there.
     """
-    start = time.perf_counter()
+    kind, start = ("within", time.perf_counter()) if began is None else ("cross", began)
     while True:
         async with registry.store.transaction() as tx:
             group = await tx.groups.get(group_id)
@@ -106,19 +115,16 @@ async def switch_lens(registry: Registry, group_id: str, lens_id: str | None) ->
             if copy is None:
                 raise not_resident(group_id, group.model_id)
             if lens is None or lens.id in copy.lens_ids:
-                switched = await _switch(registry, tx, group, lens_id, copy)
+                # The fast path: one call of the host between the lock and the row.
+                await tx.groups.lock_of_model(group.model_id)
+                switched = await registry.hosts.switch_lens(copy.address, copy.model_id, lens_id)
+                if began is not None:
+                    switched = replace(switched, seconds=time.perf_counter() - began)
+                await tx.groups.activate(group.id, lens_id)
+                await _tell_switch(tx, group.id, lens_id, switched, kind)
                 break
         await bring(registry, lens, copy)
-    registry.gauges.switched("within", time.perf_counter() - start)
-    return switched
-
-
-async def _switch(registry: Registry, tx: Transaction, group: Group, lens_id: str | None, copy: Residency) -> Switched:
-    """The fast path: one call of the host between the lock and the row."""
-    await tx.groups.lock_of_model(group.model_id)
-    switched = await registry.hosts.switch_lens(copy.address, copy.model_id, lens_id)
-    await tx.groups.activate(group.id, lens_id)
-    await _tell_switch(tx, group.id, lens_id, switched)
+    registry.gauges.switched(kind, time.perf_counter() - start)
     return switched
 
 
@@ -151,7 +157,7 @@ async def switch_extension(
         switched = await registry.hosts.switch_lens(copy.address, model_id, lens_id)
         await tx.groups.activate_extension(model_id, extension_id)
         for group, lens in holders:
-            await _tell_switch(tx, group.id, lens.id, switched)
+            await _tell_switch(tx, group.id, lens.id, switched, "within")
     registry.gauges.switched("within", time.perf_counter() - start)
     return switched
 
@@ -221,9 +227,13 @@ async def _restore(registry: Registry, group: Group, lens: Lens, copy: Residency
 
 
 async def take_lens_off(registry: Registry, copies: Sequence[Residency], lens_id: str) -> None:
-    """Detach a lens from every copy of its base that has it."""
+    """Detach a lens from every copy of its base that has it; a parked copy, which cannot be checked, is dropped."""
     for copy in copies:
-        if lens_id in copy.lens_ids and copy.state == "resident":
+        if lens_id not in copy.lens_ids:
+            continue
+        if copy.state == "parked":
+            await unload_copies(registry, copy.model_id, wait_seconds=0.0, cause="lens_gone", only=(copy.host_id,))
+        elif copy.state == "resident":
             with suppress(NotFound):
                 await registry.hosts.detach_lens(copy.address, copy.model_id, lens_id)
 
@@ -276,10 +286,11 @@ async def _serving(tx: Transaction, model_id: str) -> Residency | None:
     return next((copy for copy in await tx.placement.of_model(model_id) if copy.state == "resident"), None)
 
 
-async def _tell_switch(tx: Transaction, group_id: str, lens_id: str | None, switched: Switched) -> None:
-    await tx.groups.record_switch(group_id, "within", switched.seconds)
-    facts = {"group_id": group_id, "lens_id": lens_id, "kind": "within"}
-    await tx.emit("group:switching", group_id, facts)
+async def _tell_switch(tx: Transaction, group_id: str, lens_id: str | None, switched: Switched, kind: str) -> None:
+    await tx.groups.record_switch(group_id, kind, switched.seconds)
+    facts = {"group_id": group_id, "lens_id": lens_id, "kind": kind}
+    if kind == "within":  # one between groups was announced when it was queued
+        await tx.emit("group:switching", group_id, facts)
     figures = {
         "seconds": switched.seconds,
         "memory_before_bytes": switched.memory_before_bytes,

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from services.kit.errors import Conflict, LensmeshError, Unavailable
 from services.kit.requests import RequestKey
 from services.registry.domain import Caller, LoadPlan, Model, Residency
-from services.registry.operations.admission import Order, accept, count_load, plan_order
-from services.registry.operations.estimating import inspected, need_of, plan
+from services.registry.operations.admission import Order, accept, count_load, does_not_fit, plan_order
+from services.registry.operations.estimating import estimate_model, inspected, need_of, plan
 from services.registry.operations.registry import Registry, no_host
 from services.registry.operations.unloading import unload_copies
 from services.registry.ports import Transaction
@@ -63,8 +63,10 @@ async def plan_of_load(
 ) -> Started:
     """What `load_model` would do; changes nothing."""
     model = await inspected(registry, model_id)
-    need, seconds = await need_of(registry, model.files, quantization or model.quantization, model_id=model_id)
-    found = await plan(registry, need, device=device, seconds=seconds, fall_back=fall_back)
+    stored_as = quantization or model.quantization
+    need, seconds = await need_of(registry, model.files, stored_as, model_id=model_id)
+    copy_of = (model_id, stored_as)
+    found = await plan(registry, need, device=device, seconds=seconds, fall_back=fall_back, copy_of=copy_of)
     best = found.best
     message = f"It would load on {best.device}" if best is not None else "It fits nowhere"
     return Started(model_id, model.status, "", message, found)
@@ -86,11 +88,12 @@ async def move_model(registry: Registry, caller: Caller, model_id: str, device: 
         hosts = await tx.placement.hosts()
         if not any(host.answers_to(device) for host in hosts):
             raise no_host(device)
-        here = next((c for c in copies if any(h.host_id == c.host_id and h.answers_to(device) for h in hosts)), None)
+        there = {host.host_id for host in hosts if host.answers_to(device)}
+        here = next((copy for copy in copies if copy.state == "resident" and copy.host_id in there), None)
         if here is not None:
             return Started(model_id, model.status, "", f"It is on {here.host_id}/{here.device} already")
         await count_load(registry, tx, caller)
-        leaves = tuple(copy.host_id for copy in copies)
+        leaves = tuple(copy.host_id for copy in copies if copy.host_id not in there)
         order = Order(model.quantization, caller.subject, need, seconds, device=device, leaves=leaves)
         job, found = await accept(registry, tx, model, order)
         return Started(model_id, "loading", job, f"It moves to {found.best and found.best.device}", found)
@@ -115,11 +118,29 @@ async def ensure_resident(registry: Registry, host_id: str, model_id: str) -> Re
             if here is not None and here.state == "resident":
                 await tx.placement.touch(model_id, host_id)
                 return here
-        if here is not None and here.state != "lost":
+        if here is not None and here.state not in ("parked", "lost"):
             started = (here.job_id or "") if here.state == "loading" else ""
-            await registry.endings.wait(here.job_id or model_id, 0.2 if here.state == "unloading" else 1.0)
+            await registry.endings.wait(here.job_id or model_id, 1.0 if here.state == "loading" else 0.2)
             continue
         started = await _load_on(registry, host_id, model_id)
+
+
+async def bring_base(registry: Registry, model_id: str) -> Residency:
+    """The copy of a model that serves, after loading one where it fits best.
+
+    Raises:
+        Exhausted: it fits nowhere.
+        LensmeshError: as `ensure_resident`.
+    """
+    async with registry.store.transaction() as tx:
+        copies = await tx.placement.of_model(model_id)
+    placed = next((copy.host_id for copy in copies if copy.state in ("resident", "loading")), None)
+    if placed is None:
+        found = await estimate_model(registry, model_id, None, "")
+        if found.best is None:
+            raise does_not_fit(found, registry.limits.max_resident_models)
+        placed = found.best.host.host_id
+    return await ensure_resident(registry, placed, model_id)
 
 
 async def await_job(registry: Registry, job_id: str) -> None:
@@ -166,7 +187,7 @@ async def _load_on(registry: Registry, host_id: str, model_id: str) -> str:
         model = await tx.models.get(model_id, lock=True)
         host = await tx.placement.lock_host(host_id)
         for residency in await tx.placement.of_model(model_id):
-            if residency.host_id == host_id and residency.state != "lost":
+            if residency.host_id == host_id and residency.state not in ("parked", "lost"):
                 return residency.job_id or ""
         order = Order(model.quantization, model.created_by, need, seconds, device=host.name, cause="service")
         job, _ = await accept(registry, tx, model, order)
@@ -183,7 +204,7 @@ async def _make_way_for_reload(registry: Registry, model_id: str, order: Order) 
     async with registry.store.transaction() as tx:
         copies = await tx.placement.of_model(model_id)
         hosts = await tx.placement.hosts()
-    old = [copy for copy in copies if copy.state == "resident" and copy.quantization != order.quantization]
+    old = [c for c in copies if c.state in ("resident", "parked") and c.quantization != order.quantization]
     if not old:
         return
     leased = sum(copy.leases for copy in old)
@@ -192,14 +213,15 @@ async def _make_way_for_reload(registry: Registry, model_id: str, order: Order) 
     without = [
         replace(
             host,
-            used_bytes=host.used_bytes - sum(copy.bytes for copy in old if copy.host_id == host.host_id),
+            used_bytes=host.used_bytes
+            - sum(copy.bytes for copy in old if copy.host_id == host.host_id and copy.state == "resident"),
             residents=tuple(r for r in host.residents if r.model_id != model_id),
         )
         for host in hosts
     ]
     if not any(host.answers_to(order.device) for host in hosts):
         raise no_host(order.device)
-    plan_order(order, without, registry.limits.max_resident_models)
+    plan_order(order, without, registry.limits.max_resident_models, model_id)
     await unload_copies(registry, model_id, wait_seconds=0.0, cause="reload")
 
 

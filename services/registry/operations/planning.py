@@ -11,7 +11,14 @@ ASSUMED_BYTES_PER_SECOND = 200_000_000
 
 
 def plan_load(
-    need: Need, hosts: Sequence[Host], *, device: str, fall_back: bool, limit: int, seconds: float
+    need: Need,
+    hosts: Sequence[Host],
+    *,
+    device: str,
+    fall_back: bool,
+    limit: int,
+    seconds: float,
+    copy_of: tuple[str, str] = ("", ""),
 ) -> LoadPlan:
     """Every device in question, best first.
 
@@ -22,30 +29,47 @@ def plan_load(
         fall_back: whether the CPU may be used when no other device has room.
         limit: most models on one device.
         seconds: expected duration.
+        copy_of: model id and quantization: a device that has it parked moves it back.
     """
     wanted = [host for host in hosts if host.answers_to(device)]
     if not device and any(host.device != "cpu" for host in wanted):
         wanted = [host for host in wanted if host.device != "cpu"]
-    placements = rank(place(need.total, host, limit) for host in wanted)
+
+    def placed(host: Host) -> Placement:
+        parked = next((r for r in host.residents if _is_parked(r) and (r.model_id, r.quantization) == copy_of), None)
+        return place(need.total, host, limit, parked)
+
+    placements = rank(placed(host) for host in wanted)
     if fall_back and not any(placement.fits for placement in placements):
-        others = rank(place(need.total, h, limit) for h in hosts if h.device == "cpu" and h not in wanted)
+        others = rank(placed(h) for h in hosts if h.device == "cpu" and h not in wanted)
         if any(placement.fits for placement in others):
             return LoadPlan(need, (*others, *placements), seconds, fell_back=True)
     return LoadPlan(need, tuple(placements), seconds)
 
 
-def place(required: int, host: Host, limit: int) -> Placement:
-    """Whether `required` bytes fit one device, and which idle models leave for that, least recently used first."""
+def place(required: int, host: Host, limit: int, parked: Residency | None = None) -> Placement:
+    """Whether a model fits one device, and which idle models leave for that, least recently used first.
+
+    Args:
+        required: bytes of a load.
+        host: the device with its ledger.
+        limit: most models on it.
+        parked: the model where it is parked there; then its own bytes are what it needs.
+    """
+    required = required if parked is None else parked.bytes
     idle = sorted((r for r in host.residents if may_leave(r)), key=lambda r: r.last_used_at)
     held = [r for r in host.residents if r.state in ("loading", "resident")]
     obtainable = host.free_bytes + sum(r.bytes for r in idle)
     surplus = max(0, len(held) + 1 - limit)
     fits = obtainable >= required and surplus <= len(idle)
-    chosen = _evict(required - host.free_bytes, surplus, idle) if fits else []
-    return Placement(host, fits, host.free_bytes, obtainable, tuple(chosen))
+    missing = required - host.free_bytes
+    chosen = _chosen(missing, surplus, idle) if fits else []
+    cause = "memory" if missing > 0 else "resident_limit"
+    evictions = _evictions(chosen, cause, host, parked)
+    return Placement(host, fits, host.free_bytes, obtainable, evictions, required, restores=parked is not None)
 
 
-def _evict(missing: int, surplus: int, idle: Sequence[Residency]) -> list[Eviction]:
+def _chosen(missing: int, surplus: int, idle: Sequence[Residency]) -> list[Residency]:
     """The least recently used models whose leaving gives enough bytes and places; none that is not needed."""
     chosen: list[Residency] = []
     for residency in idle:
@@ -56,8 +80,26 @@ def _evict(missing: int, surplus: int, idle: Sequence[Residency]) -> list[Evicti
         rest = [r for r in chosen if r is not residency]
         if sum(r.bytes for r in rest) >= missing and len(rest) >= surplus:
             chosen = rest
-    cause = "memory" if missing > 0 else "resident_limit"
-    return [Eviction(r.model_id, r.bytes, cause) for r in chosen]
+    return chosen
+
+
+def _evictions(
+    chosen: Sequence[Residency], cause: str, host: Host, returning: Residency | None
+) -> tuple[Eviction, ...]:
+    """Who leaves the device is parked while host memory has room; there, too, the least recently used give way."""
+    parked = [r for r in host.residents if _is_parked(r) and r is not returning]
+    room = host.park_bytes - sum(r.bytes for r in host.residents if r.moving and r.state in ("parking", "parked"))
+    kept = set()
+    for residency in sorted((*parked, *chosen), key=lambda r: r.last_used_at, reverse=True):
+        if residency.bytes <= room:
+            room -= residency.bytes
+            kept.add(residency.model_id)
+    dropped = [Eviction(r.model_id, r.bytes, "park_limit") for r in parked if chosen and r.model_id not in kept]
+    return (*dropped, *(Eviction(r.model_id, r.bytes, cause, parked=r.model_id in kept) for r in chosen))
+
+
+def _is_parked(residency: Residency) -> bool:
+    return residency.state == "parked" and not residency.moving
 
 
 def may_leave(residency: Residency) -> bool:
@@ -66,12 +108,13 @@ def may_leave(residency: Residency) -> bool:
 
 
 def rank(placements: Iterable[Placement]) -> list[Placement]:
-    """Best first: fits, without evictions, serves extraction, then the least that is left free."""
+    """Best first: fits, with the fewest evictions, has it parked, serves extraction, then least is left free."""
     return sorted(
         placements,
         key=lambda p: (
             not p.fits,
             len(p.evictions),
+            not p.restores,
             "extraction" not in p.host.services,
             p.available_bytes,
             p.device,

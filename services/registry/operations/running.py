@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import aclosing
 from datetime import datetime
 from typing import Any
@@ -11,7 +12,7 @@ from services.registry.domain import Host, HostedModel, Load, Model, Residency
 from services.registry.operations.admission import Order, accept
 from services.registry.operations.lenses import restore_lenses
 from services.registry.operations.registry import Registry
-from services.registry.operations.unloading import departed, take_off, unload_copies
+from services.registry.operations.unloading import departed, park, take_off, unload_copies
 from services.registry.ports import LoadLease, LoadStep, Transaction
 
 STEP_PERCENT = 5.0
@@ -50,10 +51,7 @@ async def settle(registry: Registry, tx: Transaction, job_id: str, error: Lensme
         return
     model = await tx.models.get(load.model_id, lock=True)
     for residency in await tx.placement.of_job(job_id):
-        if residency.state == "unloading":
-            await tx.placement.change(residency.model_id, residency.host_id, state="resident", job_id=None)
-        elif residency.state == "loading":
-            await tx.placement.remove(residency.model_id, residency.host_id)
+        await _let_go(tx, residency)
     if load.outcome != "running":
         return
     cancelled = error.reason == "CANCELLED"
@@ -91,7 +89,7 @@ async def _prepare(registry: Registry, lease: LoadLease) -> tuple[Model, Residen
             if mine is None or mine.host_id not in live:
                 mine, held = await _place_anew(registry, tx, lease, model, held)
                 live = {host.host_id: host for host in await tx.placement.hosts()}
-        if await _evict(registry, lease, [residency for residency in held if residency.state == "unloading"]):
+        if await _evict(registry, lease, [each for each in held if each.moving and each.state != "loading"]):
             return model, mine, live[mine.host_id]
 
 
@@ -99,20 +97,28 @@ async def _place_anew(
     registry: Registry, tx: Transaction, lease: LoadLease, model: Model, held: list[Residency]
 ) -> tuple[Residency, list[Residency]]:
     for residency in held:
-        if residency.state == "loading":
-            await tx.placement.remove(residency.model_id, residency.host_id)
-        else:
-            await tx.placement.change(residency.model_id, residency.host_id, state="resident", job_id=None)
+        await _let_go(tx, residency)
     await accept(registry, tx, model, Order.of(lease.payload), job_id=lease.id)
     held = await tx.placement.of_job(lease.id)
     return next(residency for residency in held if residency.state == "loading"), held
 
 
+async def _let_go(tx: Transaction, residency: Residency) -> None:
+    """The load no longer holds it: it stays where it is, and the place of the model that did not come is free."""
+    if residency.state == "loading":
+        await tx.placement.remove(residency.model_id, residency.host_id)
+    else:
+        state = "parked" if residency.state == "parked" else "resident"
+        await tx.placement.change(residency.model_id, residency.host_id, state=state, job_id=None)
+
+
 async def _evict(registry: Registry, lease: LoadLease, victims: list[Residency]) -> bool:
-    """Take the victims off; false when one came into use, and the load has to be placed anew."""
-    for victim in victims:
+    """Take the victims off, parked ones first; false when one came into use, and the load has to be placed anew."""
+    for victim in sorted(victims, key=lambda victim: victim.state != "parked"):
         try:
-            await take_off(registry, victim, 0.0)
+            parked = victim.state == "parking" and await park(registry, victim)
+            if not parked:
+                await take_off(registry, victim, 0.0)
         except Conflict:
             async with lease.commit() as tx:
                 await tx.placement.change(victim.model_id, victim.host_id, state="resident", job_id=None, leases=1)
@@ -120,9 +126,10 @@ async def _evict(registry: Registry, lease: LoadLease, victims: list[Residency])
                     if residency.state == "loading":
                         await tx.placement.remove(residency.model_id, residency.host_id)
             return False
+        cause = "park_limit" if victim.state == "parked" else "memory"
         async with lease.commit() as tx:
-            await departed(tx, victim, cause="memory", wanted=False, evicted_for=lease.id)
-        registry.gauges.evicted("memory")
+            await departed(tx, victim, cause=cause, wanted=False, evicted_for=lease.id, parked=parked)
+        registry.gauges.evicted(cause)
     return True
 
 
@@ -133,9 +140,12 @@ async def _load(
     incarnation, present = await registry.hosts.state(host.address)
     for hosted in present:
         if hosted.model_id == model.id:
-            if hosted.quantization == residency.quantization:
+            if hosted.quantization != residency.quantization:
+                await take_off(registry, residency, 0.0)
+            elif hosted.parked:
+                return await _restore(registry, host, hosted)
+            else:
                 return hosted, LoadStep(100.0, 0, 0, "It was there already", hosted)
-            await take_off(registry, residency, 0.0)
     async with registry.store.transaction() as tx:
         expected = await tx.placement.fingerprint(model.id, host.host_id, residency.quantization, incarnation)
     steps = registry.hosts.load(
@@ -155,6 +165,14 @@ async def _load(
                 told = step.percent - step.percent % STEP_PERCENT
                 await _tell(lease, model.id, step)
     raise Failed("The host ended the load without a result", reason="MODEL_LOAD_FAILED")
+
+
+async def _restore(registry: Registry, host: Host, hosted: HostedModel) -> tuple[HostedModel, LoadStep]:
+    """Move a parked model back; its lenses come with it."""
+    start = time.perf_counter()
+    model = await registry.hosts.restore(host.address, hosted.model_id)
+    size = model.memory_bytes + sum(model.lenses.values())
+    return model, LoadStep(100.0, size, size, "Restored from host memory", model, time.perf_counter() - start)
 
 
 async def _tell(lease: LoadLease, model_id: str, step: LoadStep) -> None:
@@ -215,7 +233,8 @@ async def adopt(tx: Transaction, host: Host, hosted: HostedModel) -> datetime:
     await tx.placement.put(
         hosted.model_id,
         host.host_id,
-        state="resident",
+        state="parked" if hosted.parked else "resident",
+        **({"job_id": None} if hosted.parked else {}),
         quantization=hosted.quantization,
         required_bytes=hosted.memory_bytes,
         charge_bytes=hosted.memory_bytes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.kit.errors import Conflict, LensmeshError, NotFound
+from services.kit.errors import Conflict, Exhausted, LensmeshError, NotFound
 from services.registry.domain import Model, Residency
 from services.registry.operations.planning import may_leave
 from services.registry.operations.registry import Registry
@@ -71,6 +71,20 @@ async def _keep(registry: Registry, copies: list[Residency]) -> None:
                 await tx.placement.change(copy.model_id, copy.host_id, state="resident")
 
 
+async def park(registry: Registry, copy: Residency) -> bool:
+    """Ask the host to keep it in its memory; a host without room for it unloads it. Whether it is parked.
+
+    Raises:
+        Conflict: `IN_USE`.
+    """
+    try:
+        await registry.hosts.park(copy.address, copy.model_id)
+    except Exhausted:
+        await take_off(registry, copy, 0.0)
+        return False
+    return True
+
+
 async def take_off(registry: Registry, copy: Residency, wait_seconds: float) -> None:
     """Ask the host; one that has it no longer is as good.
 
@@ -90,8 +104,9 @@ async def departed(
     cause: str,
     wanted: bool | None = None,
     evicted_for: str = "",
+    parked: bool = False,
 ) -> None:
-    """A copy is off its host: rows and events say so. The model is `unloaded` when it was the last one.
+    """A copy is off its device: rows and events say so. The model is `unloaded` when it was the last one.
 
     Args:
         tx: the transaction; the model is locked in it.
@@ -99,15 +114,16 @@ async def departed(
         cause: why, for the event.
         wanted: whether it should still be on a device; unchanged when None.
         evicted_for: job of the load that it made room for.
+        parked: whether it stays in host memory.
     """
     model = await tx.models.get(copy.model_id, lock=True)
     if evicted_for:
-        await tx.placement.left(evicted_for, copy.model_id, copy.host_id, copy.bytes)
+        await tx.placement.left(evicted_for, copy, parked=parked)
     elif not await tx.placement.remove(copy.model_id, copy.host_id):
         return
     rest = {r.state for r in await tx.placement.of_model(copy.model_id)}
     status = model.status
-    if not rest & {"resident", "unloading"}:
+    if copy.state != "parked" and not rest & {"resident", "unloading", "parking"}:
         status = "loading" if "loading" in rest else "unloaded"
     changes: dict[str, object] = {"status": status, "last_used_at": model.last_used_at}
     if status != "ready":
@@ -121,10 +137,11 @@ async def departed(
         "device": f"{copy.host_id}/{copy.device}",
         "freed_bytes": copy.bytes,
         "cause": cause,
+        "parked": parked,
     }
     if evicted_for or cause == "device_cleared":
         await tx.emit("model:evicted", copy.model_id, facts)
-    if status == "unloaded":
+    if status == "unloaded" and copy.state != "parked":
         await tx.emit("model:unloaded", copy.model_id, facts)
 
 

@@ -87,12 +87,14 @@ def _held(request: pb.RegisterHostRequest | pb.HeartbeatRequest) -> list[HostedM
 
 
 def _device(host: Host) -> pb.Device:
-    models = [
-        to_message(pb.ResidentModel, residency, memory_bytes=residency.bytes)
-        for residency in host.residents
-        if residency.state in ("resident", "unloading") and not host.lost
-    ]
-    return to_message(pb.Device, host, models=models, alive=not host.lost)
+    here = () if host.lost else host.residents
+    models = [_resident(each) for each in here if each.state in ("resident", "unloading", "parking")]
+    parked = [_resident(each) for each in here if each.state == "parked"]
+    return to_message(pb.Device, host, models=models, parked_models=parked, alive=not host.lost)
+
+
+def _resident(residency: Residency) -> pb.ResidentModel:
+    return to_message(pb.ResidentModel, residency, memory_bytes=residency.bytes)
 
 
 def _location(copy: Residency) -> pb.ModelLocation:

@@ -9,10 +9,12 @@ from lensmesh.registry.v1 import groups_pb2 as pb
 from lensmesh.registry.v1 import groups_pb2_grpc
 
 from services.kit.idempotency import request_key
-from services.registry.domain import Group, Lens
-from services.registry.operations import groups, lenses
+from services.registry.domain import Group, Lens, LoadPlan
+from services.registry.operations import groups, lenses, switching
 from services.registry.operations.registry import Registry
+from services.registry.ports import Switched
 from services.registry.servicer.calls import caller, page, paging
+from services.registry.servicer.models import plan_message
 from services.registry.wire import to_dict, to_message
 
 DEFAULT_TOP_K = 10
@@ -63,10 +65,16 @@ class GroupServicer(groups_pb2_grpc.GroupServiceServicer):
         return Empty()
 
     async def SwitchLens(self, request: pb.SwitchLensRequest, context: Any) -> pb.SwitchLensResponse:
-        """Make a lens the active one."""
+        """Make a lens the active one, at once or by a queued job, or say what that would do."""
         lens_id = request.lens_id or None
-        switched = await lenses.switch_lens(self._registry, request.id, lens_id)
-        return to_message(pb.SwitchLensResponse, switched, lens_id=lens_id)
+        if request.validate_only:
+            plan, seconds = await switching.plan_switch(self._registry, request.id, lens_id)
+            return _switch_message(lens_id, {"estimated_seconds": seconds}, plan)
+        done = await switching.switch(self._registry, caller(), request.id, lens_id)
+        if isinstance(done, Switched):
+            return _switch_message(lens_id, done, None)
+        context.set_trailing_metadata((("x-http-status", "202"),))
+        return _switch_message(lens_id, done, done.plan)
 
     async def PreloadGroup(self, request: pb.PreloadGroupRequest, context: Any) -> pb.PreloadGroupResponse:
         """Bring base and lenses to the device."""
@@ -100,8 +108,7 @@ def group_message(group: Group, size: int) -> pb.Group:
 
 def lens_message(lens: Lens) -> pb.Lens:
     """A lens as clients see it."""
-    on_device = lens.charge_bytes is not None
-    residency = pb.RESIDENCY_DEVICE if on_device else pb.RESIDENCY_UNSPECIFIED
+    residency = "parked" if lens.parked else "disk" if lens.charge_bytes is None else "device"
     return to_message(pb.Lens, lens, residency=residency, memory_bytes=lens.charge_bytes or 0)
 
 
@@ -112,7 +119,11 @@ def status_message(status: groups.GroupStatus) -> pb.GroupStatus:
         pb.GroupStatus,
         status,
         id=status.group.id,
-        residency=pb.RESIDENCY_DEVICE if status.resident else pb.RESIDENCY_UNSPECIFIED,
         active_lens_id=status.group.active_lens_id,
         estimated_switch_seconds=estimate,
     )
+
+
+def _switch_message(lens_id: str | None, done: object, plan: LoadPlan | None) -> pb.SwitchLensResponse:
+    planned = None if plan is None else plan_message(plan)
+    return to_message(pb.SwitchLensResponse, done, lens_id=lens_id, plan=planned)

@@ -169,3 +169,38 @@ def test_an_eviction_is_always_enough_and_never_too_much(
 
         assert enough(leaving)
         assert not any(enough(leaving - {model_id}) for model_id in leaving)
+
+
+def parks(required: int, on: Host, limit: int = 10) -> list[tuple[str, str, bool]]:
+    return [(e.model_id, e.cause, e.parked) for e in place(required, on, limit).evictions]
+
+
+def test_who_leaves_is_parked_while_host_memory_has_room() -> None:
+    on = host("h", 100, resident("old", 50, 9), resident("new", 50, 1), park_bytes=60)
+    assert parks(50, on) == [("old", "memory", True)]
+    assert parks(100, on) == [("old", "memory", False), ("new", "memory", True)]
+
+
+def test_the_parked_one_that_was_used_longest_ago_gives_way() -> None:
+    parked = resident("stale", 40, 99, state="parked")
+    on = host("h", 100, resident("old", 60, 9), parked, park_bytes=90, used_bytes=60)
+    assert parks(80, on) == [("stale", "park_limit", False), ("old", "memory", True)]
+    assert parks(30, on) == []
+
+
+def test_what_a_job_drops_or_parks_still_takes_its_room() -> None:
+    leaving = resident("leaving", 40, 99, state="parked", job_id="job_1")
+    arriving = resident("arriving", 20, 1, state="parking", job_id="job_1")
+    on = host("h", 100, resident("old", 60, 9), leaving, arriving, park_bytes=100, used_bytes=80)
+    assert parks(70, on) == [("old", "memory", False)]
+
+
+def test_a_parked_model_needs_its_own_bytes_and_comes_back_where_it_is() -> None:
+    parked = resident("m", 40, 5, state="parked")
+    near, far = host("near", 100, parked, used_bytes=0), host("far", 90)
+    need = Need(80, 0, 0, 0)
+    hosts = [far, near]
+    again = plan_load(need, hosts, device="", fall_back=False, limit=3, seconds=1.0, copy_of=("m", "none"))
+    assert (again.best.host, again.best.restores, again.best.required_bytes) == (near, True, 40)
+    anew = plan_load(need, hosts, device="", fall_back=False, limit=3, seconds=1.0, copy_of=("m", "int8"))
+    assert (anew.best.host, anew.best.restores, anew.best.required_bytes) == (far, False, 80)

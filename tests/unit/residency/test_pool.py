@@ -22,7 +22,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 async def pool():
-    made = Pool("cpu", GIB)
+    made = Pool("cpu", GIB, GIB)
     yield made
     await made.close()
 
@@ -245,6 +245,25 @@ async def test_park_and_restore_keep_every_bit(pool, quantization):
     async with pool.lease("m") as lease:
         assert torch.equal(await lease.run(logits, lease.model, models.batch()), before)
     assert_ledger_is_the_truth(pool)
+
+
+async def test_parked_models_leave_the_budget_and_fill_the_host_memory_s_limit(pool):
+    resident = await pool.load("m", models.saved("gpt2"), "none")
+    size = resident.total_bytes
+    assert await pool.park("m") == size
+    assert (pool.used_bytes, pool.parked_bytes) == (0, size)
+    await pool.load("n", models.saved("gpt2"), "none")
+    pool.park_bytes = 2 * size - 1
+    with pytest.raises(errors.Exhausted) as caught:
+        await pool.park("n")
+    assert caught.value.reason == "INSUFFICIENT_MEMORY"
+    assert (pool.used_bytes, pool.parked_bytes) == (size, size)
+    pool.budget_bytes = 2 * size - 1
+    with pytest.raises(errors.Exhausted):
+        await pool.restore("m")
+    await pool.unload("n")
+    await pool.restore("m")
+    assert (pool.used_bytes, pool.parked_bytes) == (size, 0)
 
 
 async def test_a_restored_model_that_computes_something_else_is_dropped(pool):

@@ -22,12 +22,17 @@ SELECT id FROM groups WHERE model_id = $1 ORDER BY id FOR NO KEY UPDATE
 SELECT * FROM groups WHERE model_id = $1 ORDER BY created_at, id
 
 -- lenses --
--- With the bytes of the copy on the host that serves the base.
-SELECT l.*, r.charge_bytes
+-- With the bytes of the copy on the host that serves the base, or else has it parked.
+SELECT l.*, r.charge_bytes, coalesce(r.parked, false) AS parked
 FROM lenses l
 JOIN groups g ON g.id = l.group_id
 JOIN models_placed m ON m.id = g.model_id
-LEFT JOIN lens_residencies r ON r.lens_id = l.id AND r.host_id = m.host_id
+LEFT JOIN LATERAL (
+    SELECT c.charge_bytes, b.state = 'parked' AS parked
+    FROM lens_residencies c JOIN residencies b USING (model_id, host_id)
+    WHERE c.lens_id = l.id AND (c.host_id = m.host_id OR m.host_id IS NULL AND b.state = 'parked')
+    ORDER BY b.last_used_at DESC LIMIT 1
+) r ON true
 WHERE l.group_id = ANY ($1)
 ORDER BY l.created_at, l.id
 

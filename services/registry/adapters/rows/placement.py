@@ -25,8 +25,8 @@ class PostgresPlacement:
 
     async def register(self, facts: Mapping[str, Any]) -> str | None:
         """Write a host down; its former incarnation."""
-        names = ("host_id", "incarnation", "address", "device", "kind", "total_bytes", "budget_bytes", "services")
-        return await self._conn.fetchval(_QUERIES["register"], *(facts[name] for name in names))
+        names = ("host_id", "incarnation", "address", "device", "kind", "total_bytes", "budget_bytes", "park_bytes")
+        return await self._conn.fetchval(_QUERIES["register"], *(facts[name] for name in names), facts["services"])
 
     async def drop_reservations(self, host_id: str) -> None:
         """Forget what was reserved on a host."""
@@ -117,10 +117,14 @@ class PostgresPlacement:
         """Forget a residency."""
         return await self._conn.fetchval(_QUERIES["remove"], model_id, host_id) is not None
 
-    async def left(self, job_id: str, model_id: str, host_id: str, freed: int) -> None:
-        """A model left for a load."""
-        await self.remove(model_id, host_id)
-        await self._conn.execute(_QUERIES["charge"], job_id, host_id, freed)
+    async def left(self, job_id: str, copy: Residency, *, parked: bool) -> None:
+        """A copy left for a load."""
+        if parked:
+            await self.change(copy.model_id, copy.host_id, state="parked", job_id=None, active_lens_id=None)
+        else:
+            await self.remove(copy.model_id, copy.host_id)
+        if copy.state != "parked":
+            await self._conn.execute(_QUERIES["charge"], job_id, copy.host_id, copy.bytes)
 
     async def reserve(self, host_id: str, owner: str, size: int) -> None:
         """Write a reservation."""

@@ -1,9 +1,9 @@
 -- register --
 WITH former AS (SELECT incarnation FROM hosts WHERE host_id = $1)
-INSERT INTO hosts (host_id, incarnation, address, device, kind, total_bytes, budget_bytes, services)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+INSERT INTO hosts (host_id, incarnation, address, device, kind, total_bytes, budget_bytes, park_bytes, services)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
 ON CONFLICT (host_id) DO UPDATE SET incarnation = $2, address = $3, device = $4, kind = $5, total_bytes = $6,
-    budget_bytes = $7, services = $8, lost = false, registered_at = clock_timestamp(), heartbeat_at = clock_timestamp()
+    budget_bytes = $7, park_bytes = $8, services = $9, lost = false, registered_at = clock_timestamp(), heartbeat_at = clock_timestamp()
 RETURNING (SELECT incarnation FROM former) AS former
 
 -- heartbeat --
@@ -51,7 +51,7 @@ WHERE ($1::text IS NULL OR r.host_id = $1) AND ($2::text IS NULL OR r.model_id =
 ORDER BY r.state <> 'resident', r.loaded_at, r.host_id, r.model_id
 
 -- revert_unloads --
-UPDATE residencies SET state = 'resident' WHERE state = 'unloading' AND job_id IS NULL
+UPDATE residencies SET state = 'resident' WHERE state IN ('unloading', 'parking') AND job_id IS NULL
 
 -- arrived --
 UPDATE residencies SET loaded_at = coalesce(loaded_at, clock_timestamp()), last_used_at = clock_timestamp()

@@ -89,26 +89,30 @@ class MemoryBreakdown(_message.Message):
     def __init__(self, weights: _Optional[int] = ..., quantization_state: _Optional[int] = ..., activations: _Optional[int] = ..., overhead: _Optional[int] = ...) -> None: ...
 
 class Eviction(_message.Message):
-    __slots__ = ("model_id", "bytes", "cause")
+    __slots__ = ("model_id", "bytes", "cause", "parked")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     CAUSE_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     bytes: int
     cause: str
-    def __init__(self, model_id: _Optional[str] = ..., bytes: _Optional[int] = ..., cause: _Optional[str] = ...) -> None: ...
+    parked: bool
+    def __init__(self, model_id: _Optional[str] = ..., bytes: _Optional[int] = ..., cause: _Optional[str] = ..., parked: _Optional[bool] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("device", "fits", "available_memory_bytes", "evictions")
+    __slots__ = ("device", "fits", "available_memory_bytes", "evictions", "restores")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     FITS_FIELD_NUMBER: _ClassVar[int]
     AVAILABLE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    RESTORES_FIELD_NUMBER: _ClassVar[int]
     device: str
     fits: bool
     available_memory_bytes: int
     evictions: _containers.RepeatedCompositeFieldContainer[Eviction]
-    def __init__(self, device: _Optional[str] = ..., fits: _Optional[bool] = ..., available_memory_bytes: _Optional[int] = ..., evictions: _Optional[_Iterable[_Union[Eviction, _Mapping]]] = ...) -> None: ...
+    restores: bool
+    def __init__(self, device: _Optional[str] = ..., fits: _Optional[bool] = ..., available_memory_bytes: _Optional[int] = ..., evictions: _Optional[_Iterable[_Union[Eviction, _Mapping]]] = ..., restores: _Optional[bool] = ...) -> None: ...
 
 class LoadPlan(_message.Message):
     __slots__ = ("required_memory_bytes", "breakdown", "placements", "estimated_seconds")

@@ -31,7 +31,7 @@ from lensmesh.common.v1 import types_pb2 as lensmesh_dot_common_dot_v1_dot_types
 from lensmesh.http.v1 import http_pb2 as lensmesh_dot_http_dot_v1_dot_http__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"lensmesh/registry/v1/devices.proto\x12\x14lensmesh.registry.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1elensmesh/common/v1/types.proto\x1a\x1blensmesh/http/v1/http.proto\"y\n\rResidentModel\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06leases\x18\x03 \x01(\x05\x12\x30\n\x0clast_used_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x94\x03\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0f\n\x07host_id\x18\x03 \x01(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x10\n\x08services\x18\x05 \x03(\t\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x03\x12\x14\n\x0c\x62udget_bytes\x18\x07 \x01(\x03\x12\x12\n\nused_bytes\x18\x08 \x01(\x03\x12\x16\n\x0ereserved_bytes\x18\t \x01(\x03\x12\x33\n\x06models\x18\n \x03(\x0b\x32#.lensmesh.registry.v1.ResidentModel\x12 \n\x13temperature_celsius\x18\x0b \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11utilization_ratio\x18\x0c \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05\x61live\x18\r \x01(\x08\x12\x30\n\x0cheartbeat_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x16\n\x14_temperature_celsiusB\x14\n\x12_utilization_ratio\"\x14\n\x12ListDevicesRequest\"S\n\x13ListDevicesResponse\x12-\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x1c.lensmesh.registry.v1.Device\x12\r\n\x05total\x18\x02 \x01(\x03\"0\n\x12\x43learDeviceRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\"=\n\x13\x43learDeviceResponse\x12\x11\n\tmodel_ids\x18\x01 \x03(\t\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x03\"\xc0\x02\n\x13RegisterHostRequest\x12\x1b\n\x07host_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x1f\n\x0bincarnation\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x1b\n\x07\x61\x64\x64ress\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x19\n\x06\x64\x65vice\x18\x04 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x32\x12\x16\n\x04kind\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1c\n\x0btotal_bytes\x18\x06 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x1d\n\x0c\x62udget_bytes\x18\x07 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12 \n\x08services\x18\x08 \x03(\tB\x0e\xbaH\x0b\x92\x01\x08\x10\x10\"\x04r\x02\x18\x32\x12<\n\x06models\x18\t \x03(\x0b\x32!.lensmesh.registry.v1.HostedModelB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07\"\x94\x02\n\x0bHostedModel\x12\x1a\n\x08model_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12\x36\n\x0cquantization\x18\x02 \x01(\x0e\x32 .lensmesh.common.v1.Quantization\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\x12\x30\n\x06lenses\x18\x04 \x03(\x0b\x32 .lensmesh.registry.v1.HostedLens\x12\x1b\n\x0e\x61\x63tive_lens_id\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x0e\n\x06leases\x18\x07 \x01(\x05\x12\x14\n\x0cidle_seconds\x18\x08 \x01(\x01\x42\x11\n\x0f_active_lens_id\"3\n\nHostedLens\x12\x0f\n\x07lens_id\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\"1\n\x14RegisterHostResponse\x12\x19\n\x11heartbeat_seconds\x18\x01 \x01(\x01\"\x92\x02\n\x10HeartbeatRequest\x12\x1b\n\x07host_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x1f\n\x0bincarnation\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12<\n\x06models\x18\x03 \x03(\x0b\x32!.lensmesh.registry.v1.HostedModelB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07\x12\x12\n\nused_bytes\x18\x04 \x01(\x03\x12 \n\x13temperature_celsius\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11utilization_ratio\x18\x06 \x01(\x01H\x01\x88\x01\x01\x42\x16\n\x14_temperature_celsiusB\x14\n\x12_utilization_ratio\"+\n\x11HeartbeatResponse\x12\x16\n\x0eregister_again\x18\x01 \x01(\x08\"`\n\x0eReserveRequest\x12\x1b\n\x07host_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x19\n\x05owner\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x16\n\x05\x62ytes\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"+\n\x0bReservation\x12\r\n\x05owner\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\"H\n\x0eReleaseRequest\x12\x1b\n\x07host_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x19\n\x05owner\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\"R\n\x15\x45nsureResidentRequest\x12\x1b\n\x07host_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x1c\n\x08model_id\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\"2\n\x12LocateModelRequest\x12\x1c\n\x08model_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\"S\n\rModelLocation\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0f\n\x07host_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\"\x95\x01\n\x16SwitchExtensionRequest\x12\x1c\n\x08model_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x1e\n\x0c\x65xtension_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12\x1e\n\x0c\x61rtifact_uri\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\x12\x1d\n\x0b\x62\x61se_digest\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\"\x80\x01\n\x17SwitchExtensionResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x1b\n\x13memory_before_bytes\x18\x02 \x01(\x03\x12\x1a\n\x12memory_after_bytes\x18\x03 \x01(\x03\x12\x1b\n\x13\x61\x63tive_extension_id\x18\x04 \x01(\t2\xba\x02\n\rDeviceService\x12\x8b\x01\n\x0bListDevices\x12(.lensmesh.registry.v1.ListDevicesRequest\x1a).lensmesh.registry.v1.ListDevicesResponse\"\'\x90\x02\x01\x8a\xb5\x18\x0c\n\nmodel:read\x82\xd3\xe4\x93\x02\x0e\x12\x0c/api/devices\x12\x9a\x01\n\x0b\x43learDevice\x12(.lensmesh.registry.v1.ClearDeviceRequest\x1a).lensmesh.registry.v1.ClearDeviceResponse\"6\x8a\xb5\x18\r\n\x0bmodel:admin\x82\xd3\xe4\x93\x02\x1f\"\x1a/api/devices/{id=**}/clear:\x01*2\xea\x05\n\x10PlacementService\x12m\n\x0cRegisterHost\x12).lensmesh.registry.v1.RegisterHostRequest\x1a*.lensmesh.registry.v1.RegisterHostResponse\"\x06\x8a\xb5\x18\x02 \x01\x12\x64\n\tHeartbeat\x12&.lensmesh.registry.v1.HeartbeatRequest\x1a\'.lensmesh.registry.v1.HeartbeatResponse\"\x06\x8a\xb5\x18\x02 \x01\x12]\n\x07Reserve\x12$.lensmesh.registry.v1.ReserveRequest\x1a!.lensmesh.registry.v1.Reservation\"\t\x90\x02\x02\x8a\xb5\x18\x02 \x01\x12R\n\x07Release\x12$.lensmesh.registry.v1.ReleaseRequest\x1a\x16.google.protobuf.Empty\"\t\x90\x02\x02\x8a\xb5\x18\x02 \x01\x12m\n\x0e\x45nsureResident\x12+.lensmesh.registry.v1.EnsureResidentRequest\x1a#.lensmesh.registry.v1.ModelLocation\"\t\x90\x02\x02\x8a\xb5\x18\x02 \x01\x12g\n\x0bLocateModel\x12(.lensmesh.registry.v1.LocateModelRequest\x1a#.lensmesh.registry.v1.ModelLocation\"\t\x90\x02\x01\x8a\xb5\x18\x02 \x01\x12v\n\x0fSwitchExtension\x12,.lensmesh.registry.v1.SwitchExtensionRequest\x1a-.lensmesh.registry.v1.SwitchExtensionResponse\"\x06\x8a\xb5\x18\x02 \x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"lensmesh/registry/v1/devices.proto\x12\x14lensmesh.registry.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1elensmesh/common/v1/types.proto\x1a\x1blensmesh/http/v1/http.proto\"y\n\rResidentModel\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06leases\x18\x03 \x01(\x05\x12\x30\n\x0clast_used_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xfa\x03\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0f\n\x07host_id\x18\x03 \x01(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x10\n\x08services\x18\x05 \x03(\t\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x03\x12\x14\n\x0c\x62udget_bytes\x18\x07 \x01(\x03\x12\x12\n\nused_bytes\x18\x08 \x01(\x03\x12\x16\n\x0ereserved_bytes\x18\t \x01(\x03\x12\x33\n\x06models\x18\n \x03(\x0b\x32#.lensmesh.registry.v1.ResidentModel\x12 \n\x13temperature_celsius\x18\x0b \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11utilization_ratio\x18\x0c \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05\x61live\x18\r \x01(\x08\x12\x30\n\x0cheartbeat_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\npark_bytes\x18\x0f \x01(\x03\x12\x14\n\x0cparked_bytes\x18\x10 \x01(\x03\x12:\n\rparked_models\x18\x11 \x03(\x0b\x32#.lensmesh.registry.v1.ResidentModelB\x16\n\x14_temperature_celsiusB\x14\n\x12_utilization_ratio\"\x14\n\x12ListDevicesRequest\"S\n\x13ListDevicesResponse\x12-\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x1c.lensmesh.registry.v1.Device\x12\r\n\x05total\x18\x02 \x01(\x03\"0\n\x12\x43learDeviceRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\"=\n\x13\x43learDeviceResponse\x12\x11\n\tmodel_ids\x18\x01 \x03(\t\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x03\"\xdd\x02\n\x13RegisterHostRequest\x12\x1b\n\x07host_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x1f\n\x0bincarnation\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x1b\n\x07\x61\x64\x64ress\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x19\n\x06\x64\x65vice\x18\x04 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x32\x12\x16\n\x04kind\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1c\n\x0btotal_bytes\x18\x06 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x1d\n\x0c\x62udget_bytes\x18\x07 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12 \n\x08services\x18\x08 \x03(\tB\x0e\xbaH\x0b\x92\x01\x08\x10\x10\"\x04r\x02\x18\x32\x12<\n\x06models\x18\t \x03(\x0b\x32!.lensmesh.registry.v1.HostedModelB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07\x12\x1b\n\npark_bytes\x18\n \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"\xa4\x02\n\x0bHostedModel\x12\x1a\n\x08model_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12\x36\n\x0cquantization\x18\x02 \x01(\x0e\x32 .lensmesh.common.v1.Quantization\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\x12\x30\n\x06lenses\x18\x04 \x03(\x0b\x32 .lensmesh.registry.v1.HostedLens\x12\x1b\n\x0e\x61\x63tive_lens_id\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x0e\n\x06leases\x18\x07 \x01(\x05\x12\x14\n\x0cidle_seconds\x18\x08 \x01(\x01\x12\x0e\n\x06parked\x18\t \x01(\x08\x42\x11\n\x0f_active_lens_id\"3\n\nHostedLens\x12\x0f\n\x07lens_id\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\"1\n\x14RegisterHostResponse\x12\x19\n\x11heartbeat_seconds\x18\x01 \x01(\x01\"\x92\x02\n\x10HeartbeatRequest\x12\x1b\n\x07host_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x1f\n\x0bincarnation\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12<\n\x06models\x18\x03 \x03(\x0b\x32!.lensmesh.registry.v1.HostedModelB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07\x12\x12\n\nused_bytes\x18\x04 \x01(\x03\x12 \n\x13temperature_celsius\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11utilization_ratio\x18\x06 \x01(\x01H\x01\x88\x01\x01\x42\x16\n\x14_temperature_celsiusB\x14\n\x12_utilization_ratio\"+\n\x11HeartbeatResponse\x12\x16\n\x0eregister_again\x18\x01 \x01(\x08\"`\n\x0eReserveRequest\x12\x1b\n\x07host_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x19\n\x05owner\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x16\n\x05\x62ytes\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"+\n\x0bReservation\x12\r\n\x05owner\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\"H\n\x0eReleaseRequest\x12\x1b\n\x07host_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x19\n\x05owner\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\"R\n\x15\x45nsureResidentRequest\x12\x1b\n\x07host_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x1c\n\x08model_id\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\"2\n\x12LocateModelRequest\x12\x1c\n\x08model_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\"S\n\rModelLocation\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0f\n\x07host_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\"\x95\x01\n\x16SwitchExtensionRequest\x12\x1c\n\x08model_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x1e\n\x0c\x65xtension_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12\x1e\n\x0c\x61rtifact_uri\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\x12\x1d\n\x0b\x62\x61se_digest\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\"\x80\x01\n\x17SwitchExtensionResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x1b\n\x13memory_before_bytes\x18\x02 \x01(\x03\x12\x1a\n\x12memory_after_bytes\x18\x03 \x01(\x03\x12\x1b\n\x13\x61\x63tive_extension_id\x18\x04 \x01(\t2\xba\x02\n\rDeviceService\x12\x8b\x01\n\x0bListDevices\x12(.lensmesh.registry.v1.ListDevicesRequest\x1a).lensmesh.registry.v1.ListDevicesResponse\"\'\x90\x02\x01\x8a\xb5\x18\x0c\n\nmodel:read\x82\xd3\xe4\x93\x02\x0e\x12\x0c/api/devices\x12\x9a\x01\n\x0b\x43learDevice\x12(.lensmesh.registry.v1.ClearDeviceRequest\x1a).lensmesh.registry.v1.ClearDeviceResponse\"6\x8a\xb5\x18\r\n\x0bmodel:admin\x82\xd3\xe4\x93\x02\x1f\"\x1a/api/devices/{id=**}/clear:\x01*2\xea\x05\n\x10PlacementService\x12m\n\x0cRegisterHost\x12).lensmesh.registry.v1.RegisterHostRequest\x1a*.lensmesh.registry.v1.RegisterHostResponse\"\x06\x8a\xb5\x18\x02 \x01\x12\x64\n\tHeartbeat\x12&.lensmesh.registry.v1.HeartbeatRequest\x1a\'.lensmesh.registry.v1.HeartbeatResponse\"\x06\x8a\xb5\x18\x02 \x01\x12]\n\x07Reserve\x12$.lensmesh.registry.v1.ReserveRequest\x1a!.lensmesh.registry.v1.Reservation\"\t\x90\x02\x02\x8a\xb5\x18\x02 \x01\x12R\n\x07Release\x12$.lensmesh.registry.v1.ReleaseRequest\x1a\x16.google.protobuf.Empty\"\t\x90\x02\x02\x8a\xb5\x18\x02 \x01\x12m\n\x0e\x45nsureResident\x12+.lensmesh.registry.v1.EnsureResidentRequest\x1a#.lensmesh.registry.v1.ModelLocation\"\t\x90\x02\x02\x8a\xb5\x18\x02 \x01\x12g\n\x0bLocateModel\x12(.lensmesh.registry.v1.LocateModelRequest\x1a#.lensmesh.registry.v1.ModelLocation\"\t\x90\x02\x01\x8a\xb5\x18\x02 \x01\x12v\n\x0fSwitchExtension\x12,.lensmesh.registry.v1.SwitchExtensionRequest\x1a-.lensmesh.registry.v1.SwitchExtensionResponse\"\x06\x8a\xb5\x18\x02 \x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -58,6 +58,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERHOSTREQUEST'].fields_by_name['services']._serialized_options = b'\272H\013\222\001\010\020\020\"\004r\002\0302'
   _globals['_REGISTERHOSTREQUEST'].fields_by_name['models']._loaded_options = None
   _globals['_REGISTERHOSTREQUEST'].fields_by_name['models']._serialized_options = b'\272H\006\222\001\003\020\350\007'
+  _globals['_REGISTERHOSTREQUEST'].fields_by_name['park_bytes']._loaded_options = None
+  _globals['_REGISTERHOSTREQUEST'].fields_by_name['park_bytes']._serialized_options = b'\272H\004\"\002(\000'
   _globals['_HOSTEDMODEL'].fields_by_name['model_id']._loaded_options = None
   _globals['_HOSTEDMODEL'].fields_by_name['model_id']._serialized_options = b'\272H\005r\003\030\377\001'
   _globals['_HEARTBEATREQUEST'].fields_by_name['host_id']._loaded_options = None
@@ -111,45 +113,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESIDENTMODEL']._serialized_start=275
   _globals['_RESIDENTMODEL']._serialized_end=396
   _globals['_DEVICE']._serialized_start=399
-  _globals['_DEVICE']._serialized_end=803
-  _globals['_LISTDEVICESREQUEST']._serialized_start=805
-  _globals['_LISTDEVICESREQUEST']._serialized_end=825
-  _globals['_LISTDEVICESRESPONSE']._serialized_start=827
-  _globals['_LISTDEVICESRESPONSE']._serialized_end=910
-  _globals['_CLEARDEVICEREQUEST']._serialized_start=912
-  _globals['_CLEARDEVICEREQUEST']._serialized_end=960
-  _globals['_CLEARDEVICERESPONSE']._serialized_start=962
-  _globals['_CLEARDEVICERESPONSE']._serialized_end=1023
-  _globals['_REGISTERHOSTREQUEST']._serialized_start=1026
-  _globals['_REGISTERHOSTREQUEST']._serialized_end=1346
-  _globals['_HOSTEDMODEL']._serialized_start=1349
-  _globals['_HOSTEDMODEL']._serialized_end=1625
-  _globals['_HOSTEDLENS']._serialized_start=1627
-  _globals['_HOSTEDLENS']._serialized_end=1678
-  _globals['_REGISTERHOSTRESPONSE']._serialized_start=1680
-  _globals['_REGISTERHOSTRESPONSE']._serialized_end=1729
-  _globals['_HEARTBEATREQUEST']._serialized_start=1732
-  _globals['_HEARTBEATREQUEST']._serialized_end=2006
-  _globals['_HEARTBEATRESPONSE']._serialized_start=2008
-  _globals['_HEARTBEATRESPONSE']._serialized_end=2051
-  _globals['_RESERVEREQUEST']._serialized_start=2053
-  _globals['_RESERVEREQUEST']._serialized_end=2149
-  _globals['_RESERVATION']._serialized_start=2151
-  _globals['_RESERVATION']._serialized_end=2194
-  _globals['_RELEASEREQUEST']._serialized_start=2196
-  _globals['_RELEASEREQUEST']._serialized_end=2268
-  _globals['_ENSURERESIDENTREQUEST']._serialized_start=2270
-  _globals['_ENSURERESIDENTREQUEST']._serialized_end=2352
-  _globals['_LOCATEMODELREQUEST']._serialized_start=2354
-  _globals['_LOCATEMODELREQUEST']._serialized_end=2404
-  _globals['_MODELLOCATION']._serialized_start=2406
-  _globals['_MODELLOCATION']._serialized_end=2489
-  _globals['_SWITCHEXTENSIONREQUEST']._serialized_start=2492
-  _globals['_SWITCHEXTENSIONREQUEST']._serialized_end=2641
-  _globals['_SWITCHEXTENSIONRESPONSE']._serialized_start=2644
-  _globals['_SWITCHEXTENSIONRESPONSE']._serialized_end=2772
-  _globals['_DEVICESERVICE']._serialized_start=2775
-  _globals['_DEVICESERVICE']._serialized_end=3089
-  _globals['_PLACEMENTSERVICE']._serialized_start=3092
-  _globals['_PLACEMENTSERVICE']._serialized_end=3838
+  _globals['_DEVICE']._serialized_end=905
+  _globals['_LISTDEVICESREQUEST']._serialized_start=907
+  _globals['_LISTDEVICESREQUEST']._serialized_end=927
+  _globals['_LISTDEVICESRESPONSE']._serialized_start=929
+  _globals['_LISTDEVICESRESPONSE']._serialized_end=1012
+  _globals['_CLEARDEVICEREQUEST']._serialized_start=1014
+  _globals['_CLEARDEVICEREQUEST']._serialized_end=1062
+  _globals['_CLEARDEVICERESPONSE']._serialized_start=1064
+  _globals['_CLEARDEVICERESPONSE']._serialized_end=1125
+  _globals['_REGISTERHOSTREQUEST']._serialized_start=1128
+  _globals['_REGISTERHOSTREQUEST']._serialized_end=1477
+  _globals['_HOSTEDMODEL']._serialized_start=1480
+  _globals['_HOSTEDMODEL']._serialized_end=1772
+  _globals['_HOSTEDLENS']._serialized_start=1774
+  _globals['_HOSTEDLENS']._serialized_end=1825
+  _globals['_REGISTERHOSTRESPONSE']._serialized_start=1827
+  _globals['_REGISTERHOSTRESPONSE']._serialized_end=1876
+  _globals['_HEARTBEATREQUEST']._serialized_start=1879
+  _globals['_HEARTBEATREQUEST']._serialized_end=2153
+  _globals['_HEARTBEATRESPONSE']._serialized_start=2155
+  _globals['_HEARTBEATRESPONSE']._serialized_end=2198
+  _globals['_RESERVEREQUEST']._serialized_start=2200
+  _globals['_RESERVEREQUEST']._serialized_end=2296
+  _globals['_RESERVATION']._serialized_start=2298
+  _globals['_RESERVATION']._serialized_end=2341
+  _globals['_RELEASEREQUEST']._serialized_start=2343
+  _globals['_RELEASEREQUEST']._serialized_end=2415
+  _globals['_ENSURERESIDENTREQUEST']._serialized_start=2417
+  _globals['_ENSURERESIDENTREQUEST']._serialized_end=2499
+  _globals['_LOCATEMODELREQUEST']._serialized_start=2501
+  _globals['_LOCATEMODELREQUEST']._serialized_end=2551
+  _globals['_MODELLOCATION']._serialized_start=2553
+  _globals['_MODELLOCATION']._serialized_end=2636
+  _globals['_SWITCHEXTENSIONREQUEST']._serialized_start=2639
+  _globals['_SWITCHEXTENSIONREQUEST']._serialized_end=2788
+  _globals['_SWITCHEXTENSIONRESPONSE']._serialized_start=2791
+  _globals['_SWITCHEXTENSIONRESPONSE']._serialized_end=2919
+  _globals['_DEVICESERVICE']._serialized_start=2922
+  _globals['_DEVICESERVICE']._serialized_end=3236
+  _globals['_PLACEMENTSERVICE']._serialized_start=3239
+  _globals['_PLACEMENTSERVICE']._serialized_end=3985
 # @@protoc_insertion_point(module_scope)

@@ -28,7 +28,7 @@ class ResidentModel(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., leases: _Optional[int] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class Device(_message.Message):
-    __slots__ = ("name", "device", "host_id", "kind", "services", "total_bytes", "budget_bytes", "used_bytes", "reserved_bytes", "models", "temperature_celsius", "utilization_ratio", "alive", "heartbeat_at")
+    __slots__ = ("name", "device", "host_id", "kind", "services", "total_bytes", "budget_bytes", "used_bytes", "reserved_bytes", "models", "temperature_celsius", "utilization_ratio", "alive", "heartbeat_at", "park_bytes", "parked_bytes", "parked_models")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +43,9 @@ class Device(_message.Message):
     UTILIZATION_RATIO_FIELD_NUMBER: _ClassVar[int]
     ALIVE_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_AT_FIELD_NUMBER: _ClassVar[int]
+    PARK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PARKED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PARKED_MODELS_FIELD_NUMBER: _ClassVar[int]
     name: str
     device: str
     host_id: str
@@ -57,7 +60,10 @@ class Device(_message.Message):
     utilization_ratio: float
     alive: bool
     heartbeat_at: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., device: _Optional[str] = ..., host_id: _Optional[str] = ..., kind: _Optional[str] = ..., services: _Optional[_Iterable[str]] = ..., total_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ResidentModel, _Mapping]]] = ..., temperature_celsius: _Optional[float] = ..., utilization_ratio: _Optional[float] = ..., alive: _Optional[bool] = ..., heartbeat_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    park_bytes: int
+    parked_bytes: int
+    parked_models: _containers.RepeatedCompositeFieldContainer[ResidentModel]
+    def __init__(self, name: _Optional[str] = ..., device: _Optional[str] = ..., host_id: _Optional[str] = ..., kind: _Optional[str] = ..., services: _Optional[_Iterable[str]] = ..., total_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ResidentModel, _Mapping]]] = ..., temperature_celsius: _Optional[float] = ..., utilization_ratio: _Optional[float] = ..., alive: _Optional[bool] = ..., heartbeat_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., park_bytes: _Optional[int] = ..., parked_bytes: _Optional[int] = ..., parked_models: _Optional[_Iterable[_Union[ResidentModel, _Mapping]]] = ...) -> None: ...
 
 class ListDevicesRequest(_message.Message):
     __slots__ = ()
@@ -86,7 +92,7 @@ class ClearDeviceResponse(_message.Message):
     def __init__(self, model_ids: _Optional[_Iterable[str]] = ..., freed_bytes: _Optional[int] = ...) -> None: ...
 
 class RegisterHostRequest(_message.Message):
-    __slots__ = ("host_id", "incarnation", "address", "device", "kind", "total_bytes", "budget_bytes", "services", "models")
+    __slots__ = ("host_id", "incarnation", "address", "device", "kind", "total_bytes", "budget_bytes", "services", "models", "park_bytes")
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +102,7 @@ class RegisterHostRequest(_message.Message):
     BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     SERVICES_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    PARK_BYTES_FIELD_NUMBER: _ClassVar[int]
     host_id: str
     incarnation: str
     address: str
@@ -105,10 +112,11 @@ class RegisterHostRequest(_message.Message):
     budget_bytes: int
     services: _containers.RepeatedScalarFieldContainer[str]
     models: _containers.RepeatedCompositeFieldContainer[HostedModel]
-    def __init__(self, host_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., kind: _Optional[str] = ..., total_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., services: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[_Union[HostedModel, _Mapping]]] = ...) -> None: ...
+    park_bytes: int
+    def __init__(self, host_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., kind: _Optional[str] = ..., total_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., services: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[_Union[HostedModel, _Mapping]]] = ..., park_bytes: _Optional[int] = ...) -> None: ...
 
 class HostedModel(_message.Message):
-    __slots__ = ("model_id", "quantization", "memory_bytes", "lenses", "active_lens_id", "fingerprint", "leases", "idle_seconds")
+    __slots__ = ("model_id", "quantization", "memory_bytes", "lenses", "active_lens_id", "fingerprint", "leases", "idle_seconds", "parked")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +125,7 @@ class HostedModel(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     quantization: _types_pb2.Quantization
     memory_bytes: int
@@ -125,7 +134,8 @@ class HostedModel(_message.Message):
     fingerprint: str
     leases: int
     idle_seconds: float
-    def __init__(self, model_id: _Optional[str] = ..., quantization: _Optional[_Union[_types_pb2.Quantization, str]] = ..., memory_bytes: _Optional[int] = ..., lenses: _Optional[_Iterable[_Union[HostedLens, _Mapping]]] = ..., active_lens_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., leases: _Optional[int] = ..., idle_seconds: _Optional[float] = ...) -> None: ...
+    parked: bool
+    def __init__(self, model_id: _Optional[str] = ..., quantization: _Optional[_Union[_types_pb2.Quantization, str]] = ..., memory_bytes: _Optional[int] = ..., lenses: _Optional[_Iterable[_Union[HostedLens, _Mapping]]] = ..., active_lens_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., leases: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., parked: _Optional[bool] = ...) -> None: ...
 
 class HostedLens(_message.Message):
     __slots__ = ("lens_id", "memory_bytes")

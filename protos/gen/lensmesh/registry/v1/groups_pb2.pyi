@@ -190,15 +190,17 @@ class DetachLensRequest(_message.Message):
     def __init__(self, group_id: _Optional[str] = ..., lens_id: _Optional[str] = ...) -> None: ...
 
 class SwitchLensRequest(_message.Message):
-    __slots__ = ("id", "lens_id")
+    __slots__ = ("id", "lens_id", "validate_only")
     ID_FIELD_NUMBER: _ClassVar[int]
     LENS_ID_FIELD_NUMBER: _ClassVar[int]
+    VALIDATE_ONLY_FIELD_NUMBER: _ClassVar[int]
     id: str
     lens_id: str
-    def __init__(self, id: _Optional[str] = ..., lens_id: _Optional[str] = ...) -> None: ...
+    validate_only: bool
+    def __init__(self, id: _Optional[str] = ..., lens_id: _Optional[str] = ..., validate_only: _Optional[bool] = ...) -> None: ...
 
 class SwitchLensResponse(_message.Message):
-    __slots__ = ("lens_id", "seconds", "memory_before_bytes", "memory_after_bytes", "job_id", "position", "estimated_seconds")
+    __slots__ = ("lens_id", "seconds", "memory_before_bytes", "memory_after_bytes", "job_id", "position", "estimated_seconds", "plan")
     LENS_ID_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BEFORE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -206,6 +208,7 @@ class SwitchLensResponse(_message.Message):
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
     lens_id: str
     seconds: float
     memory_before_bytes: int
@@ -213,7 +216,8 @@ class SwitchLensResponse(_message.Message):
     job_id: str
     position: int
     estimated_seconds: float
-    def __init__(self, lens_id: _Optional[str] = ..., seconds: _Optional[float] = ..., memory_before_bytes: _Optional[int] = ..., memory_after_bytes: _Optional[int] = ..., job_id: _Optional[str] = ..., position: _Optional[int] = ..., estimated_seconds: _Optional[float] = ...) -> None: ...
+    plan: _types_pb2.LoadPlan
+    def __init__(self, lens_id: _Optional[str] = ..., seconds: _Optional[float] = ..., memory_before_bytes: _Optional[int] = ..., memory_after_bytes: _Optional[int] = ..., job_id: _Optional[str] = ..., position: _Optional[int] = ..., estimated_seconds: _Optional[float] = ..., plan: _Optional[_Union[_types_pb2.LoadPlan, _Mapping]] = ...) -> None: ...
 
 class PreloadGroupRequest(_message.Message):
     __slots__ = ("id", "lens_ids")

@@ -1,0 +1,97 @@
+"""Switches to a group whose base is not on a device: queued, announced, planned, and done by a job."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from services.kit.ids import new_id
+from services.registry.domain import Caller, Group, LoadPlan
+from services.registry.operations.admission import does_not_fit
+from services.registry.operations.estimating import estimate_model
+from services.registry.operations.lenses import switch_lens
+from services.registry.operations.loading import bring_base
+from services.registry.operations.registry import Registry
+from services.registry.ports import LoadLease, Switched
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A switch that waits for its turn."""
+
+    job_id: str
+    position: int
+    """Its place among the switches that wait or run; 1 is next or running."""
+    estimated_seconds: float
+    plan: LoadPlan
+
+
+async def switch(registry: Registry, caller: Caller, group_id: str, lens_id: str | None) -> Switched | Queued:
+    """Make a lens of a group the active one, or none; at once where the base is on a device, else by a queued job.
+
+    Switches between groups take turns over the whole mesh, and users take turns among them.
+
+    Raises:
+        NotFound: no such group or lens.
+        Exhausted: `INSUFFICIENT_MEMORY`: it would not fit an empty device either; nothing was queued.
+        Unavailable: `NO_HOST`.
+    """
+    group, resident = await _look(registry, group_id, lens_id)
+    if resident:
+        return await switch_lens(registry, group_id, lens_id)
+    plan, seconds = await _plan(registry, group)
+    if all(placement.required_bytes > placement.host.budget_bytes for placement in plan.placements):
+        raise does_not_fit(plan, registry.limits.max_resident_models)
+    job_id = new_id("job")
+    payload = {"group_id": group_id, "model_id": group.model_id, "lens_id": lens_id}
+    async with registry.store.transaction() as tx:
+        position = await tx.enqueue_switch(job_id, payload, caller.subject)
+        facts = {"group_id": group_id, "lens_id": lens_id, "kind": "cross", "task_id": job_id}
+        leaving = [asdict(eviction) for eviction in plan.best.evictions] if plan.best is not None else []
+        await tx.emit("group:switching", group_id, {**facts, "position": position, "evictions": leaving})
+    return Queued(job_id, position, seconds, plan)
+
+
+async def plan_switch(registry: Registry, group_id: str, lens_id: str | None) -> tuple[LoadPlan | None, float]:
+    """What `switch` would do: where the base goes and what leaves for it, None where it is there; expected seconds.
+
+    Raises:
+        NotFound: no such group or lens.
+        Unavailable: `NO_HOST`.
+    """
+    group, resident = await _look(registry, group_id, lens_id)
+    if resident:
+        async with registry.store.transaction() as tx:
+            return None, await tx.groups.switch_seconds(group_id, "within") or 0.0
+    return await _plan(registry, group)
+
+
+async def run_switch(registry: Registry, lease: LoadLease) -> dict[str, Any]:
+    """Do the switch that a job stands for: others are parked or unloaded, the base and the lens come; its result.
+
+    Raises:
+        LensmeshError: the base could not be loaded, or the lens not be attached.
+    """
+    start = time.perf_counter()
+    group_id, lens_id = lease.payload["group_id"], lease.payload["lens_id"]
+    copy = await lease.unless_stopped(bring_base(registry, lease.payload["model_id"]))
+    switched = await switch_lens(registry, group_id, lens_id, began=start)
+    return {"group_id": group_id, "lens_id": lens_id, "device": copy.device, "seconds": switched.seconds}
+
+
+async def _look(registry: Registry, group_id: str, lens_id: str | None) -> tuple[Group, bool]:
+    """The group, and whether its base is on a device."""
+    async with registry.store.transaction() as tx:
+        group = await tx.groups.get(group_id)
+        if lens_id is not None:
+            group.lens(lens_id)
+        copies = await tx.placement.of_model(group.model_id)
+    return group, any(copy.state == "resident" for copy in copies)
+
+
+async def _plan(registry: Registry, group: Group) -> tuple[LoadPlan, float]:
+    plan = await estimate_model(registry, group.model_id, None, "")
+    async with registry.store.transaction() as tx:
+        measured = await tx.groups.switch_seconds(group.id, "cross")
+    return plan, plan.estimated_seconds if measured is None else measured

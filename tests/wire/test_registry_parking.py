@@ -1,0 +1,178 @@
+"""Switches between groups over gRPC: who is parked, who goes to disk, what is restored, and whose turn it is."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lensmesh.common.v1 import types_pb2 as types
+from lensmesh.registry.v1 import groups_pb2 as pb
+from lensmesh.registry.v1 import jobs_pb2, models_pb2
+from lensmesh.registry.v1.groups_pb2_grpc import GroupServiceStub
+from lensmesh.training.v1 import training_pb2
+
+from services.kit.database import Database
+from tests.support import eventually
+from tests.wire.registry_support import MB, FakeHost, Mesh, refused, running
+
+UNLOADED, READY = models_pb2.MODEL_STATUS_UNLOADED, models_pb2.MODEL_STATUS_READY
+
+
+@pytest.fixture
+async def mesh(database: Database, tmp_path: Path, nats_url: str) -> AsyncIterator[Mesh]:
+    async with running(database, tmp_path, nats_url) as mesh:
+        yield mesh
+
+
+async def add_host(mesh: Mesh, **changes: Any) -> FakeHost:
+    """Room for one base of 100 MB with a lens, and for another one parked."""
+    room = {"budget": 130 * MB, "park": 110 * MB}
+    host = FakeHost(sizes=dict.fromkeys("abc", 100 * MB), **{**room, **changes})
+    for name in "abc":
+        host.transcoders[name] = training_pb2.Transcoder(
+            id=name, artifact_uri=f"artifact://transcoder/{name}", base_digest=f"digest-{name}", size_bytes=8 * MB
+        )
+    return await mesh.add_host(host)
+
+
+async def group(mesh: Mesh, name: str) -> tuple[pb.Group, str]:
+    """A group on a base that is not loaded, and its lens."""
+    model = await mesh.create(name)
+    made = await mesh.groups.CreateGroup(pb.CreateGroupRequest(name=name, model_id=model.id))
+    lens = await mesh.groups.AttachLens(
+        pb.AttachLensRequest(group_id=made.id, kind=types.LENS_KIND_TRANSCODER, transcoder_id=name)
+    )
+    return made, lens.id
+
+
+async def switch(mesh: Mesh, to: tuple[pb.Group, str], **more: Any) -> pb.SwitchLensResponse:
+    return await mesh.groups.SwitchLens(pb.SwitchLensRequest(id=to[0].id, lens_id=to[1], **more))
+
+
+async def switched(mesh: Mesh, to: tuple[pb.Group, str]) -> pb.SwitchLensResponse:
+    """Switch, and wait for the job."""
+    answer = await switch(mesh, to)
+    job = await mesh.settled(answer.job_id)
+    assert job.status == jobs_pb2.JOB_STATE_COMPLETED, job.error_message
+    return answer
+
+
+async def status(mesh: Mesh, of: tuple[pb.Group, str]) -> pb.GroupStatus:
+    return await mesh.groups.GetGroupStatus(pb.GetGroupStatusRequest(id=of[0].id))
+
+
+def leaving(plan: types.LoadPlan) -> list[tuple[str, str, bool]]:
+    return [(e.model_id, e.cause, e.parked) for e in plan.placements[0].evictions]
+
+
+async def test_the_old_group_is_parked_whole_and_comes_back_without_a_load(mesh: Mesh) -> None:
+    host = await add_host(mesh)
+    a, b = await group(mesh, "a"), await group(mesh, "b")
+    first = await switched(mesh, a)
+    assert (first.position, leaving(first.plan)) == (1, [])
+    plan = (await switch(mesh, b, validate_only=True)).plan
+    assert leaving(plan) == [(a[0].model_id, "memory", True)]
+    assert not host.names("Park")
+    assert leaving((await switched(mesh, b)).plan) == leaving(plan)
+    parked = await status(mesh, a)
+    assert (parked.residency, parked.device, parked.resident_lens_ids) == (pb.RESIDENCY_PARKED, "", [])
+    lens = (await mesh.groups.GetGroup(pb.GetGroupRequest(id=a[0].id))).lenses[0]
+    assert lens.residency == pb.RESIDENCY_PARKED
+    assert (await mesh.get(a[0].model_id)).status == UNLOADED
+    device = await mesh.device()
+    assert (device.used_bytes, device.reserved_bytes, device.parked_bytes) == (107 * MB, 0, 107 * MB)
+    assert [model.model_id for model in device.parked_models] == [a[0].model_id]
+    back = await switched(mesh, a)
+    assert back.plan.placements[0].restores
+    assert [request.model_id for request in host.names("Restore")] == [a[0].model_id]
+    assert [request.model_id for request in host.names("Load")] == [a[0].model_id, b[0].model_id]
+    here = await status(mesh, a)
+    assert (here.residency, here.fully_loaded, here.active_lens_id) == (pb.RESIDENCY_DEVICE, True, a[1])
+    assert (await mesh.get(a[0].model_id)).status == READY
+    assert here.estimated_switch_seconds.cross_group > 0
+    events = [(name, data) for name, data in await mesh.events(a[0].id) if name.startswith("group:switch")]
+    assert [name for name, _ in events] == ["group:switching", "group:switched"] * 2
+    assert all(data["kind"] == "cross" for _, data in events)
+    evicted = [data for name, data in await mesh.events(b[0].model_id) if name == "model:evicted"]
+    assert [(data["cause"], data["parked"]) for data in evicted] == [("memory", True)]
+
+
+async def test_beyond_the_limit_of_host_memory_the_oldest_group_goes_to_disk(mesh: Mesh) -> None:
+    host = await add_host(mesh)
+    a, b, c = await group(mesh, "a"), await group(mesh, "b"), await group(mesh, "c")
+    await switched(mesh, a)
+    await switched(mesh, b)
+    third = await switched(mesh, c)
+    assert leaving(third.plan) == [(a[0].model_id, "park_limit", False), (b[0].model_id, "memory", True)]
+    assert [request.model_id for request in host.names("Unload")] == [a[0].model_id]
+    found = [(await status(mesh, each)).residency for each in (a, b, c)]
+    assert found == [pb.RESIDENCY_DISK, pb.RESIDENCY_PARKED, pb.RESIDENCY_DEVICE]
+    device = await mesh.device()
+    assert (device.used_bytes, device.reserved_bytes, device.parked_bytes) == (107 * MB, 0, 107 * MB)
+
+
+@pytest.mark.parametrize("changes", [{"park": 0}, {"refuses_to_park": True}], ids=["no limit left", "host refuses"])
+async def test_a_host_without_room_to_park_unloads(mesh: Mesh, changes: dict[str, Any]) -> None:
+    host = await add_host(mesh, **changes)
+    a, b = await group(mesh, "a"), await group(mesh, "b")
+    await switched(mesh, a)
+    await switched(mesh, b)
+    assert list(host.held) == [b[0].model_id]
+    assert (await status(mesh, a)).residency == pb.RESIDENCY_DISK
+    assert (await mesh.device()).parked_bytes == 0
+
+
+async def test_a_parked_group_is_lost_with_its_process(mesh: Mesh) -> None:
+    host = await add_host(mesh)
+    a, b = await group(mesh, "a"), await group(mesh, "b")
+    await switched(mesh, a)
+    await switched(mesh, b)
+    host.held.clear()
+    host.incarnation = "life-2"
+    await mesh.announce(host)
+    await mesh.reaches(b[0].model_id, READY)
+    assert (await status(mesh, a)).residency == pb.RESIDENCY_DISK
+    assert (await mesh.device()).parked_bytes == 0
+    await switched(mesh, a)
+    assert [request.model_id for request in host.names("Load")] == [x[0].model_id for x in (a, b, b, a)]
+
+
+async def test_a_lens_that_leaves_its_group_takes_the_parked_copy_along(mesh: Mesh) -> None:
+    host = await add_host(mesh)
+    a, b = await group(mesh, "a"), await group(mesh, "b")
+    await switched(mesh, a)
+    await switched(mesh, b)
+    await mesh.groups.DetachLens(pb.DetachLensRequest(group_id=a[0].id, lens_id=a[1]))
+    assert list(host.held) == [b[0].model_id]
+    assert (await status(mesh, a)).residency == pb.RESIDENCY_DISK
+
+
+async def test_switches_between_groups_take_turns_between_users_and_can_be_cancelled(mesh: Mesh) -> None:
+    host = await add_host(mesh)
+    a, b, c = await group(mesh, "a"), await group(mesh, "b"), await group(mesh, "c")
+    host.gate.clear()
+    running_now = await switch(mesh, a)
+    await eventually(lambda: host.names("Load"))
+    second, third = await switch(mesh, b), await switch(mesh, c)
+    request = pb.SwitchLensRequest(id=c[0].id, lens_id=c[1])
+    bob = await GroupServiceStub(mesh.as_user("bob")).SwitchLens(request)
+    assert [x.position for x in (running_now, second, third, bob)] == [1, 2, 3, 3]
+    cancelled = await mesh.jobs.CancelJob(jobs_pb2.CancelJobRequest(id=second.job_id))
+    assert cancelled.status == jobs_pb2.JOB_STATE_CANCELLED
+    host.gate.set()
+    for each in (running_now, bob, third):
+        assert (await mesh.settled(each.job_id)).status == jobs_pb2.JOB_STATE_COMPLETED
+    assert [request.model_id for request in host.names("Load")] == [a[0].model_id, c[0].model_id]
+    async with mesh.database.connection() as conn:
+        order = await conn.fetch("SELECT id FROM jobs WHERE kind = 'group_switch' ORDER BY started_at")
+    assert [row["id"] for row in order if row["id"] != second.job_id] == [running_now.job_id, bob.job_id, third.job_id]
+
+
+async def test_a_switch_that_fits_nowhere_is_refused_and_nothing_moves(mesh: Mesh) -> None:
+    host = await add_host(mesh, budget=105 * MB)
+    a = await group(mesh, "a")
+    failure = await refused(switch(mesh, a))
+    assert (failure.code, failure.reason) == ("RESOURCE_EXHAUSTED", "INSUFFICIENT_MEMORY")
+    assert not host.names("Load")
