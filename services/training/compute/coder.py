@@ -54,7 +54,7 @@ class Coder:
 
     @classmethod
     def start(cls, name: str, config: TrainConfig, x: Tensor, y: Tensor, ranks: Ranks = ALONE) -> Coder:
-        """A new coder for a resolved configuration, from a float32 sample x [N, d_in], y [N, d_out], equal on all ranks.
+        """A coder for a resolved configuration, from a float32 sample x [N, d_in], y [N, d_out], the same on all ranks.
 
         Raises:
             NonFiniteLoss: the sample holds values that are not finite.
