@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -160,6 +162,20 @@ def copied(destination: Path, family: str, layers: int = 4, seed: int = 0) -> Pa
     target = destination / family
     shutil.copytree(saved(family, layers, seed), target)
     return target
+
+
+def quantized(family: str, bits: int) -> PreTrainedModel:
+    """The tiny model of two layers as bitsandbytes' int8 or int4 on the CPU, as residency would load it."""
+    config = (
+        BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        if bits == 8
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    )
+    model = AutoModelForCausalLM.from_pretrained(saved(family, 2), quantization_config=config, device_map="cpu").eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def batch(rows: int = 2, length: int = 16, seed: int = 0) -> torch.Tensor:

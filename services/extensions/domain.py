@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -107,6 +107,17 @@ class NewTraining:
     learning_rate: float | None = None
     max_length: int = 0
     seed: int = 0
+    gradient_accumulation_steps: int = 0
+    lr_schedule: str = ""
+    """cosine, linear or constant."""
+    warmup_steps: int | None = None
+    loraplus_lr_ratio: float | None = None
+    weight_decay: float = 0.0
+    precision: str = ""
+    """fp32, bf16 or fp16."""
+    gradient_checkpointing: bool = False
+    evaluate_every: int = 0
+    patience: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +161,12 @@ class TrainedExtension:
     loss_before: float
     loss_after: float
     seconds: float
+    best_step: int
+    """Step whose weights these are; fewer than `steps` when early stopping went back to the best."""
 
     def as_dict(self) -> dict[str, float]:
         """The figures by name."""
-        return {name: getattr(self, name) for name in ("steps", "tokens", "loss_before", "loss_after", "seconds")}
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

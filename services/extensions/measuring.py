@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from services.extensions import errors as translated
-from services.extensions.compute.examples import Examples, from_pairs, from_texts
-from services.extensions.compute.train import loss_of_batch
+from services.extensions.compute.examples import Examples, from_pairs, from_prompts, from_texts
+from services.extensions.compute.loss import logits_of, loss_of_batch
 from services.extensions.domain import Documents
 from services.extensions.ports import Base
 from services.kit import errors
@@ -49,9 +49,11 @@ def row_length(base: Base, asked: int) -> int:
     """Tokens of a row: what was asked for, else the model's context, at most `MAX_LENGTH`.
 
     Raises:
-        errors.Invalid: more than the model's context was asked for.
+        errors.Invalid: more than the model's context was asked for; T5's relative positions have no such bound.
     """
-    context = getattr(base.model.config, "max_position_embeddings", None) or MAX_LENGTH
+    context = getattr(base.model.config, "max_position_embeddings", None)
+    if context is None:
+        return asked or MAX_LENGTH
     if asked > context:
         raise errors.Invalid.of("max_length", f"the model's context is {context} tokens, got {asked}")
     return asked or min(context, MAX_LENGTH)
@@ -61,12 +63,18 @@ def examples_for(field: str, base: Base, documents: Documents, length: int) -> E
     """Rows of token ids of a dataset's documents.
 
     Raises:
-        errors.Invalid: they give no row; names `field`.
+        errors.Invalid: they give no row, or are no prompts and targets where an encoder-decoder needs them; names
+            `field`.
     """
     separator = base.tokenizer.eos_token_id
     if separator is None:
         raise errors.Invalid.of("model_id", "the model's tokenizer has no end-of-sequence token")
+    seq2seq = base.model.config.is_encoder_decoder
+    if seq2seq and not documents.pairs:
+        raise errors.Invalid.of(field, "has no targets; this model learns from a prompt_field and a target_field")
     try:
+        if seq2seq:
+            return from_prompts(documents.pairs, length, separator, base.model.config.pad_token_id)
         if documents.pairs:
             return from_pairs(documents.pairs, length, separator)
         return from_texts(documents.texts, length, separator)
@@ -104,6 +112,5 @@ def _loss_with(model: Any, extensions: Extensions, key: str | None, batch: Examp
 
 
 def _base_logits(model: Any, extensions: Extensions, batch: Examples) -> torch.Tensor:
-    device = next(model.parameters()).device
     with extensions.using(None), torch.no_grad():
-        return model(input_ids=batch.ids.to(device), use_cache=False).logits
+        return logits_of(model, batch)

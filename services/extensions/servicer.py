@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import grpc
@@ -24,6 +25,8 @@ from services.extensions.operations import Operations
 from services.kit.idempotency import request_key
 from services.kit.paging import asked
 
+_OPTIONAL = {"learning_rate", "warmup_steps", "loraplus_lr_ratio"}
+"""Fields of a training whose default is not zero."""
 _SERVICE = "lensmesh.extensions.v1.ExtensionService"
 
 
@@ -74,18 +77,9 @@ class ExtensionServicer(extensions_pb2_grpc.ExtensionServiceServicer):
         self, request: pb.TrainExtensionRequest, context: grpc.aio.ServicerContext
     ) -> pb.TrainExtensionResponse:
         """See the proto."""
-        training = NewTraining(
-            extension_id=request.id,
-            dataset_id=request.dataset_id,
-            held_out_dataset_id=request.held_out_dataset_id,
-            steps=request.steps,
-            epochs=request.epochs,
-            batch_size=request.batch_size,
-            learning_rate=request.learning_rate if request.HasField("learning_rate") else None,
-            max_length=request.max_length,
-            seed=request.seed,
+        job_id = await self._operations.train(
+            _training(request), key=request_key(f"{_SERVICE}/TrainExtension", request)
         )
-        job_id = await self._operations.train(training, key=request_key(f"{_SERVICE}/TrainExtension", request))
         return pb.TrainExtensionResponse(job_id=job_id, id=request.id)
 
     async def ActivateExtension(
@@ -150,6 +144,18 @@ def _layer(message: pb.LayerConfig) -> Layer:
     return Layer(
         **_given(message, "index", "initialization_scale"),
         position=_word(pb.LayerPosition, "LAYER_POSITION_", message.position),
+    )
+
+
+def _training(request: pb.TrainExtensionRequest) -> NewTraining:
+    words = {"lr_schedule", "precision"}
+    same = {field.name for field in fields(NewTraining)} & set(request.DESCRIPTOR.fields_by_name) - words
+    return NewTraining(
+        extension_id=request.id,
+        **{name: getattr(request, name) for name in same - _OPTIONAL},
+        **_given(request, *_OPTIONAL),
+        lr_schedule=_word(pb.LearningRateSchedule, "LEARNING_RATE_SCHEDULE_", request.lr_schedule),
+        precision=_word(pb.Precision, "PRECISION_", request.precision),
     )
 
 

@@ -8,13 +8,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
 from services.extensions import errors as translated
 from services.extensions.compute import checkpoint
 from services.extensions.compute.examples import Examples
 from services.extensions.compute.memory import training_bytes
-from services.extensions.compute.train import StepReport, Trainer, TrainSettings
+from services.extensions.compute.settings import Precision, Schedule, TrainSettings, default_precision
+from services.extensions.compute.train import StepReport, Trainer
 from services.extensions.domain import NewTraining, TrainedExtension, Training
 from services.extensions.measuring import attached, examples_for, loss, row_length
 from services.extensions.ports import Base, Bases, Datasets, Ledger, Run, Store
@@ -24,6 +25,8 @@ from services.residency.lenses.extension_files import retrained
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_LEARNING_RATE = 2e-4
 WARMUP_SHARE = 0.05
+EVALUATION_SHARE = 0.05
+"""Share of the steps between two held-out losses, when early stopping needs them and the request names no number."""
 PROGRESS_SHARE = 0.01
 """Share of the steps between two events; the first and the last step always tell."""
 
@@ -71,9 +74,10 @@ class TrainingJob:
         ):
             await run.waiting(None)
             examples, held_out = await self._examples(training.wanted, base)
-            settings = settings_of(training.wanted, len(examples))
+            precision = await base.run(default_precision, base.model)
+            settings = settings_of(training.wanted, len(examples), precision)
             async with self._reserved(run.job_id, base, key, examples, settings):
-                trainer = await base.run(Trainer, base.model, base.attached, key, examples, settings)
+                trainer = await base.run(_trainer, base, key, examples, settings)
                 result = await self._train(run, _Session(base, key, trainer, held_out), training)
                 write = await base.run(_files, folder, base, key, result)
             await run.finish(result, write)
@@ -96,8 +100,7 @@ class TrainingJob:
     async def _reserved(
         self, owner: str, base: Base, key: str, examples: Examples, settings: TrainSettings
     ) -> AsyncIterator[None]:
-        shape = (min(settings.batch_size, len(examples)), examples.ids.shape[1])
-        await self._ledger.reserve(owner, training_bytes(base.model.config, base.attached[key], *shape))
+        await self._ledger.reserve(owner, training_bytes(base.model.config, base.attached[key], examples, settings))
         try:
             yield
         finally:
@@ -113,8 +116,9 @@ class TrainingJob:
         if before is None:
             before, _ = await loss(base, session.key, session.held_out)
             await run.begun(before)
-        await self._steps(run, base, trainer, before)
+        await self._steps(run, session, before)
         await run.finalizing()
+        await base.run(trainer.settle)
         after, _ = await loss(base, session.key, session.held_out)
         return TrainedExtension(
             steps=trainer.steps_done,
@@ -122,10 +126,12 @@ class TrainingJob:
             loss_before=before,
             loss_after=after,
             seconds=monotonic() - started,
+            best_step=trainer.stopping.best_step if trainer.stopping.best_weights else trainer.steps_done,
         )
 
-    async def _steps(self, run: Run, base: Base, trainer: Trainer, loss_before: float) -> None:
+    async def _steps(self, run: Run, session: _Session, loss_before: float) -> None:
         saved_at = monotonic()
+        base, trainer = session.base, session.trainer
         steps = trainer.settings.steps
         stride = max(1, round(steps * PROGRESS_SHARE))
         while not trainer.done:
@@ -134,26 +140,45 @@ class TrainingJob:
                 saved_at = monotonic()
             await run.checkpoint()
             report = await base.run(_step, trainer)
-            if report.step in (1, steps) or report.step % stride == 0:
-                await run.progress(100 * report.step / steps, figures(report, steps, loss_before))
+            judged: dict[str, float] = {}
+            if trainer.to_be_judged:
+                judged["held_out_loss"], _ = await loss(base, session.key, session.held_out)
+                await base.run(trainer.judged, judged["held_out_loss"])
+            if judged or report.step in (1, steps) or report.step % stride == 0:
+                await run.progress(100 * report.step / steps, figures(report, steps, loss_before) | judged)
 
 
-def settings_of(wanted: NewTraining, rows: int) -> TrainSettings:
+def settings_of(wanted: NewTraining, rows: int, precision: Precision) -> TrainSettings:
     """How to train, with every default resolved.
 
     Args:
         wanted: the request.
         rows: examples there are; they turn epochs into steps.
+        precision: what is taken when the request leaves it open.
+
+    Raises:
+        errors.Invalid: a setting is out of range, or contradicts another.
     """
     batch_size = wanted.batch_size or DEFAULT_BATCH_SIZE
-    steps = wanted.steps or math.ceil(wanted.epochs * rows / batch_size)
-    return TrainSettings(
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=wanted.learning_rate or DEFAULT_LEARNING_RATE,
-        warmup_steps=round(steps * WARMUP_SHARE),
-        seed=wanted.seed,
-    )
+    parts = wanted.gradient_accumulation_steps or 1
+    steps = wanted.steps or math.ceil(wanted.epochs * rows / (batch_size * parts))
+    share = max(1, round(steps * EVALUATION_SHARE)) if wanted.patience else 0
+    with translated.requests():
+        return TrainSettings(
+            steps=steps,
+            batch_size=batch_size,
+            gradient_accumulation_steps=parts,
+            learning_rate=wanted.learning_rate or DEFAULT_LEARNING_RATE,
+            lr_schedule=cast(Schedule, wanted.lr_schedule or "cosine"),
+            warmup_steps=round(steps * WARMUP_SHARE) if wanted.warmup_steps is None else wanted.warmup_steps,
+            loraplus_lr_ratio=wanted.loraplus_lr_ratio or 1.0,
+            weight_decay=wanted.weight_decay,
+            precision=cast(Precision, wanted.precision or precision),
+            gradient_checkpointing=wanted.gradient_checkpointing,
+            evaluate_every=wanted.evaluate_every or share,
+            patience=wanted.patience,
+            seed=wanted.seed,
+        )
 
 
 def figures(report: StepReport, steps: int, loss_before: float) -> dict[str, Any]:
@@ -168,6 +193,11 @@ def figures(report: StepReport, steps: int, loss_before: float) -> dict[str, Any
         "tokens_seen": report.tokens_seen,
         "tokens_per_second": report.tokens / report.seconds,
     }
+
+
+def _trainer(base: Base, key: str, examples: Examples, settings: TrainSettings) -> Trainer:
+    with translated.requests():
+        return Trainer(base.model, base.attached, key, examples, settings)
 
 
 def _restore(trainer: Trainer, folder: Path) -> None:

@@ -6,8 +6,10 @@ model = LoRAExtension(base_model, ExtensionConfig(lora_r=16, lora_alpha=32)).cre
 from __future__ import annotations
 
 from services.extensions.compute.config import ConfigInvalid, ExtensionConfig
+from services.extensions.compute.loss import held_out_loss
+from services.extensions.compute.settings import TrainSettings
 from services.extensions.compute.task_extensions import HybridExtension, LoRAExtension, TransformerLayerExtension
-from services.extensions.compute.train import Trainer, TrainSettings, held_out_loss
+from services.extensions.compute.train import Trainer
 
 __all__ = [
     "ConfigInvalid",

@@ -17,12 +17,15 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """What a causal model is trained or judged on. Padding is on the right, where attention cannot see it."""
+    """What a model is trained or judged on. Padding is on the right, where causal attention cannot see it."""
 
     ids: torch.Tensor
-    """Token ids [N, S], int64."""
+    """Token ids [N, S], int64: whole rows for a causal model, prompts for an encoder."""
     labels: torch.Tensor
-    """[N, S], int64: the ids again, or `IGNORED` where the loss does not look (padding, prompts); not shifted."""
+    """int64, not shifted, `IGNORED` where the loss does not look. Causal: [N, S], the ids again, less padding and
+    prompts. Encoder-decoder: [N, T], the targets."""
+    mask: torch.Tensor | None = None
+    """[N, S], 1 where an encoder may look; None where there is no encoder."""
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -30,12 +33,14 @@ class Examples:
     @property
     def digest(self) -> str:
         """Content digest of ids and labels."""
-        both = torch.stack([self.ids, self.labels]).contiguous()
-        return blake3(str(list(both.shape)).encode() + both.numpy().tobytes()).hexdigest()
+        content = blake3()
+        for tensor in (self.ids, self.labels):
+            content.update(str(list(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
+        return content.hexdigest()
 
     def take(self, rows: torch.Tensor | slice) -> Examples:
         """Some of the examples."""
-        return Examples(self.ids[rows], self.labels[rows])
+        return Examples(self.ids[rows], self.labels[rows], None if self.mask is None else self.mask[rows])
 
     def batches(self, size: int) -> Iterable[Examples]:
         """All examples in order, `size` at a time."""
@@ -79,14 +84,36 @@ def from_pairs(pairs: Iterable[tuple[Sequence[int], Sequence[int]]], length: int
     return _padded(rows, separator)
 
 
+def from_prompts(pairs: Iterable[tuple[Sequence[int], Sequence[int]]], length: int, end: int, pad: int) -> Examples:
+    """One row per (prompt, target) for an encoder-decoder: both end in `end`, prompts lose their beginning first.
+
+    Raises:
+        ValueError: there is no pair, or a target is empty or longer than `length` with its end.
+    """
+    rows: list[tuple[list[int], list[int]]] = []
+    for number, (prompt, target) in enumerate(pairs):
+        if not 0 < len(target) < length:
+            raise ValueError(f"row {number} has a target of {len(target)} tokens; 1 to {length - 1} fit")
+        asked = [*prompt] if prompt and prompt[-1] == end else [*prompt, end]
+        rows.append((asked[-length:], [*target, end]))
+    if not rows:
+        raise ValueError("the dataset holds no rows")
+    ids, labels = _rectangle([ids for ids, _ in rows], pad), _rectangle([labels for _, labels in rows], IGNORED)
+    lengths = torch.tensor([len(ids) for ids, _ in rows])
+    return Examples(ids, labels, (torch.arange(ids.shape[1]) < lengths[:, None]).long())
+
+
 def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int) -> Examples:
-    longest = max(len(ids) for ids, _ in rows)
-    ids_NS = torch.full((len(rows), longest), pad, dtype=torch.int64)
-    labels_NS = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
-    for index, (ids, labels) in enumerate(rows):
-        ids_NS[index, : len(ids)] = torch.tensor(ids)
-        labels_NS[index, : len(labels)] = torch.tensor(labels)
-    return Examples(ids_NS, labels_NS)
+    ids, labels = _rectangle([ids for ids, _ in rows], pad), _rectangle([labels for _, labels in rows], IGNORED)
+    return Examples(ids, labels)
+
+
+def _rectangle(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+    """Rows of unequal length as one int64 tensor, filled up on the right."""
+    filled = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        filled[index, : len(row)] = torch.tensor(row)
+    return filled
 
 
 class Order:

@@ -1,84 +1,36 @@
 """Training of one extension on a base that others use meanwhile: one optimizer step at a time.
 
-Between two steps nothing of the training is in the base: the extension is active, the model in training mode, the base
-frozen and torch's random numbers our own only inside `step`. So any number of other forwards may come in between, and
-the loss curve does not depend on them.
+Between two steps nothing of the training is in the base: the extension is active, its modules in training mode, the
+base frozen and torch's random numbers our own only inside `step`. So any number of other forwards may come in between,
+and the loss curve does not depend on them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from services.extensions.compute.config import ConfigInvalid
-from services.extensions.compute.examples import IGNORED, Examples, Order
-from services.residency.lenses.extension import ExtensionRefused, Extensions, overwrite
-from services.residency.quantize import training_mode
+from services.extensions.compute.examples import Examples, Order
+from services.extensions.compute.loss import label_count, loss_sum
+from services.extensions.compute.optimizer import Optimizer, named
+from services.extensions.compute.settings import TrainSettings, figures_of
+from services.extensions.compute.stopping import EarlyStopping
+from services.extensions.compute.team import ALONE, Team
+from services.residency.lenses.extension import ExtensionRefused, Extensions
 
-Schedule = Literal["cosine", "linear", "constant"]
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Diverged(ArithmeticError):
     """The loss is no finite number any more."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainSettings:
-    """How an extension is trained.
-
-    Raises:
-        ConfigInvalid: names every field that is out of range.
-    """
-
-    steps: int
-    """Optimizer steps."""
-    batch_size: int = 8
-    """Examples of a step."""
-    learning_rate: float = 2e-4
-    """Peak learning rate of AdamW."""
-    lr_schedule: Schedule = "cosine"
-    """How the rate falls to 0 after the warm-up, or that it does not."""
-    warmup_steps: int = 0
-    """Steps over which the rate rises linearly from 0."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this 2-norm."""
-    seed: int = 0
-    """Seed of dropout and of the order of examples."""
-
-    def __post_init__(self) -> None:
-        checks = {
-            "steps": self.steps >= 1,
-            "batch_size": self.batch_size >= 1,
-            "learning_rate": 0 < self.learning_rate < 1,
-            "lr_schedule": self.lr_schedule in ("cosine", "linear", "constant"),
-            "warmup_steps": 0 <= self.warmup_steps <= self.steps,
-            "weight_decay": self.weight_decay >= 0,
-            "max_grad_norm": self.max_grad_norm > 0,
-        }
-        wrong = [(name, f"is out of range: {getattr(self, name)}") for name, valid in checks.items() if not valid]
-        if wrong:
-            raise ConfigInvalid(wrong)
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        if self.lr_schedule == "constant":
-            return self.learning_rate
-        factor = 1 - progress if self.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-        return self.learning_rate * factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +40,7 @@ class StepReport:
     step: int
     """Steps done, this one included."""
     loss: float
-    """Mean cross-entropy of the batch's labels before the update, nats per token."""
+    """Mean cross-entropy of the step's labels before the update, nats per token."""
     learning_rate: float
     """Rate of this step."""
     grad_norm: float
@@ -101,37 +53,18 @@ class StepReport:
     """Wall time of this step."""
 
 
-def causal_loss_sum(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy of each label under the logits one position before it, float32."""
-    logits = logits_BSV[:, :-1].float().flatten(0, 1)
-    return cross_entropy(logits, labels_BS[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
-
-
-def label_count(labels_BS: torch.Tensor) -> int:
-    """Number of labels that carry loss."""
-    return int((labels_BS[:, 1:] != IGNORED).sum())
-
-
-@torch.no_grad()
-def loss_of_batch(model: nn.Module, batch: Examples) -> tuple[float, int]:
-    """(summed cross-entropy in nats, number of labels) of a batch with whatever extension is active."""
-    device = next(model.parameters()).device
-    labels = batch.labels.to(device)
-    logits = model(input_ids=batch.ids.to(device), use_cache=False).logits
-    return float(causal_loss_sum(logits, labels)), label_count(labels)
-
-
-def held_out_loss(model: nn.Module, examples: Examples, batch_size: int = 8) -> float:
-    """Mean cross-entropy in nats per label over all examples, summed in float64."""
-    sums = [loss_of_batch(model, batch) for batch in examples.batches(batch_size)]
-    return math.fsum(total for total, _ in sums) / sum(count for _, count in sums)
-
-
 class Trainer:
     """Trains one attached extension; every method runs on the model's device thread."""
 
     def __init__(
-        self, model: PreTrainedModel, attached: Extensions, key: str, examples: Examples, settings: TrainSettings
+        self,
+        model: PreTrainedModel,
+        attached: Extensions,
+        key: str,
+        examples: Examples,
+        settings: TrainSettings,
+        *,
+        team: Team = ALONE,
     ) -> None:
         """Prepare, without a step.
 
@@ -141,32 +74,48 @@ class Trainer:
             key: which one to train.
             examples: what to train on.
             settings: how.
+            team: processes that share each step's examples; every one has its own copy of the base.
 
         Raises:
-            ExtensionRefused: the base is no causal model.
+            ExtensionRefused: the examples or settings do not fit the base or its device.
         """
-        if model.config.is_encoder_decoder:
-            raise ExtensionRefused("base", "only decoder-only models can be trained on so far")
+        _require_fit(model, examples, settings)
         self.settings = settings
         self.steps_done = 0
         self.tokens_seen = 0
+        self.stopping = EarlyStopping(settings.patience)
         self._model = model
         self._attached = attached
         self._key = key
         self._examples = examples
-        self._order = Order(len(examples), settings.batch_size, settings.seed)
-        self._parameters = attached[key].trainable
-        self._device = next(iter(self._parameters.values())).device
+        self._order = Order(len(examples), settings.examples_per_step, settings.seed)
+        self._team = team
         with torch.inference_mode(False):
-            self._optimizer = torch.optim.AdamW(
-                self._parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-            )
+            self._optimizer = Optimizer(attached[key].trainable, settings)
+        self._device = self._optimizer.device
+        with attached.using(None):
+            self._quantized = {id(module) for module in model.modules()} if _is_quantized(model) else set()
         self._rng = self._first_rng()
 
     @property
     def done(self) -> bool:
-        """All steps are done."""
-        return self.steps_done >= self.settings.steps
+        """All steps are done, or the held-out loss has not fallen for long enough."""
+        return self.steps_done >= self.settings.steps or self.stopping.due
+
+    @property
+    def to_be_judged(self) -> bool:
+        """A held-out loss is due before the next step: hand it to `judged`."""
+        every = self.settings.evaluate_every
+        return bool(every) and self.steps_done > self.stopping.judged_at and self.steps_done % every == 0
+
+    def judged(self, held_out: float) -> None:
+        """Note the held-out loss of the weights as they are; the best ones are kept when training may stop early."""
+        self.stopping.judged(self.steps_done, held_out, self._optimizer.weights)
+
+    def settle(self) -> None:
+        """Take the best weights, when early stopping kept any."""
+        if self.stopping.best_weights:
+            self._optimizer.load(self.stopping.best_weights)
 
     def step(self) -> StepReport:
         """One optimizer step; afterwards the base and torch's random state are as before.
@@ -175,48 +124,71 @@ class Trainer:
             Diverged: the loss is not finite; the weights are those before the step.
         """
         started = perf_counter()
-        batch = self._examples.take(self._order.batch(self.steps_done))
+        rows = self._examples.take(self._order.batch(self.steps_done))
         rate = self.settings.rate(self.steps_done)
         with self._exclusive():
-            labels = batch.labels.to(self._device)
-            logits = self._model(input_ids=batch.ids.to(self._device), use_cache=False).logits
-            loss = causal_loss_sum(logits, labels) / label_count(labels)
-            if not torch.isfinite(loss):
-                raise Diverged(f"loss {loss.item()} at step {self.steps_done + 1}")
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(self._parameters.values(), self.settings.max_grad_norm)
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+            try:
+                loss = self._backward(rows)
+                norm = self._optimizer.step(rate)
+            finally:
+                self._optimizer.clear()
         self.steps_done += 1
-        self.tokens_seen += batch.ids.numel()
+        self.tokens_seen += rows.ids.numel()
         return StepReport(
             step=self.steps_done,
-            loss=float(loss.detach()),
+            loss=loss,
             learning_rate=rate,
-            grad_norm=float(norm),
-            tokens=batch.ids.numel(),
+            grad_norm=norm,
+            tokens=rows.ids.numel(),
             tokens_seen=self.tokens_seen,
             seconds=perf_counter() - started,
         )
 
+    def _backward(self, rows: Examples) -> float:
+        """Gradients of the mean over all labels of the step, whatever number each batch of it holds; that mean."""
+        labels = label_count(self._model, rows)
+        total = torch.zeros((), device=self._device)
+        for batch in rows.batches(self.settings.batch_size):
+            with self._autocast():
+                loss = loss_sum(self._model, batch.take(self._team.share)) / labels
+            self._optimizer.backward(loss)
+            total += loss.detach()
+        self._team.add([total, *self._optimizer.gradients()])
+        if not torch.isfinite(total):
+            raise Diverged(f"loss {total.item()} at step {self.steps_done + 1}")
+        return total.item()
+
+    def _autocast(self) -> Any:
+        dtype = _DTYPES.get(self.settings.precision)
+        return torch.autocast(self._device.type, dtype=dtype) if dtype is not None else nullcontext()
+
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """The base under this training: extension active, base frozen, training mode, our own random numbers."""
-        own = {id(parameter) for parameter in self._parameters.values()}
-        was_training = self._model.training
+        own = {id(parameter) for parameter in self._optimizer.parameters.values()}
         with torch.inference_mode(False), torch.enable_grad(), self._attached.using(self._key), self._own_rng():
             flags = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
             try:
                 for parameter, _ in flags:
                     parameter.requires_grad_(id(parameter) in own)
-                training_mode(self._model)
+                self._train_mode()
                 yield
             finally:
-                self._model.train(was_training)
+                self._model.eval()
+                if self.settings.gradient_checkpointing:
+                    self._model.gradient_checkpointing_disable()
                 for parameter, flag in flags:
                     parameter.requires_grad_(flag)
+
+    def _train_mode(self) -> None:
+        """Dropout on; off in the modules of a quantised base, whose layers are not meant to be trained through it."""
+        self._model.train()
+        if self.settings.gradient_checkpointing:
+            # The re-entrant kind gives an adapter no gradient behind a frozen embedding, without a word.
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in self._model.modules() if self._quantized else ():
+            recomputed = self.settings.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer)
+            module.training = recomputed or id(module) not in self._quantized
 
     @contextmanager
     def _own_rng(self) -> Iterator[None]:
@@ -231,19 +203,19 @@ class Trainer:
                 self._rng["cuda"] = torch.cuda.get_rng_state(self._device)
 
     def _first_rng(self) -> dict[str, torch.Tensor]:
-        states = {"cpu": torch.Generator().manual_seed(self.settings.seed).get_state()}
+        seed = self.settings.seed + self._team.rank
+        states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
         if self._device.type == "cuda":
-            states["cuda"] = torch.Generator(self._device).manual_seed(self.settings.seed).get_state()
+            states["cuda"] = torch.Generator(self._device).manual_seed(seed).get_state()
         return states
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything that the next step depends on: CPU tensors by name, and facts as plain JSON."""
-        tensors = {f"rng.{name}": state.clone() for name, state in self._rng.items()}
-        for key, parameter in self._parameters.items():
-            tensors[f"weights.{key}"] = parameter.detach().cpu().clone()
-            for name, value in self._optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}.{key}"] = value.detach().cpu().clone()
-        return tensors, {"steps_done": self.steps_done, "tokens_seen": self.tokens_seen, "run": self._run()}
+        tensors, facts = self._optimizer.state()
+        tensors |= {f"rng.{name}": state.clone() for name, state in self._rng.items()}
+        tensors |= {f"best.{key}": weight for key, weight in self.stopping.best_weights.items()}
+        facts |= {"steps_done": self.steps_done, "tokens_seen": self.tokens_seen, "run": self._run()}
+        return tensors, facts | {"stopping": self.stopping.facts()}
 
     def restore(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         """Continue where `state` was taken, bit for bit.
@@ -253,22 +225,25 @@ class Trainer:
         """
         if facts.get("run") != self._run():
             raise ExtensionRefused("checkpoint", "was taken from a training with other settings or examples")
-        overwrite(self._parameters, _named(tensors, "weights."))
-        steps, first, second = (_named(tensors, f"{name}.") for name in ("step", "exp_avg", "exp_avg_sq"))
-        if first.keys() != second.keys() or first.keys() != steps.keys() or first.keys() - self._parameters.keys():
-            raise ExtensionRefused("checkpoint", "the optimizer's state does not belong to this extension")
-        for key in first:
-            self._optimizer.state[self._parameters[key]] = {
-                "step": steps[key].clone(),
-                "exp_avg": first[key].to(self._device, copy=True),
-                "exp_avg_sq": second[key].to(self._device, copy=True),
-            }
-        self._rng = {name: state.clone() for name, state in _named(tensors, "rng.").items()}
+        self._optimizer.restore(tensors, facts)
+        self.stopping.restore(facts["stopping"], named(tensors, "best."))
+        self._rng = {name: state.clone() for name, state in named(tensors, "rng.").items()}
         self.steps_done, self.tokens_seen = int(facts["steps_done"]), int(facts["tokens_seen"])
 
     def _run(self) -> dict[str, Any]:
-        return {"settings": asdict(self.settings), "examples": self._examples.digest}
+        return {"settings": figures_of(self.settings), "examples": self._examples.digest}
 
 
-def _named(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _is_quantized(model: nn.Module) -> bool:
+    return any(type(module).__module__.startswith("bitsandbytes") for module in model.modules())
+
+
+def _require_fit(model: PreTrainedModel, examples: Examples, settings: TrainSettings) -> None:
+    if model.config.is_encoder_decoder is (examples.mask is None):
+        raise ExtensionRefused(
+            "dataset_id", "an encoder-decoder model learns from prompts and targets, others from rows"
+        )
+    if settings.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ExtensionRefused("gradient_checkpointing", f"{model.config.model_type} has no layers that support it")
+    if settings.precision == "fp16" and next(model.parameters()).device.type != "cuda":
+        raise ExtensionRefused("precision", "fp16 is trained on CUDA only; take bf16 or fp32")

@@ -16,7 +16,7 @@ from services.kit.jobs import Claim, JobStore, StaleLease
 from services.kit.requests import RequestKey
 
 KEY = RequestKey("ada", "m", "", b"")
-RESULT = TrainedExtension(steps=7, tokens=70, loss_before=2.0, loss_after=1.0, seconds=0.5)
+RESULT = TrainedExtension(steps=7, tokens=70, loss_before=2.0, loss_after=1.0, seconds=0.5, best_step=7)
 
 
 def writing(text: str) -> Callable[[Path], None]:

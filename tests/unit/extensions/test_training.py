@@ -79,7 +79,9 @@ async def test_training_learns_publishes_and_leaves_nothing_behind(bench: Bench)
     assert run.told[-1]["loss"] < run.told[0]["loss"]
     assert bench.catalogue.most_reserved > 0
     manifest = read_manifest(bench.store.path(run.state.artifact_uri))
-    assert manifest.training == {name: result[name] for name in ("steps", "tokens", "loss_before", "loss_after")}
+    assert manifest.training == {
+        name: result[name] for name in ("steps", "tokens", "loss_before", "loss_after", "best_step")
+    }
     assert manifest.base_digest == "digest-of-tiny"
     bench.assert_nothing_left()
 
@@ -168,6 +170,6 @@ async def test_a_diverged_training_fails_with_its_reason(bench: Bench) -> None:
 
 
 def test_epochs_become_steps() -> None:
-    assert settings_of(NewTraining("x", "d", epochs=1.5, batch_size=4), rows=10).steps == 4
-    assert settings_of(NewTraining("x", "d", steps=7), rows=10).batch_size == 8
-    assert settings_of(NewTraining("x", "d", steps=100), rows=10).warmup_steps == 5
+    assert settings_of(NewTraining("x", "d", epochs=1.5, batch_size=4), 10, "fp32").steps == 4
+    assert settings_of(NewTraining("x", "d", steps=7), 10, "fp32").batch_size == 8
+    assert settings_of(NewTraining("x", "d", steps=100), 10, "fp32").warmup_steps == 5

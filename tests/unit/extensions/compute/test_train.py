@@ -8,8 +8,10 @@ from torch.nn.functional import cross_entropy
 
 from services.extensions.compute.config import ConfigInvalid, ExtensionConfig
 from services.extensions.compute.examples import IGNORED, Examples, from_pairs, from_texts
+from services.extensions.compute.loss import held_out_loss
+from services.extensions.compute.settings import TrainSettings
 from services.extensions.compute.task_extensions import LoRAExtension
-from services.extensions.compute.train import Diverged, Trainer, TrainSettings, held_out_loss
+from services.extensions.compute.train import Diverged, Trainer
 from services.residency.lenses.extension import ExtensionRefused
 from tests.models import TEXTS, batch, tiny, tokenizer
 

@@ -38,6 +38,20 @@ class LayerPosition(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LAYER_POSITION_DECODER: _ClassVar[LayerPosition]
     LAYER_POSITION_BOTH: _ClassVar[LayerPosition]
 
+class LearningRateSchedule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LEARNING_RATE_SCHEDULE_UNSPECIFIED: _ClassVar[LearningRateSchedule]
+    LEARNING_RATE_SCHEDULE_COSINE: _ClassVar[LearningRateSchedule]
+    LEARNING_RATE_SCHEDULE_LINEAR: _ClassVar[LearningRateSchedule]
+    LEARNING_RATE_SCHEDULE_CONSTANT: _ClassVar[LearningRateSchedule]
+
+class Precision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRECISION_UNSPECIFIED: _ClassVar[Precision]
+    PRECISION_FP32: _ClassVar[Precision]
+    PRECISION_BF16: _ClassVar[Precision]
+    PRECISION_FP16: _ClassVar[Precision]
+
 class ExtensionStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     EXTENSION_STATUS_UNSPECIFIED: _ClassVar[ExtensionStatus]
@@ -58,6 +72,14 @@ LAYER_POSITION_UNSPECIFIED: LayerPosition
 LAYER_POSITION_ENCODER: LayerPosition
 LAYER_POSITION_DECODER: LayerPosition
 LAYER_POSITION_BOTH: LayerPosition
+LEARNING_RATE_SCHEDULE_UNSPECIFIED: LearningRateSchedule
+LEARNING_RATE_SCHEDULE_COSINE: LearningRateSchedule
+LEARNING_RATE_SCHEDULE_LINEAR: LearningRateSchedule
+LEARNING_RATE_SCHEDULE_CONSTANT: LearningRateSchedule
+PRECISION_UNSPECIFIED: Precision
+PRECISION_FP32: Precision
+PRECISION_BF16: Precision
+PRECISION_FP16: Precision
 EXTENSION_STATUS_UNSPECIFIED: ExtensionStatus
 EXTENSION_STATUS_CREATED: ExtensionStatus
 EXTENSION_STATUS_TRAINING: ExtensionStatus
@@ -219,7 +241,7 @@ class DeleteExtensionRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class TrainExtensionRequest(_message.Message):
-    __slots__ = ("id", "dataset_id", "held_out_dataset_id", "steps", "epochs", "batch_size", "learning_rate", "max_length", "seed", "request_id")
+    __slots__ = ("id", "dataset_id", "held_out_dataset_id", "steps", "epochs", "batch_size", "learning_rate", "max_length", "seed", "request_id", "gradient_accumulation_steps", "lr_schedule", "warmup_steps", "loraplus_lr_ratio", "weight_decay", "precision", "gradient_checkpointing", "evaluate_every", "patience")
     ID_FIELD_NUMBER: _ClassVar[int]
     DATASET_ID_FIELD_NUMBER: _ClassVar[int]
     HELD_OUT_DATASET_ID_FIELD_NUMBER: _ClassVar[int]
@@ -230,6 +252,15 @@ class TrainExtensionRequest(_message.Message):
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_ACCUMULATION_STEPS_FIELD_NUMBER: _ClassVar[int]
+    LR_SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_STEPS_FIELD_NUMBER: _ClassVar[int]
+    LORAPLUS_LR_RATIO_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_CHECKPOINTING_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_EVERY_FIELD_NUMBER: _ClassVar[int]
+    PATIENCE_FIELD_NUMBER: _ClassVar[int]
     id: str
     dataset_id: str
     held_out_dataset_id: str
@@ -240,7 +271,16 @@ class TrainExtensionRequest(_message.Message):
     max_length: int
     seed: int
     request_id: str
-    def __init__(self, id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., held_out_dataset_id: _Optional[str] = ..., steps: _Optional[int] = ..., epochs: _Optional[float] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., max_length: _Optional[int] = ..., seed: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+    gradient_accumulation_steps: int
+    lr_schedule: LearningRateSchedule
+    warmup_steps: int
+    loraplus_lr_ratio: float
+    weight_decay: float
+    precision: Precision
+    gradient_checkpointing: bool
+    evaluate_every: int
+    patience: int
+    def __init__(self, id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., held_out_dataset_id: _Optional[str] = ..., steps: _Optional[int] = ..., epochs: _Optional[float] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., max_length: _Optional[int] = ..., seed: _Optional[int] = ..., request_id: _Optional[str] = ..., gradient_accumulation_steps: _Optional[int] = ..., lr_schedule: _Optional[_Union[LearningRateSchedule, str]] = ..., warmup_steps: _Optional[int] = ..., loraplus_lr_ratio: _Optional[float] = ..., weight_decay: _Optional[float] = ..., precision: _Optional[_Union[Precision, str]] = ..., gradient_checkpointing: _Optional[bool] = ..., evaluate_every: _Optional[int] = ..., patience: _Optional[int] = ...) -> None: ...
 
 class TrainExtensionResponse(_message.Message):
     __slots__ = ("job_id", "id")

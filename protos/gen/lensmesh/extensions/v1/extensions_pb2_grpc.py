@@ -77,6 +77,11 @@ class ExtensionServiceStub:
                 request_serializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.GenerateWithExtensionRequest.SerializeToString,
                 response_deserializer=lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.FromString,
                 _registered_method=True)
+        self.GenerateWithExtensionStream = channel.unary_stream(
+                '/lensmesh.extensions.v1.ExtensionService/GenerateWithExtensionStream',
+                request_serializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.GenerateWithExtensionRequest.SerializeToString,
+                response_deserializer=lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.FromString,
+                _registered_method=True)
         self.EvaluateExtension = channel.unary_unary(
                 '/lensmesh.extensions.v1.ExtensionService/EvaluateExtension',
                 request_serializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.EvaluateExtensionRequest.SerializeToString,
@@ -144,6 +149,13 @@ class ExtensionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateWithExtensionStream(self, request, context):
+        """The same, each message what came since the last one: server-sent events, or a line of JSON each.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def EvaluateExtension(self, request, context):
         """Its loss beside its base's.
         """
@@ -191,6 +203,11 @@ def add_ExtensionServiceServicer_to_server(servicer, server):
             ),
             'GenerateWithExtension': grpc.unary_unary_rpc_method_handler(
                     servicer.GenerateWithExtension,
+                    request_deserializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.GenerateWithExtensionRequest.FromString,
+                    response_serializer=lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.SerializeToString,
+            ),
+            'GenerateWithExtensionStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateWithExtensionStream,
                     request_deserializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.GenerateWithExtensionRequest.FromString,
                     response_serializer=lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.SerializeToString,
             ),
@@ -415,6 +432,33 @@ class ExtensionService:
             request,
             target,
             '/lensmesh.extensions.v1.ExtensionService/GenerateWithExtension',
+            lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.GenerateWithExtensionRequest.SerializeToString,
+            lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateWithExtensionStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lensmesh.extensions.v1.ExtensionService/GenerateWithExtensionStream',
             lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.GenerateWithExtensionRequest.SerializeToString,
             lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.FromString,
             options,

@@ -97,6 +97,11 @@ class ModelHostServiceStub:
                 request_serializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.FromString,
                 _registered_method=True)
+        self.GenerateStream = channel.unary_stream(
+                '/lensmesh.residency.v1.ModelHostService/GenerateStream',
+                request_serializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.FromString,
+                _registered_method=True)
         self.MeasurePerplexity = channel.unary_unary(
                 '/lensmesh.residency.v1.ModelHostService/MeasurePerplexity',
                 request_serializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.MeasurePerplexityRequest.SerializeToString,
@@ -202,6 +207,13 @@ class ModelHostServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateStream(self, request, context):
+        """Continues a prompt, each message what came since the last one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def MeasurePerplexity(self, request, context):
         """Measures perplexity.
         """
@@ -283,6 +295,11 @@ def add_ModelHostServiceServicer_to_server(servicer, server):
             ),
             'Generate': grpc.unary_unary_rpc_method_handler(
                     servicer.Generate,
+                    request_deserializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.GenerateRequest.FromString,
+                    response_serializer=lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.SerializeToString,
+            ),
+            'GenerateStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateStream,
                     request_deserializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.GenerateRequest.FromString,
                     response_serializer=lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.SerializeToString,
             ),
@@ -625,6 +642,33 @@ class ModelHostService:
             request,
             target,
             '/lensmesh.residency.v1.ModelHostService/Generate',
+            lensmesh_dot_residency_dot_v1_dot_residency__pb2.GenerateRequest.SerializeToString,
+            lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lensmesh.residency.v1.ModelHostService/GenerateStream',
             lensmesh_dot_residency_dot_v1_dot_residency__pb2.GenerateRequest.SerializeToString,
             lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.FromString,
             options,
