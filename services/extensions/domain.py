@@ -192,6 +192,17 @@ class Switch:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """A continuation that somebody asks for."""
+
+    text: str
+    max_new_tokens: int = 0
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Generated:
     """A continuation."""
 

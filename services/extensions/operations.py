@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import replace
 from typing import cast, get_args
 
@@ -22,6 +24,7 @@ from services.extensions.domain import (
     Lora,
     NewExtension,
     NewTraining,
+    Prompt,
     Switch,
 )
 from services.extensions.measuring import attached, compare, examples_for, row_length
@@ -134,18 +137,24 @@ class Operations:
         """
         return await self._catalogue.switch(await self._store.get(extension_id), active=False)
 
-    async def generate(
-        self, extension_id: str, prompt: str, *, max_new_tokens: int, temperature: float, seed: int
-    ) -> Generated:
+    async def generate(self, extension_id: str, prompt: Prompt) -> Generated:
         """Continue a prompt with it, whether or not it is active.
 
         Raises:
             errors.NotFound: there is none.
         """
+        return await self._catalogue.generate(await self._store.get(extension_id), _resolved(prompt))
+
+    async def generate_stream(self, extension_id: str, prompt: Prompt) -> AsyncGenerator[Generated, None]:
+        """The same, each part what came since the last one.
+
+        Raises:
+            errors.NotFound: there is none.
+        """
         extension = await self._store.get(extension_id)
-        return await self._catalogue.generate(
-            extension, prompt, max_new_tokens=max_new_tokens or DEFAULT_NEW_TOKENS, temperature=temperature, seed=seed
-        )
+        async with aclosing(self._catalogue.generate_stream(extension, _resolved(prompt))) as parts:
+            async for part in parts:
+                yield part
 
     async def evaluate(self, extension_id: str, dataset_id: str, *, sample_count: int, max_length: int) -> Evaluation:
         """Its loss beside its base's, in this process, one batch at a time.
@@ -167,6 +176,10 @@ class Operations:
             examples = examples_for("dataset_id", base, documents, length)
             comparison = await compare(base, key, examples.take(slice(sample_count or DEFAULT_SAMPLES)))
         return Evaluation(extension_id=extension_id, **comparison)
+
+
+def _resolved(prompt: Prompt) -> Prompt:
+    return replace(prompt, max_new_tokens=prompt.max_new_tokens or DEFAULT_NEW_TOKENS)
 
 
 def config_of(new: NewExtension) -> ExtensionConfig:

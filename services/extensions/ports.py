@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,6 +14,7 @@ from services.extensions.domain import (
     Filter,
     Generated,
     NewTraining,
+    Prompt,
     Switch,
     TrainedExtension,
     Training,
@@ -128,10 +129,11 @@ class Catalogue(Protocol):
     async def switch(self, extension: Extension, active: bool) -> Switch:
         """Make an extension the active lens of its base, or the base alone."""
 
-    async def generate(
-        self, extension: Extension, prompt: str, *, max_new_tokens: int, temperature: float, seed: int
-    ) -> Generated:
+    async def generate(self, extension: Extension, prompt: Prompt) -> Generated:
         """Continue a prompt on the host that has the base."""
+
+    def generate_stream(self, extension: Extension, prompt: Prompt) -> AsyncGenerator[Generated, None]:
+        """The same, each part what came since the last one; closing it ends the generation."""
 
 
 class Ledger(Protocol):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import fields
 from typing import Any
 
@@ -15,10 +17,12 @@ from lensmesh.extensions.v1 import extensions_pb2_grpc
 from services.extensions.domain import (
     Extension,
     Filter,
+    Generated,
     Layer,
     Lora,
     NewExtension,
     NewTraining,
+    Prompt,
     Switch,
 )
 from services.extensions.operations import Operations
@@ -98,14 +102,15 @@ class ExtensionServicer(extensions_pb2_grpc.ExtensionServiceServicer):
         self, request: pb.GenerateWithExtensionRequest, context: grpc.aio.ServicerContext
     ) -> types_pb2.GeneratedText:
         """See the proto."""
-        generated = await self._operations.generate(
-            request.id,
-            request.prompt,
-            max_new_tokens=request.max_new_tokens,
-            temperature=request.temperature,
-            seed=request.seed,
-        )
-        return types_pb2.GeneratedText(text=generated.text, token_ids=generated.token_ids, seconds=generated.seconds)
+        return _generated(await self._operations.generate(request.id, _prompt(request)))
+
+    async def GenerateWithExtensionStream(
+        self, request: pb.GenerateWithExtensionRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[types_pb2.GeneratedText]:
+        """See the proto."""
+        async with aclosing(self._operations.generate_stream(request.id, _prompt(request))) as parts:
+            async for part in parts:
+                yield _generated(part)
 
     async def EvaluateExtension(
         self, request: pb.EvaluateExtensionRequest, context: grpc.aio.ServicerContext
@@ -157,6 +162,14 @@ def _training(request: pb.TrainExtensionRequest) -> NewTraining:
         lr_schedule=_word(pb.LearningRateSchedule, "LEARNING_RATE_SCHEDULE_", request.lr_schedule),
         precision=_word(pb.Precision, "PRECISION_", request.precision),
     )
+
+
+def _prompt(request: pb.GenerateWithExtensionRequest) -> Prompt:
+    return Prompt(request.prompt, request.max_new_tokens, request.temperature, request.seed)
+
+
+def _generated(made: Generated) -> types_pb2.GeneratedText:
+    return types_pb2.GeneratedText(text=made.text, token_ids=made.token_ids, seconds=made.seconds)
 
 
 def _switch(extension_id: str, switch: Switch) -> pb.ExtensionSwitch:

@@ -128,8 +128,8 @@ class Continuation:
     def __post_init__(self) -> None:
         self._generator.manual_seed(self.seed)
 
-    def turn(self, family: Family | None) -> None:
-        """Make up to `TURN` tokens.
+    def turn(self, family: Family | None, tokens: int = TURN) -> None:
+        """Make up to this many tokens.
 
         Raises:
             InterventionRefused: a vector is not of its site's width.
@@ -137,7 +137,7 @@ class Continuation:
         """
         device = next(self.base.model.parameters()).device
         with torch.no_grad():
-            for _ in range(TURN):
+            for _ in range(tokens):
                 scores = self._scores(self._inputs(device), family)
                 self.tokens.append(self._pick(scores))
                 if self.tokens[-1] in self.end_ids or len(self.tokens) >= self.max_new_tokens:

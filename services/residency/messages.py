@@ -18,7 +18,7 @@ from services.residency.generation import Intervention, Op
 from services.residency.lenses import KINDS, Probability, Reading, Spec, TokenReading
 from services.residency.lenses.transcoder import Transcoder
 from services.residency.loading import config_of, skeleton, stored_dtype
-from services.residency.operations import Loading, Measured
+from services.residency.operations import Generation, Loading, Measured
 from services.residency.pool import Pool
 from services.residency.resident import Attached, Resident
 from services.residency.sources import Contents, Source
@@ -240,3 +240,8 @@ def intervention(
         factor=message.factor if message.HasField("factor") else 1.0,
         positions=tuple(message.positions),
     )
+
+
+def generated(made: Generation) -> types_pb2.GeneratedText:
+    """A continuation, or a part of one."""
+    return types_pb2.GeneratedText(text=made.text, token_ids=made.token_ids, seconds=made.seconds)

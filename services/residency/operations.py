@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from services.kit.database import Database
 from services.residency import estimate, loading, reading, sources, texts
 from services.residency.catalogue import Catalogue
 from services.residency.config import ResidencySettings
-from services.residency.generation import Continuation, Intervention
+from services.residency.generation import TURN, Continuation, Intervention
 from services.residency.lenses import Lens, Reading, Spec
 from services.residency.lenses import load as load_lens
 from services.residency.memory import give_back
@@ -26,6 +26,8 @@ from services.residency.perplexity import Perplexity, batch_loss, perplexity
 from services.residency.pool import Lease, Pool
 from services.residency.resident import Resident
 
+UNFINISHED = "\ufffd"
+"""What a tokenizer writes for bytes that are no whole character yet."""
 PERPLEXITY_TOKENS = 1024
 """Most tokens of a sequence that perplexity is measured on when the request leaves it open."""
 
@@ -47,6 +49,20 @@ class Analysis:
     token_ids: list[int]
     readings: list[tuple[Spec, Reading]]
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A continuation that somebody asks for."""
+
+    model_id: str
+    prompt: str
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    extension: tuple[Spec, str] | None
+    """A lens and its artifact."""
+    interventions: Sequence[Intervention]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,17 +218,7 @@ class Host:
         activations = await self.pool.run(reading.activations, base, lenses, inputs)
         return ids, [await self.pool.run(lens.read, activations, inputs, top_k, prefix) for lens in lenses]
 
-    async def generate(
-        self,
-        model_id: str,
-        prompt: str,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        extension: tuple[Spec, str] | None,
-        interventions: Sequence[Intervention],
-    ) -> Generation:
+    async def generate(self, wanted: Wanted) -> Generation:
         """Continue a prompt up to the end token, `max_new_tokens` or the end of the context.
 
         An extension that is not attached is attached for this call only.
@@ -221,27 +227,50 @@ class Host:
             errors.Invalid: the prompt or an intervention does not fit the model.
         """
         start = time.perf_counter()
+        async for lease, work in self._continued(wanted, TURN):
+            text = decoded_text(lease, work.tokens)
+        return Generation(work.tokens, text, time.perf_counter() - start)
+
+    async def generate_stream(self, wanted: Wanted) -> AsyncGenerator[Generation, None]:
+        """The same, a token at a time: each part holds what is new, text once its bytes are whole characters.
+
+        Raises:
+            errors.Invalid: as `generate`.
+        """
+        start = time.perf_counter()
+        told, shown = 0, 0
+        async with aclosing(self._continued(wanted, 1)) as turns:
+            async for lease, work in turns:
+                text = decoded_text(lease, work.tokens)
+                whole = len(text) if work.done else len(text.rstrip(UNFINISHED))
+                part = Generation(work.tokens[told:], text[shown:whole], time.perf_counter() - start)
+                told, shown = len(work.tokens), max(shown, whole)
+                yield part
+
+    async def _continued(self, wanted: Wanted, tokens: int) -> AsyncGenerator[tuple[Lease, Continuation], None]:
+        """A continuation after each turn of so many tokens."""
         async with AsyncExitStack() as stack:
-            key = await self._with_extension(stack, model_id, extension)
-            lease = await stack.enter_async_context(self.pool.lease(model_id, key))
-            ids = await self.pool.run(reading.token_ids, prompt, (), lease.tokenizer, lease.facts, field="prompt")
+            key = await self._with_extension(stack, wanted.model_id, wanted.extension)
+            lease = await stack.enter_async_context(self.pool.lease(wanted.model_id, key))
+            ids = await self.pool.run(
+                reading.token_ids, wanted.prompt, (), lease.tokenizer, lease.facts, field="prompt"
+            )
             room = lease.facts.context_length - (0 if lease.facts.encoder_decoder else len(ids))
             if room < 1:
                 raise errors.Invalid.of("prompt", f"fills the model's context of {lease.facts.context_length} tokens")
-            family = lease.family if interventions else None
+            family = lease.family if wanted.interventions else None
             work = Continuation(
                 base=lease.record.base,
                 prompt=ids,
-                max_new_tokens=min(max_new_tokens, room),
-                temperature=temperature,
-                seed=seed,
-                splices=[change.splice() for change in interventions],
+                max_new_tokens=min(wanted.max_new_tokens, room),
+                temperature=wanted.temperature,
+                seed=wanted.seed,
+                splices=[change.splice() for change in wanted.interventions],
                 end_ids=end_ids(lease),
             )
             while not work.done:
-                await lease.run(work.turn, family)
-            text = lease.tokenizer.decode(work.tokens, skip_special_tokens=True) if lease.tokenizer else ""
-        return Generation(work.tokens, text, time.perf_counter() - start)
+                await lease.run(work.turn, family, tokens)
+                yield lease, work
 
     async def _with_extension(
         self, stack: AsyncExitStack, model_id: str, extension: tuple[Spec, str] | None
@@ -279,6 +308,11 @@ class Host:
     async def empty_cache(self) -> int:
         """Give freed memory back to the device or the system; returns how many bytes that were."""
         return await self.pool.run(give_back, self.pool.device)
+
+
+def decoded_text(lease: Lease, tokens: Sequence[int]) -> str:
+    """The text of generated tokens; empty for a model without a tokenizer."""
+    return lease.tokenizer.decode(tokens, skip_special_tokens=True) if lease.tokenizer else ""
 
 
 def end_ids(lease: Lease) -> frozenset[int]:

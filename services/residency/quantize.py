@@ -39,14 +39,6 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     }
 
 
-def training_mode(model: nn.Module) -> None:
-    """`model.train()`, but for bitsandbytes' modules: in training mode they round differently from inference."""
-    model.train()
-    for module in model.modules():
-        if type(module).__module__.startswith("bitsandbytes"):
-            module.eval()
-
-
 def state_bytes(quantization: str, out_features: int, in_features: int) -> int:
     """Bytes of scales and tables beside one quantised weight."""
     if quantization == "int8":

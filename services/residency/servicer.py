@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from google.protobuf.message import Message
@@ -12,7 +13,7 @@ from lensmesh.residency.v1 import residency_pb2, residency_pb2_grpc
 
 from services.residency import messages
 from services.residency.lenses.features import FeatureLens
-from services.residency.operations import Host
+from services.residency.operations import Host, Wanted
 from services.residency.reading import decoded
 
 
@@ -112,19 +113,29 @@ class ModelHostServicer(residency_pb2_grpc.ModelHostServiceServicer):
 
     async def Generate(self, request: residency_pb2.GenerateRequest, context: Any) -> types_pb2.GeneratedText:
         """Continue a prompt."""
+        return messages.generated(await self._host.generate(self._wanted(request)))
+
+    async def GenerateStream(
+        self, request: residency_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[types_pb2.GeneratedText]:
+        """Continue a prompt, telling every token as it comes."""
+        async with aclosing(self._host.generate_stream(self._wanted(request))) as parts:
+            async for part in parts:
+                yield messages.generated(part)
+
+    def _wanted(self, request: residency_pb2.GenerateRequest) -> Wanted:
         lenses = self._pool.get(request.model_id).lenses
         coders = {key: item.lens.splicing for key, item in lenses.items() if isinstance(item.lens, FeatureLens)}
         named = request.extension if request.HasField("extension") else None
-        made = await self._host.generate(
-            request.model_id,
-            request.prompt,
+        return Wanted(
+            model_id=request.model_id,
+            prompt=request.prompt,
             max_new_tokens=request.max_new_tokens,
             temperature=request.temperature,
             seed=request.seed,
             extension=(messages.lens_spec(named), named.artifact_uri) if named is not None else None,
             interventions=[messages.intervention(each, coders) for each in request.interventions],
         )
-        return types_pb2.GeneratedText(text=made.text, token_ids=made.token_ids, seconds=made.seconds)
 
     async def MeasurePerplexity(
         self, request: residency_pb2.MeasurePerplexityRequest, context: Any

@@ -229,6 +229,32 @@ async def test_layers_and_hybrids_are_trained_and_switched_like_adapters(mesh: M
     assert await continuation(mesh) == bare
 
 
+async def test_a_continuation_is_streamed_a_token_at_a_time(mesh: Mesh) -> None:
+    """The parts are the whole, half a character is held back, and a reader that leaves ends the work."""
+    made = await create(mesh)
+    wanted = pb.GenerateWithExtensionRequest(id=made.id, prompt="def add", max_new_tokens=24, temperature=8.0, seed=3)
+    whole = await mesh.stub.GenerateWithExtension(wanted)
+    parts = [part async for part in mesh.stub.GenerateWithExtensionStream(wanted)]
+    assert [list(part.token_ids) for part in parts] == [[token] for token in whole.token_ids]
+    assert "".join(part.text for part in parts) == whole.text
+    assert all(not part.text.endswith("\ufffd") for part in parts[:-1])
+    seconds = [part.seconds for part in parts]
+    assert seconds == sorted(seconds)
+
+    call = mesh.stub.GenerateWithExtensionStream(wanted)
+    await call.read()
+    call.cancel()
+
+    async def idle() -> bool:
+        return mesh.context.residency.get(MODEL).leases == 0
+
+    await eventually(idle)
+    code, reason, _ = await refused(
+        mesh.stub.GenerateWithExtensionStream(pb.GenerateWithExtensionRequest(id="x_none", prompt="x")).read()
+    )
+    assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
+
+
 async def test_events_are_contiguous_and_tell_the_loss(mesh: Mesh, database: Database) -> None:
     made = await create(mesh)
     job_id = await train(mesh, made.id, steps=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+
 import grpc
 from google.protobuf import json_format
 from lensmesh.common.v1 import types_pb2
@@ -12,7 +14,7 @@ from lensmesh.registry.v1 import (
 )
 from lensmesh.residency.v1 import residency_pb2
 
-from services.extensions.domain import BaseModel, Extension, Generated, Switch
+from services.extensions.domain import BaseModel, Extension, Generated, Prompt, Switch
 from services.kit import errors
 from services.residency.catalogue import LOAD_SECONDS, LOOK_UP_SECONDS, Catalogue, translated_calls
 from services.residency.hosts import Hosts
@@ -95,23 +97,38 @@ class Peers:
             done = await self._hosts.placement.SwitchExtension(request, timeout=LOAD_SECONDS)
         return Switch(done.seconds, done.memory_before_bytes, done.memory_after_bytes, done.active_extension_id)
 
-    async def generate(
-        self, extension: Extension, prompt: str, *, max_new_tokens: int, temperature: float, seed: int
-    ) -> Generated:
+    async def generate(self, extension: Extension, prompt: Prompt) -> Generated:
         """On the host that has the base; it is loaded into this process when none has."""
-        request = residency_pb2.GenerateRequest(
-            model_id=extension.model_id,
-            prompt=prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            extension=types_pb2.LensSpec(
-                lens_id=extension.digest,
-                kind=types_pb2.LENS_KIND_EXTENSION,
-                artifact_uri=extension.artifact_uri,
-                base_digest=extension.base_digest,
-            ),
-        )
         with translated_calls():
-            text = await (await self._hosts.of(extension.model_id)).Generate(request)
-        return Generated(text.text, tuple(text.token_ids), text.seconds)
+            host = await self._hosts.of(extension.model_id)
+            return _generated(await host.Generate(_request(extension, prompt)))
+
+    async def generate_stream(self, extension: Extension, prompt: Prompt) -> AsyncGenerator[Generated, None]:
+        """The same; the call is cancelled when its reader leaves."""
+        with translated_calls():
+            call = (await self._hosts.of(extension.model_id)).GenerateStream(_request(extension, prompt))
+            try:
+                async for part in call:
+                    yield _generated(part)
+            finally:
+                call.cancel()
+
+
+def _request(extension: Extension, prompt: Prompt) -> residency_pb2.GenerateRequest:
+    return residency_pb2.GenerateRequest(
+        model_id=extension.model_id,
+        prompt=prompt.text,
+        max_new_tokens=prompt.max_new_tokens,
+        temperature=prompt.temperature,
+        seed=prompt.seed,
+        extension=types_pb2.LensSpec(
+            lens_id=extension.digest,
+            kind=types_pb2.LENS_KIND_EXTENSION,
+            artifact_uri=extension.artifact_uri,
+            base_digest=extension.base_digest,
+        ),
+    )
+
+
+def _generated(text: types_pb2.GeneratedText) -> Generated:
+    return Generated(text.text, tuple(text.token_ids), text.seconds)

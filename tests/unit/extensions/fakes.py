@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from services.extensions.domain import (
     Filter,
     Generated,
     NewTraining,
+    Prompt,
     Switch,
     TrainedExtension,
     Training,
@@ -103,10 +104,12 @@ class FakeCatalogue:
         self.active = {extension.id} if active else set()
         return Switch(0.001, 10, 20, extension.id if active else "")
 
-    async def generate(
-        self, extension: Extension, prompt: str, *, max_new_tokens: int, temperature: float, seed: int
-    ) -> Generated:
-        return Generated(prompt, tuple(range(max_new_tokens)), 0.1)
+    async def generate(self, extension: Extension, prompt: Prompt) -> Generated:
+        return Generated(prompt.text, tuple(range(prompt.max_new_tokens)), 0.1)
+
+    async def generate_stream(self, extension: Extension, prompt: Prompt) -> AsyncGenerator[Generated, None]:
+        for token in range(prompt.max_new_tokens):
+            yield Generated(prompt.text, (token,), 0.1)
 
     async def reserve(self, owner: str, size_bytes: int) -> None:
         self.reserved[owner] = size_bytes
