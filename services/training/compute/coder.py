@@ -16,8 +16,9 @@ from services.training.compute import sparsity
 from services.training.compute.batch_topk import select_batch_topk
 from services.training.compute.config import TrainConfig
 from services.training.compute.dead import revive
-from services.training.compute.initial import Scale, initial_parameters
+from services.training.compute.initial import Scale, initial_parameters, unit_rows
 from services.training.compute.nested import Nested, Parameters, Prefixes, nested_gradients
+from services.training.compute.products import PRODUCTS, faster
 from services.training.compute.ranks import ALONE, Ranks
 from services.training.compute.report import StepReport
 from services.training.compute.schedule import learning_rate
@@ -41,11 +42,16 @@ class NonFiniteLoss(ArithmeticError):
 class Coder:
     """Trains in scaled units: x * scale.source to y * scale.target. `transcoder` folds the factors into the weights."""
 
-    def __init__(self, name: str, config: TrainConfig, scale: Scale, parameters: Parameters, ranks: Ranks) -> None:
-        """Take a resolved configuration and first weights, which are trained in place; the same ones on all ranks."""
+    def __init__(
+        self, name: str, config: TrainConfig, scale: Scale, parameters: Parameters, *, products: str, ranks: Ranks
+    ) -> None:
+        """Take a resolved configuration and first weights, which are trained in place; the same ones on all ranks.
+
+        `products` is a key of PRODUCTS, and part of what decides the last bits of the outcome.
+        """
         device = parameters["W_enc"].device
         self.name, self.config, self.scale, self.parameters, self.step_count = name, config, scale, parameters, 0
-        self._ranks = ranks
+        self._ranks, self._products = ranks, products
         weights = torch.tensor(config.prefix_weights, dtype=torch.float64)
         self._prefixes = Prefixes(config.shape.prefix_widths, (weights / weights.sum()).float().to(device))
         self._optimizer = torch.optim.Adam(list(parameters.values()), lr=learning_rate(config, 0), fused=True)
@@ -68,8 +74,13 @@ class Coder:
             encoder = Encoder(parameters["W_enc"], parameters["b_enc"])
             codes = select_batch_topk(encoder, rows, config.shape.top_k)
             parameters["threshold"] = sparsity.lowest(codes, ALONE).expand(config.dict_size).clone()
-        ranks.first_(parameters.values())
-        return cls(name, config, scale, parameters, ranks)
+        widths, rows = config.shape.prefix_widths, config.batch_size // ranks.world
+        products = faster(
+            d_in=x.shape[1], d_out=y.shape[1], widths=widths, top_k=config.shape.top_k, rows=rows, device=x.device
+        )
+        chosen = torch.tensor([products == "dense"], dtype=torch.int64, device=x.device)
+        ranks.first_([*parameters.values(), chosen])
+        return cls(name, config, scale, parameters, products="dense" if int(chosen) else "sparse", ranks=ranks)
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor) -> StepReport:
@@ -147,7 +158,11 @@ class Coder:
 
     def facts(self) -> dict[str, Any]:
         """What never changes, as plain JSON; with `tensors` and the step count it is the whole coder."""
-        return {"config": self.config.to_dict(), "scale": [self.scale.source, self.scale.target]}
+        return {
+            "config": self.config.to_dict(),
+            "scale": [self.scale.source, self.scale.target],
+            "products": self._products,
+        }
 
     @classmethod
     def restored(
@@ -158,6 +173,7 @@ class Coder:
         tensors: dict[str, Tensor],
         *,
         step_count: int,
+        products: str,
         device: torch.device | str,
         ranks: Ranks = ALONE,
     ) -> Coder:
@@ -173,7 +189,7 @@ class Coder:
         _check_parameters(config, parameters)
         if not {"threshold", "idle_rows"} <= own.keys():
             raise ValueError("threshold, idle_rows: missing")
-        coder = cls(name, config, scale, parameters, ranks)
+        coder = cls(name, config, scale, parameters, products=products, ranks=ranks)
         for key, parameter in parameters.items():
             prefix = f"optimizer.{key}."
             moments = {key_.removeprefix(prefix): value for key_, value in own.items() if key_.startswith(prefix)}
@@ -185,11 +201,12 @@ class Coder:
         return coder
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Codes, Nested]:
+        kind = PRODUCTS[self._products]
         if self.config.activation != "jumprelu":
             codes = sparsity.select(self.config, self.parameters, x, self._ranks)
-            return codes, nested_gradients(self.parameters, codes, x, y, self._prefixes)
+            return codes, nested_gradients(self.parameters, codes, x, y, self._prefixes, kind=kind)
         window = sparsity.Window.of(self.config, self.parameters, x)
-        nested = nested_gradients(self.parameters, window.codes, x, y, self._prefixes)
+        nested = nested_gradients(self.parameters, window.codes, x, y, self._prefixes, kind=kind)
         nested.gradients["threshold"] = window.gradient(self.parameters["threshold"], nested.by_value)
         return window.codes.where(window.codes.value != 0), nested
 
@@ -212,6 +229,9 @@ class Coder:
         return float(loss)
 
     def _update(self, gradients: Parameters) -> tuple[float, float]:
+        W_dec = self.parameters["W_dec"]
+        if self.config.unit_norm_decoder:
+            gradients["W_dec"] -= (gradients["W_dec"] * W_dec).sum(1, keepdim=True) * W_dec
         norm = float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
         rate = learning_rate(self.config, self.step_count)
         for name, parameter in self.parameters.items():
@@ -221,6 +241,8 @@ class Coder:
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad()
+        if self.config.unit_norm_decoder:
+            W_dec.copy_(unit_rows(W_dec))
         if "threshold" in self.parameters:
             self.parameters["threshold"].clamp_(min=0)
         return norm, rate

@@ -62,6 +62,8 @@ class TrainConfig:
     """After the warm-up: constant, linear (to zero over the last fifth) or cosine (to zero)."""
     warmup_fraction: float = 0.05
     """Part of the steps over which the learning rate rises."""
+    unit_norm_decoder: bool = False
+    """Keep every decoder row at length 1, in scaled units, and move it only across its own direction."""
     gradient_clip: float = 1.0
     """Largest norm of a step's gradient."""
     dtype: str = "float32"
@@ -97,6 +99,9 @@ class TrainConfig:
         for name, known in (("activation", ACTIVATIONS), ("lr_schedule", SCHEDULES), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 raise ConfigError(name, f"{getattr(self, name)!r} is none of {', '.join(known)}")
+        for name in ("skip", "unit_norm_decoder"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(name, f"{getattr(self, name)!r} is neither true nor false")
 
     def _check_groups(self) -> None:
         if self.group_sizes is not None and self.prefix_widths is not None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from services.residency.lenses.codes import starts, weighted_rows
 from services.residency.lenses.selection import Encoder, select_topk
-from services.training.compute.nested import Parameters, latent_gradients, sampled_products
+from services.training.compute.nested import Parameters
+from services.training.compute.products import Sparse
 from services.training.compute.ranks import ALONE, Ranks
 
 
@@ -48,10 +48,9 @@ def revive(
     encoder = Encoder(parameters["W_enc"][dead], parameters["b_enc"][dead])
     W_dec = parameters["W_dec"][dead]
     codes = select_topk(encoder, x, min(aux_k, len(dead)))
-    offsets = starts(codes.row, codes.rows)
-    error = weighted_rows(W_dec, codes.latent, codes.value, offsets) - residual
+    products = Sparse(codes, (len(dead),))
+    error = products.parts(W_dec) - residual[:, None]
     variance = float(ranks.variance(residual).clamp_min(1e-12))
     loss = float(error.square().mean()) / variance
-    by_row = error * (2 * weight / (error.numel() * variance))
-    by_value = sampled_products(by_row, W_dec, offsets, codes.latent)
-    return Revival(loss, dead, latent_gradients(codes, by_value, codes.row, by_row, x))
+    upstream = error.mul_(2 * weight / (error.numel() * variance))
+    return Revival(loss, dead, products.of_latents(products.by_value(upstream, W_dec), upstream, x))

@@ -14,7 +14,7 @@ from services.training.compute.trainer import CoderPlan, Trainer
 
 
 def fit(
-    x: Tensor, y: Tensor, config: TrainConfig, on_step: Callable[[StepReport], None] | None = None
+    x: Tensor, y: Tensor, config: TrainConfig, *, on_step: Callable[[StepReport], None] | None = None
 ) -> tuple[Transcoder, list[StepReport]]:
     """A transcoder that maps x to y, and the report of every step.
 

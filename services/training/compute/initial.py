@@ -35,7 +35,8 @@ def initial_parameters(config: TrainConfig, scale: Scale, x: Tensor, y: Tensor) 
 
     Encoder rows are random directions, their biases centre them on mean(x); b_dec is mean(y). Decoder rows are where
     the linear regression of y on x sends the encoder's, at a length with which k of them together have about a tenth
-    of the target's norm: at full length they would start as noise. A skip path starts as the regression itself.
+    of the target's norm: at full length they would start as noise. Where decoder rows are to stay at length 1 the
+    encoder's carry the length, five times as much: shorter ones turn away from all inputs before they have grown. A skip path starts as the regression itself.
 
     Args:
         config: resolved.
@@ -45,16 +46,21 @@ def initial_parameters(config: TrainConfig, scale: Scale, x: Tensor, y: Tensor) 
     """
     x, y = x * scale.source, y * scale.target
     generator = torch.Generator().manual_seed(config.seed)
-    W_enc = _unit_rows(torch.randn(config.dict_size, x.shape[1], generator=generator).to(x.device))
+    W_enc = unit_rows(torch.randn(config.dict_size, x.shape[1], generator=generator).to(x.device))
     x_mean, y_mean = x.mean(0), y.mean(0)
     centred = x - x_mean
     covariance = centred.T @ centred / len(x) + RIDGE * torch.eye(x.shape[1], device=x.device)
     regression = torch.linalg.solve(covariance, centred.T @ (y - y_mean) / len(x))
     length = math.sqrt(y.shape[1] / config.shape.top_k) / 30
+    W_dec = unit_rows(W_enc @ regression)
+    if config.unit_norm_decoder:
+        W_enc *= 5 * length
+    else:
+        W_dec *= length
     parameters = {
         "W_enc": W_enc,
         "b_enc": -(W_enc @ x_mean),
-        "W_dec": _unit_rows(W_enc @ regression) * length,
+        "W_dec": W_dec,
         "b_dec": y_mean,
     }
     if config.skip:
@@ -63,7 +69,8 @@ def initial_parameters(config: TrainConfig, scale: Scale, x: Tensor, y: Tensor) 
     return parameters
 
 
-def _unit_rows(matrix: Tensor) -> Tensor:
+def unit_rows(matrix: Tensor) -> Tensor:
+    """Rows of [n, d] at length 1."""
     return matrix / matrix.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 

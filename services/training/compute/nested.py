@@ -13,21 +13,20 @@ with s_g the part that group g's latents add,
     dL/dz_i = <dL/ds_group(i), W_dec[i]>                 at the active entries only
     dL/dW_dec[i] = sum over rows of z_i dL/ds_group(i)   and   dL/dW_enc[i] = sum over rows of dL/dz_i x: both sparse
 
-Every product has N k terms of width d whatever D is. Nothing is approximated: an inactive latent's gradient is zero in
-the dense computation too.
+Nothing is approximated: an inactive latent's gradient is zero in the dense computation too. `products` has these
+products over the active entries, and as dense ones for dictionaries so small that those are faster.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from services.residency.lenses.codes import Codes, starts, weighted_rows
-from services.residency.lenses.transcoder import group_of
+from services.residency.lenses.codes import Codes
+from services.training.compute.products import Products, Sparse
 
 Parameters = dict[str, Tensor]
 """W_enc [D, d_in] (a latent's row lies together), b_enc [D], W_dec [D, d_out], b_dec [d_out], perhaps
@@ -59,7 +58,15 @@ class Nested:
     by_value: Tensor
 
 
-def nested_gradients(parameters: Parameters, codes: Codes, x: Tensor, y: Tensor, prefixes: Prefixes) -> Nested:
+def nested_gradients(
+    parameters: Parameters,
+    codes: Codes,
+    x: Tensor,
+    y: Tensor,
+    prefixes: Prefixes,
+    *,
+    kind: Callable[[Codes, Sequence[int]], Products] = Sparse,
+) -> Nested:
     """Errors and gradients of the loss above.
 
     Args:
@@ -68,11 +75,10 @@ def nested_gradients(parameters: Parameters, codes: Codes, x: Tensor, y: Tensor,
         x: [N, d_in].
         y: [N, d_out].
         prefixes: whose reconstructions count, and how much.
+        kind: how the products are made.
     """
-    W_dec, groups = parameters["W_dec"], len(prefixes.widths)
-    bag = group_of(codes.latent, prefixes.widths) + codes.row * groups
-    offsets = starts(bag, codes.rows * groups)
-    error = weighted_rows(W_dec, codes.latent, codes.value, offsets).view(codes.rows, groups, -1)
+    W_dec, groups, products = parameters["W_dec"], len(prefixes.widths), kind(codes, prefixes.widths)
+    error = products.parts(W_dec)
     error[:, 0] += parameters["b_dec"] - y
     if "W_skip" in parameters:
         error[:, 0].addmm_(x, parameters["W_skip"].T)
@@ -84,38 +90,9 @@ def nested_gradients(parameters: Parameters, codes: Codes, x: Tensor, y: Tensor,
     upstream = error.mul_(prefixes.weights[:, None] * (2 / y.numel()))
     for g in range(groups - 2, -1, -1):
         upstream[:, g] += upstream[:, g + 1]
-    by_part = upstream.view(codes.rows * groups, -1)
-    by_value = sampled_products(by_part, W_dec, offsets, codes.latent)
-    gradients = latent_gradients(codes, by_value * (codes.value != 0), bag, by_part, x)
+    by_value = products.by_value(upstream, W_dec)
+    gradients = products.of_latents(by_value * (codes.value != 0), upstream, x)
     gradients["b_dec"] = upstream[:, 0].sum(0)
     if "W_skip" in parameters:
         gradients["W_skip"] = upstream[:, 0].T @ x
     return Nested(errors, residual, gradients, by_value)
-
-
-def latent_gradients(codes: Codes, by_value: Tensor, bag: Tensor, by_part: Tensor, x: Tensor) -> Parameters:
-    """Gradients of W_enc, b_enc and W_dec, whole and dense, from those of the codes and of the parts they fed.
-
-    Args:
-        codes: the active entries.
-        by_value: dL/dz of every entry, [nnz].
-        bag: the part every entry feeds, int64 [nnz].
-        by_part: dL/ds, [parts, d_out].
-        x: [N, d_in].
-    """
-    order = codes.latent.sort(stable=True).indices
-    offsets = starts(codes.latent, codes.dict_size)
-    return {
-        "W_enc": weighted_rows(x, codes.row[order], by_value[order], offsets),
-        "b_enc": by_value.new_zeros(codes.dict_size).index_add_(0, codes.latent, by_value),
-        "W_dec": weighted_rows(by_part, bag[order], codes.value[order], offsets),
-    }
-
-
-def sampled_products(left: Tensor, right: Tensor, offsets: Tensor, column: Tensor) -> Tensor:
-    """[nnz]: <left[row], right[column]> at the entries of a CSR pattern only; left [R, d], right [C, d]."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-        empty = torch.zeros(len(column), dtype=left.dtype, device=left.device)
-        pattern = torch.sparse_csr_tensor(offsets, column, empty, (len(left), len(right)), check_invariants=False)
-        return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()

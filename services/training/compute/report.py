@@ -37,6 +37,10 @@ class StepReport:
     """Part of the latents that were not active for `dead_after_tokens` rows."""
     gradient_norm: float
     """Norm of the whole gradient before clipping."""
+    share: float = 1.0
+    """Its seconds, as a part of the step's over all coders of the stream, reading the batch included."""
+    coder_tokens_per_second: float = 0.0
+    """Rows times coders over the step's seconds: what the whole stream trains."""
     fvu: float = field(init=False)
     """Of the whole dictionary."""
     fvu_min: float = field(init=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -90,7 +90,9 @@ class Trainer:
         self.waited_seconds += time.perf_counter() - begin
         reports = [coder.step(*batch[self._pair[coder.name]]) for coder in self.coders]
         self.step_count += 1
-        return reports
+        seconds = time.perf_counter() - begin
+        rate = self.batch_size * len(reports) / seconds
+        return [replace(one, share=one.seconds / seconds, coder_tokens_per_second=rate) for one in reports]
 
     def run(self) -> Iterator[list[StepReport]]:
         """The remaining steps."""
@@ -134,8 +136,17 @@ def coders_of(state: State, device: torch.device | str = "cpu", ranks: Ranks = A
         own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
         config = TrainConfig(**found["config"])
         scale = Scale(*found["scale"])
-        steps = facts["step_count"]
-        coders.append(Coder.restored(name, config, scale, own, step_count=steps, device=device, ranks=ranks))
+        coder = Coder.restored(
+            name,
+            config,
+            scale,
+            own,
+            step_count=facts["step_count"],
+            products=found["products"],
+            device=device,
+            ranks=ranks,
+        )
+        coders.append(coder)
     return coders
 
 

@@ -45,6 +45,7 @@ def config(**changes: Any) -> TrainConfig:
         ("gradient_clip", {"gradient_clip": float("inf")}),
         ("warmup_fraction", {"warmup_fraction": 1.5}),
         ("seed", {"seed": 0.5}),
+        ("unit_norm_decoder", {"unit_norm_decoder": "no"}),
     ],
 )
 def test_a_wrong_field_is_named(field: str, changes: dict[str, Any]) -> None:

@@ -81,6 +81,39 @@ def test_the_report_adds_up() -> None:
     assert any(report.aux_loss > 0 for report in reports if report.dead_fraction > 0)
 
 
+def test_what_each_coder_costs_is_told() -> None:
+    source = InMemory({"a": planted(500), "b": planted(500, seed=5)})
+    trainer = Trainer(source, plans("a") | {"large": CoderPlan("b", config(dict_size=2048, group_sizes=(48, 2000)))})
+    for _ in range(4):
+        small, large = trainer.step()
+    assert 0 < small.share < large.share < small.share + large.share <= 1
+    assert small.coder_tokens_per_second == large.coder_tokens_per_second
+    assert large.share == pytest.approx(large.seconds * large.coder_tokens_per_second / (2 * 128))
+    assert large.tokens_per_second == pytest.approx(128 / large.seconds)
+
+
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+def test_a_unit_norm_decoder_stays_one_and_learns(activation: str) -> None:
+    x, y = planted(4096)
+    resolved = config(activation=activation, unit_norm_decoder=True, num_tokens=128 * 400).resolved(24)
+    coder = Coder.start("a", resolved, x, y)
+    for _, rows in zip(range(400), shuffled(len(x), 128, 0, 0), strict=False):
+        report = coder.step(x[rows], y[rows])
+    assert torch.allclose(coder.parameters["W_dec"].norm(dim=1), torch.ones(64), atol=1e-5)
+    assert report.fvu < 0.35
+    lengths = coder.transcoder().W_dec.norm(dim=1)
+    assert torch.allclose(lengths, lengths[0].expand(64), rtol=1e-5)
+
+
+def test_a_unit_norm_decoder_gets_no_gradient_along_itself() -> None:
+    x, y = planted(512)
+    coder = Coder.start("a", config(unit_norm_decoder=True).resolved(24), x, y)
+    before = coder.parameters["W_dec"].clone()
+    coder.step(x[:128], y[:128])
+    along = (coder.tensors()["optimizer.W_dec.exp_avg"] * before).sum(1)
+    assert coder.tensors()["optimizer.W_dec.exp_avg"].norm() > 100 * along.norm()
+
+
 def test_scaling_the_data_changes_nothing_but_the_units() -> None:
     x, y = planted(1024)
     plain, _ = fit(x, y, config())

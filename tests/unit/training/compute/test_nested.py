@@ -12,6 +12,7 @@ from services.residency.lenses.selection import Encoder, select_topk
 from services.training.compute.batch_topk import select_batch_topk
 from services.training.compute.dead import revive
 from services.training.compute.nested import Parameters, Prefixes, nested_gradients
+from services.training.compute.products import PRODUCTS
 
 
 def draw_parameters(generator: torch.Generator, d_in: int, d_out: int, dict_size: int, *, skip: bool) -> Parameters:
@@ -60,6 +61,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
         "batch": draw(st.booleans()),
         "ties": draw(st.booleans()),
         "silent": draw(st.booleans()),
+        "products": draw(st.sampled_from(sorted(PRODUCTS))),
         "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
         "seed": draw(st.integers(0, 2**31)),
     }
@@ -87,7 +89,8 @@ def test_gradients_equal_autograds(case: dict) -> None:
     codes = pick(Encoder(parameters["W_enc"], parameters["b_enc"]), x, case["k"])
     if case["silent"]:
         assert not (codes.row == 0).any()
-    got = nested_gradients(parameters, codes, x, y, Prefixes(widths, weights))
+    kind = PRODUCTS[case["products"]]
+    got = nested_gradients(parameters, codes, x, y, Prefixes(widths, weights), kind=kind)
     errors, expected = dense_gradients(parameters, codes.dense() > 0, x, y, Prefixes(widths, weights))
     assert torch.allclose(got.errors, errors, rtol=1e-4, atol=1e-6)
     assert_same(got.gradients, expected)
