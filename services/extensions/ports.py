@@ -139,7 +139,7 @@ class Catalogue(Protocol):
 class Ledger(Protocol):
     """Bytes of this process's device."""
 
-    async def reserve(self, owner: str, size_bytes: int) -> None:
+    async def reserve(self, owner: str, size_bytes: int) -> object:
         """Set bytes aside before they are allocated.
 
         Raises:

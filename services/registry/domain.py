@@ -227,6 +227,8 @@ class Host:
     heartbeat_at: datetime
     park_bytes: int = 0
     """Host memory that parked models may take."""
+    accelerator: str = ""
+    """How CUDA_VISIBLE_DEVICES names its GPU on its machine; empty on a CPU."""
     used_bytes: int = 0
     reserved_bytes: int = 0
     parked_bytes: int = 0

@@ -103,7 +103,7 @@ class PlacementRows(Protocol):
         """Write a host down; its former incarnation, None for a new host."""
 
     async def drop_reservations(self, host_id: str) -> None:
-        """Forget what was reserved on a host."""
+        """Forget what a host has reserved, wherever."""
 
     async def heartbeat(self, host_id: str, incarnation: str, **columns: Any) -> bool:
         """Write a sign of life down; false when the registry does not know this incarnation as alive."""
@@ -161,14 +161,11 @@ class PlacementRows(Protocol):
     async def left(self, job_id: str, copy: Residency, *, parked: bool) -> None:
         """A copy left for a load, which is charged with what the device got back; forget it, or keep it as parked."""
 
-    async def reserve(self, host_id: str, owner: str, size: int) -> None:
-        """Write a reservation, replacing the owner's former one."""
+    async def reserve(self, host_id: str, owner: str, size: int, *, holder_id: str) -> None:
+        """Write a reservation of a host's bytes that another host, or the same, is to give back."""
 
-    async def reserved_by(self, host_id: str, owner: str) -> int:
-        """Bytes that the owner holds there."""
-
-    async def release(self, host_id: str, owner: str) -> None:
-        """Forget a reservation."""
+    async def release(self, holder_id: str, owner: str) -> None:
+        """Forget what a host has reserved for an owner, wherever."""
 
     async def fingerprint(self, model_id: str, host_id: str, quantization: str, incarnation: str) -> str:
         """What the model's fixed-input forward gave in this life of the host; empty when it was not loaded there."""

@@ -52,14 +52,15 @@ class Hosts:
             self._channels[address] = self._connect(address)
         return residency_pb2_grpc.ModelHostServiceStub(self._channels[address])
 
-    async def reserve(self, owner: str, size_bytes: int) -> None:
-        """In the ledger of this process's device."""
-        request = devices_pb2.ReserveRequest(host_id=self._host_id, owner=owner, bytes=size_bytes)
+    async def reserve(self, owner: str, size_bytes: int, ranks: int = 1) -> list[str]:
+        """In the ledger of this process's device, for a gang also of others; the device of each rank, for `gang`."""
+        request = devices_pb2.ReserveRequest(host_id=self._host_id, owner=owner, bytes=size_bytes, ranks=ranks)
         with translated_calls():
-            await self.placement.Reserve(request, timeout=LOOK_UP_SECONDS)
+            reserved = await self.placement.Reserve(request, timeout=LOOK_UP_SECONDS)
+        return list(reserved.devices)
 
     async def release(self, owner: str) -> None:
-        """In the same ledger."""
+        """In the same ledgers."""
         request = devices_pb2.ReleaseRequest(host_id=self._host_id, owner=owner)
         with translated_calls():
             await self.placement.Release(request, timeout=LOOK_UP_SECONDS)

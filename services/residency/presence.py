@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,7 @@ class Presence:
             park_bytes=self.memory.park_bytes,
             services=self.services,
             models=[hosted_model(resident) for resident in self.pool.residents],
+            accelerator="" if self.pool.device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
         )
 
     def _heartbeat(self) -> devices_pb2.HeartbeatRequest:

@@ -57,6 +57,7 @@ async def compose(context: Context) -> Part:
         files,
         Processes(),
         device=context.device,
+        threads=settings.threads_of_each,
         checkpoint_tokens=settings.training_checkpoint_tokens,
         checkpoint_seconds=settings.training_checkpoint_seconds,
     )

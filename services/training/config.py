@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 from pydantic import Field
@@ -16,9 +17,17 @@ class TrainingSettings(Settings):
     """gRPC address of the extraction service, host:port; this process itself where it runs there."""
     max_concurrent_trainings: Annotated[int, Field(ge=1)] = 2
     """Trainings that run at the same time in the whole mesh; the others wait as queued jobs."""
+    training_threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of a training; 0: OMP_NUM_THREADS, else the cores, shared by max_concurrent_trainings."""
     training_checkpoint_tokens: Annotated[int, Field(ge=1)] = 20_000_000
     """A training writes a checkpoint after so many tokens."""
     training_checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
     """A training writes a checkpoint after so many seconds."""
     training_checkpoints_kept: Annotated[int, Field(ge=1)] = 3
     """Newest checkpoints of a training that are kept."""
+
+    @property
+    def threads_of_each(self) -> int:
+        """CPU threads of a training, so that as many as may run at once do not take each other's cores."""
+        there = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+        return self.training_threads or max(1, there // self.max_concurrent_trainings)

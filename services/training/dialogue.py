@@ -16,6 +16,11 @@ class Start:
     plan: Mapping[str, Any]
     """`Plan.as_json`, settled."""
     device: str
+    """As torch names it in each rank."""
+    ranks: Sequence[str] = ("cpu",)
+    """Device of each rank, as `gang.program` takes it."""
+    threads: int = 1
+    """CPU threads of each rank."""
     cache: str = ""
     """Directory of the activation cache; none where no step is to be made."""
     state: str = ""

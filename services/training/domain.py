@@ -102,6 +102,10 @@ class Plan:
     """0: the data once."""
     base_digest: str = ""
     """Content digest of the model that made the data; empty until that is there."""
+    devices: int = 1
+    """Ranks that train together, each on its share of every batch."""
+    threads: int = 0
+    """CPU threads of all ranks together: part of what decides the bits; 0 until the first start."""
 
     @property
     def hook_points(self) -> tuple[str, ...]:
@@ -115,7 +119,7 @@ class Plan:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Plan:
         """What `as_json` gave."""
-        return cls(tuple(CoderSpec(**coder) for coder in raw["coders"]), raw["num_tokens"], raw["base_digest"])
+        return cls(**{**raw, "coders": tuple(CoderSpec(**coder) for coder in raw["coders"])})
 
 
 @dataclass(frozen=True, slots=True)

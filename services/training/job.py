@@ -35,6 +35,7 @@ class TrainingJob:
         children: Children,
         *,
         device: str,
+        threads: int,
         checkpoint_tokens: int,
         checkpoint_seconds: float,
     ) -> None:
@@ -46,11 +47,12 @@ class TrainingJob:
             files: caches and checkpoints.
             children: starts processes.
             device: where to train.
+            threads: CPU threads of a training that has not been started before.
             checkpoint_tokens: a checkpoint is written after so many tokens,
             checkpoint_seconds: or after so much time.
         """
         self._extractions, self._ledger, self._files, self._children = extractions, ledger, files, children
-        self._device = device
+        self._device, self._threads = device, threads
         self._checkpoint_tokens, self._checkpoint_seconds = checkpoint_tokens, checkpoint_seconds
 
     async def run(self, run: Run) -> dict[str, Any]:
@@ -59,6 +61,7 @@ class TrainingJob:
         Raises:
             errors.Failed: `NON_FINITE_LOSS`, `CHECKSUM_MISMATCH`; `TRAINING_FAILED` (transient): the process died.
             errors.Exhausted: `INSUFFICIENT_MEMORY`, `DEVICE_OOM`.
+            errors.Unsupported: the machine has fewer devices than the training is to use.
             errors.Invalid: the data does not fit the plan.
         """
         task = await run.begin()
@@ -76,11 +79,13 @@ class TrainingJob:
                 return await self._publish(run, task, task.plan, child, finished)
             cache = await self._cache(run, task)
             folder = await stack.enter_async_context(self._files.reading(cache.storage_uri))
-            plan = settled(task.plan, cache)
+            plan = settled(task.plan, cache, self._threads)
             await run.settle(plan, cache.id, task.checkpoint.step if task.checkpoint else 0)
-            await self._ledger.reserve(task.job_id, memory_bytes(plan, cache.widths, self._device))
+            bytes_each = memory_bytes(plan, cache.widths, self._device)
+            ranks = await self._ledger.reserve(task.job_id, bytes_each, plan.devices)
             stack.push_async_callback(self._ledger.release, task.job_id)
-            start = Start(plan.as_json(), self._device, cache=str(folder), state=state)
+            threads = max(1, plan.threads // plan.devices)
+            start = Start(plan.as_json(), self._device, ranks, threads, cache=str(folder), state=state)
             child = await stack.enter_async_context(self._children.start(start))
             finished = await self._follow(run, plan, child, task.checkpoint.tokens_seen if task.checkpoint else 0)
             return await self._publish(run, task, plan, child, finished)

@@ -44,13 +44,14 @@ class Extractions(Protocol):
 
 
 class Ledger(Protocol):
-    """The bytes of this process's device."""
+    """The bytes of this process's device, and of others for a gang."""
 
-    async def reserve(self, owner: str, size_bytes: int) -> None:
-        """Promise bytes to a job.
+    async def reserve(self, owner: str, size_bytes: int, ranks: int) -> list[str]:
+        """Promise bytes to every rank of a job or to none; the device of each, as `gang.program` takes them.
 
         Raises:
             errors.Exhausted: `INSUFFICIENT_MEMORY`.
+            errors.Unsupported: there are not so many devices.
         """
 
     async def release(self, owner: str) -> None:

@@ -72,7 +72,7 @@ class Operations:
             created_by=key.caller,
             created_at=None,
             finished_at=None,
-            estimated_memory_bytes=memory_bytes(plan, widths, self._device),
+            estimated_memory_bytes=plan.devices * memory_bytes(plan, widths, self._device),
         )
 
     async def training(self, job_id: str) -> Training:

@@ -27,10 +27,8 @@ def resolve(wanted: Wanted, model: BaseModel, cache: Cache | None) -> Plan:
 
     Raises:
         errors.Invalid: a field is wrong by itself or for this model or cache; it is named.
-        errors.Unsupported: more than one device, or a tracker.
+        errors.Unsupported: a tracker.
     """
-    if wanted.devices > 1:
-        raise errors.Unsupported("a training uses one device", metadata={"devices": wanted.devices})
     if wanted.tracker:
         raise errors.Unsupported("trackers are not available", metadata={"tracker": wanted.tracker})
     for layer in wanted.layers:
@@ -42,7 +40,10 @@ def resolve(wanted: Wanted, model: BaseModel, cache: Cache | None) -> Plan:
         for layer in wanted.layers:
             name = f"layer-{layer}" if number == 0 else f"layer-{layer}-variant-{number}"
             coders.append(_coder(name, layer, sites, model, config))
-    plan = Plan(tuple(coders), wanted.options.get("num_tokens", 0))
+    plan = Plan(tuple(coders), wanted.options.get("num_tokens", 0), devices=wanted.devices or 1)
+    batch_size = plan.coders[0].config["batch_size"]
+    if batch_size % plan.devices:
+        raise errors.Invalid.of("batch_size", f"{batch_size} rows cannot be shared evenly by {plan.devices} devices")
     if cache is not None:
         if cache.model_id != model.id and cache.model_digest != model.digest:
             raise errors.Invalid.of("source.cache_id", f"the cache is of model {cache.model_id}")
@@ -64,27 +65,33 @@ def check_cache(plan: Plan, cache: Cache) -> None:
         raise errors.Invalid.of("batch_size", f"{batch_size} is more than the cache's {cache.tokens} tokens")
 
 
-def settled(plan: Plan, cache: Cache) -> Plan:
-    """The plan with what only its data tells: the number of tokens, and every rule written out."""
+def settled(plan: Plan, cache: Cache, threads: int) -> Plan:
+    """The plan with what its data tells, the number of tokens and every rule, and the threads of its first start."""
     tokens = plan.num_tokens or cache.tokens
     coders = []
     for coder in plan.coders:
         config = TrainConfig(**{**coder.config, "num_tokens": tokens}).resolved(cache.widths[coder.target])
         coders.append(replace(coder, config=config.to_dict()))
-    return Plan(tuple(coders), tokens, cache.model_digest)
+    return replace(
+        plan,
+        coders=tuple(coders),
+        num_tokens=tokens,
+        base_digest=cache.model_digest,
+        threads=plan.threads or threads,
+    )
 
 
 def memory_bytes(plan: Plan, widths: Mapping[str, int], device: str) -> int:
-    """Bytes that training takes on its device: weights, gradients and moments of all coders, and one step's batch."""
+    """Bytes of each rank on its device: weights, gradients and moments of all coders, and its share of a batch."""
     kept = work = 0
     for coder in plan.coders:
         config = TrainConfig(**{**coder.config, "num_tokens": max(plan.num_tokens, coder.config["batch_size"])})
         d_in, d_out = widths[coder.source], widths[coder.target]
         weights = config.dict_size * (d_in + d_out + 1) + d_out + (d_in * d_out if config.skip else 0)
         kept += 4 * weights * _FLOAT
-        rows = config.batch_size * (2 * d_in + (2 * len(config.groups) + 3) * d_out)
-        entries = 8 * config.batch_size * config.shape.top_k * 2
-        work = max(work, (rows + entries + BLOCK_ELEMENTS) * _FLOAT)
+        rows = config.batch_size // plan.devices
+        width = 2 * d_in + (2 * len(config.groups) + 3) * d_out + 16 * config.shape.top_k
+        work = max(work, (rows * width + BLOCK_ELEMENTS) * _FLOAT)
     return kept + work + (CUDA_CONTEXT_BYTES if device.startswith("cuda") else 0)
 
 

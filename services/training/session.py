@@ -15,6 +15,7 @@ from services.training import state_files
 from services.training.cache_rows import CacheRows
 from services.training.compute.coder import Coder, NonFiniteLoss
 from services.training.compute.config import TrainConfig
+from services.training.compute.ranks import Ranks
 from services.training.compute.report import StepReport
 from services.training.compute.trainer import CoderPlan, State, Trainer, coders_of
 from services.training.dialogue import Command, Finished, Gone, Message, Progress, Save, Saved, Start, Write, Written
@@ -30,10 +31,12 @@ QUIET_SECONDS: Final = 0.2
 
 def run(start: Start, commands: queue.SimpleQueue[Command], send: Callable[[Message], object]) -> None:
     """Train, or make transcoders of a checkpoint; whatever is foreseen to go wrong is told as `Gone`."""
+    ranks = Ranks.joined()
     try:
-        _Session(start, commands, send).run()
+        _Session(start, commands, send, ranks).run()
     except NonFiniteLoss as error:
-        send(Gone("NON_FINITE_LOSS", str(error), {"coder": error.coder, "step": error.step, **error.facts}))
+        if ranks.rank == 0:  # it happens to all of them
+            send(Gone("NON_FINITE_LOSS", str(error), {"coder": error.coder, "step": error.step, **error.facts}))
     except CorruptCache as error:
         send(Gone("CHECKSUM_MISMATCH", str(error), {"file": error.file, "problem": error.problem}))
     except ValueError as error:
@@ -45,8 +48,16 @@ def run(start: Start, commands: queue.SimpleQueue[Command], send: Callable[[Mess
 
 
 class _Session:
-    def __init__(self, start: Start, commands: queue.SimpleQueue[Command], send: Callable[[Message], object]) -> None:
-        self._start, self._commands, self._send = start, commands, send
+    """Of a gang every rank makes every step; rank 0 alone tells, saves and writes."""
+
+    def __init__(
+        self,
+        start: Start,
+        commands: queue.SimpleQueue[Command],
+        send: Callable[[Message], object],
+        ranks: Ranks,
+    ) -> None:
+        self._start, self._commands, self._send, self._ranks = start, commands, send, ranks
         self._plan = Plan.from_json(start.plan)
         self._recent: dict[str, deque[float]] = {}
         self._told_at, self._told_step = time.monotonic(), 0
@@ -67,15 +78,18 @@ class _Session:
     def _train(self, state: State | None) -> None:
         pairs = {coder.pair: (coder.source, coder.target) for coder in self._plan.coders}
         plans = {coder.name: CoderPlan(coder.pair, TrainConfig(**coder.config)) for coder in self._plan.coders}
-        trainer = Trainer(CacheRows(Path(self._start.cache), pairs), plans, self._start.device, state)
+        trainer = Trainer(CacheRows(Path(self._start.cache), pairs), plans, self._start.device, state, self._ranks)
         self._told_step = trainer.step_count
         for reports in trainer.run():
+            if self._ranks.rank:
+                continue
             for report in reports:
                 self._recent[report.coder].append(report.fvu)
             self._tell(trainer, reports)
             while not self._commands.empty():
                 self._save(self._commands.get(), trainer)
-        self._finish(trainer.coders)
+        if self._ranks.rank == 0:
+            self._finish(trainer.coders)
 
     def _tell(self, trainer: Trainer, reports: Sequence[StepReport]) -> None:
         now, done = time.monotonic(), trainer.step_count

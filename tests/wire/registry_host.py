@@ -34,6 +34,7 @@ class FakeHost(
 
     host_id: str = "device-0"
     device: str = "cpu"
+    accelerator: str = ""
     incarnation: str = "life-1"
     budget: int = 1000 * MB
     park: int = 0

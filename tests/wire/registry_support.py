@@ -139,6 +139,7 @@ class Mesh:
                 park_bytes=host.park,
                 services=host.services,
                 models=host.held.values(),
+                accelerator=host.accelerator,
             )
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lensmesh.common.v1 import types_pb2 as types
@@ -377,6 +378,35 @@ async def test_reservations_never_exceed_the_ledger(mesh: Mesh, host: FakeHost) 
     assert (await refused(mesh.load(model.id))).reason == "INSUFFICIENT_MEMORY"  # 0 free, 100 MB evictable, 110 needed
     await mesh.placement.Release(devices_pb2.ReleaseRequest(host_id="device-0", owner=held))
     assert await mesh.ledger() == (100 * MB, 600 * MB)
+
+
+async def test_a_gang_reserves_all_its_devices_or_none_and_its_host_gives_them_back(mesh: Mesh, host: FakeHost) -> None:
+    def reserve(host_id: str, size: int, ranks: int, owner: str = "job_1") -> Any:
+        return mesh.placement.Reserve(
+            devices_pb2.ReserveRequest(host_id=host_id, owner=owner, bytes=size * MB, ranks=ranks)
+        )
+
+    assert list((await reserve("device-0", 200, 3)).devices) == ["cpu"] * 3  # of one CPU, with the bytes of all
+    assert await mesh.ledger() == (0, 600 * MB)
+    assert (await refused(reserve("device-0", 501, 2))).reason == "INSUFFICIENT_MEMORY"
+    assert await mesh.ledger() == (0, 600 * MB)  # what it had stays
+    await mesh.placement.Release(devices_pb2.ReleaseRequest(host_id="device-0", owner="job_1"))
+    assert await mesh.ledger() == (0, 0)
+
+    for number, budget in enumerate((500, 400, 600)):
+        device = FakeHost(f"gpu-{number}", "cuda:0", accelerator=str(number), budget=budget * MB)
+        await mesh.add_host(device)
+    too_many = await refused(reserve("gpu-0", 100, 4))
+    assert (too_many.reason, too_many.facts["available"]) == ("UNSUPPORTED", "3")
+    assert list((await reserve("gpu-0", 300, 2)).devices) == ["0", "2"]  # the emptiest other one
+    ledgers = [(await mesh.ledger(f"gpu-{number}"))[1] for number in range(3)]
+    assert ledgers == [300 * MB, 0, 300 * MB]
+    assert (await refused(reserve("gpu-1", 350, 3, "job_2"))).reason == "INSUFFICIENT_MEMORY"
+    assert (await mesh.ledger("gpu-1"))[1] == 0
+    lost, _ = mesh.hosts["gpu-0"]
+    lost.incarnation = "life-2"
+    await mesh.announce(lost)  # its ranks are gone with it, on all devices
+    assert [(await mesh.ledger(f"gpu-{number}"))[1] for number in range(3)] == [0, 0, 0]
 
 
 async def test_clearing_a_device_unloads_what_is_idle(mesh: Mesh, host: FakeHost) -> None:

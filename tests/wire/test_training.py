@@ -13,13 +13,11 @@ import pytest
 import torch
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from lensmesh.extraction.v1 import extraction_pb2
 from lensmesh.training.v1 import training_pb2 as pb
 
 from services.kit.database import Database
 from services.kit.events import EventLog
 from services.residency.lenses.transcoder import Transcoder
-from services.training.adapters import processes
 from services.training.cache_rows import CacheRows
 from services.training.compute import CoderPlan, TrainConfig, Trainer
 from tests import models
@@ -52,11 +50,6 @@ async def refused(call: Any) -> tuple[grpc.StatusCode, str, list[str]]:
     return caught.value.code(), info.reason, [violation.field for violation in bad.field_violations]
 
 
-def weights(mesh: Mesh, uri: str) -> dict[str, torch.Tensor]:
-    found = Transcoder.load(mesh.folder(uri)).state_dict()
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-
 def undisturbed(cache_folder: Path) -> dict[int, dict[str, torch.Tensor]]:
     """What the same training gives in this process, by layer."""
     options = {"dict_size": 256, "top_k": 8, "batch_size": BATCH, "num_tokens": STEPS * BATCH}
@@ -84,12 +77,11 @@ async def made(mesh: Mesh, job: pb.TrainingJob) -> dict[int, pb.Transcoder]:
 
 async def assert_undisturbed(mesh: Mesh, job: pb.TrainingJob) -> None:
     """The job's transcoders are bit for bit those of a training that nothing happened to."""
-    cache = await mesh.extraction.GetActivationCache(extraction_pb2.GetActivationCacheRequest(id=job.cache_id))
-    expected = undisturbed(mesh.folder(cache.storage_uri))
+    expected = undisturbed(await mesh.cache_folder(job.cache_id))
     transcoders = await made(mesh, job)
     assert transcoders.keys() == {1, 3}
     for layer, transcoder in transcoders.items():
-        for name, tensor in weights(mesh, transcoder.artifact_uri).items():
+        for name, tensor in (await mesh.weights(transcoder.id)).items():
             assert torch.equal(tensor, expected[layer][name]), (layer, name)
 
 
@@ -148,34 +140,10 @@ async def test_a_dataset_becomes_transcoders_of_two_layers(mesh: Mesh) -> None:
     assert mesh.staged() == []
 
 
-@pytest.fixture
-def pids(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Processes that were told something; the first stands still from its first checkpoint until it is told more."""
-    told: list[int] = []
-    say, save = processes.ChildProcess._say, processes.ChildProcess.save
-
-    async def remember(self: processes.ChildProcess, command: Any) -> None:
-        if len(set(told)) <= 1:
-            os.kill(self.pid, signal.SIGCONT)
-        told.append(self.pid)
-        await say(self, command)
-
-    async def hold(self: processes.ChildProcess, folder: Path) -> Any:
-        first = told.count(self.pid) == 1 and set(told) == {self.pid}
-        saved = await save(self, folder)
-        if first:
-            os.kill(self.pid, signal.SIGSTOP)
-        return saved
-
-    monkeypatch.setattr(processes.ChildProcess, "_say", remember)
-    monkeypatch.setattr(processes.ChildProcess, "save", hold)
-    return told
-
-
 async def test_a_killed_process_is_started_again_from_its_checkpoint(mesh: Mesh, pids: list[int]) -> None:
     async with mesh.working():
         job = await mesh.create()
-        await eventually(lambda: _has_checkpoint(mesh, job.id), timeout=60)
+        await eventually(lambda: mesh.has_checkpoint(job.id), timeout=60)
         os.kill(pids[-1], signal.SIGKILL)
         job = await mesh.reached(job.id, pb.TRAINING_STATUS_COMPLETED, pb.TRAINING_STATUS_FAILED)
     assert job.status == pb.TRAINING_STATUS_COMPLETED, job
@@ -186,14 +154,10 @@ async def test_a_killed_process_is_started_again_from_its_checkpoint(mesh: Mesh,
     await assert_undisturbed(mesh, job)
 
 
-async def _has_checkpoint(mesh: Mesh, job_id: str) -> bool:
-    return len((await mesh.get(job_id)).checkpoints) > 0
-
-
 async def test_paused_resumed_and_the_same_bits(mesh: Mesh, pids: list[int]) -> None:
     async with mesh.working():
         job = await mesh.create(num_tokens=STEPS * BATCH)
-        await eventually(lambda: _has_checkpoint(mesh, job.id), timeout=60)
+        await eventually(lambda: mesh.has_checkpoint(job.id), timeout=60)
         assert len(pids) == 2  # started and told to save
         await mesh.stub.PauseTrainingJob(pb.PauseTrainingJobRequest(id=job.id))
         paused = await mesh.reached(job.id, pb.TRAINING_STATUS_PAUSED)
@@ -214,7 +178,7 @@ async def test_paused_resumed_and_the_same_bits(mesh: Mesh, pids: list[int]) -> 
 async def test_a_cancelled_training_is_finalised_from_a_checkpoint(mesh: Mesh) -> None:
     async with mesh.working():
         job = await mesh.create(num_tokens=200 * STEPS * BATCH)
-        await eventually(lambda: _has_checkpoint(mesh, job.id), timeout=60)
+        await eventually(lambda: mesh.has_checkpoint(job.id), timeout=60)
         code, reason, _ = await refused(mesh.stub.FinalizeTrainingJob(pb.FinalizeTrainingJobRequest(id=job.id)))
         assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "WRONG_STATE")
         await mesh.stub.CancelTrainingJob(pb.CancelTrainingJobRequest(id=job.id))

@@ -11,8 +11,9 @@ import psutil
 import pytest
 
 from services.kit import errors
+from services.residency import gang
 from services.training import dialogue
-from services.training.adapters.processes import HOME, PROGRAM, ChildProcess, Processes
+from services.training.adapters.processes import HOME, MODULE, ChildProcess, Processes
 from services.training.dialogue import Start
 from tests.support import eventually
 
@@ -44,8 +45,9 @@ async def test_it_does_not_outlive_a_parent_that_is_killed() -> None:
 
 
 def test_it_ends_when_its_input_does() -> None:
-    done = subprocess.run(PROGRAM, input=b"", stdout=subprocess.PIPE, cwd=HOME, timeout=60, check=True)
-    assert done.stdout == b""
+    program = gang.program(MODULE, ("cpu",))
+    done = subprocess.run(program, input=b"", stdout=subprocess.PIPE, cwd=HOME, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, b"")
 
 
 async def test_it_is_gone_after_the_block() -> None:

@@ -20,6 +20,7 @@ from lensmesh.registry.v1 import (
 )
 from lensmesh.training.v1 import training_pb2 as pb
 from lensmesh.training.v1 import training_pb2_grpc
+from torch import Tensor
 
 from services.extraction.__main__ import compose as compose_extraction
 from services.kit import errors
@@ -31,6 +32,7 @@ from services.kit.jobs import JobStore, Worker
 from services.kit.metrics import new_registry
 from services.kit.server import Context, Part
 from services.residency.__main__ import compose as compose_residency
+from services.residency.lenses.transcoder import Transcoder
 from services.training.__main__ import compose
 from tests import models
 from tests.support import eventually
@@ -67,8 +69,9 @@ class Registry(extraction_support.Registry):
     async def Reserve(self, request: Any, context: Any) -> Any:
         if request.bytes > self.budget:
             raise errors.Exhausted(reason="INSUFFICIENT_MEMORY", metadata={"required_memory_gb": request.bytes / 1e9})
-        self.ledger[request.owner] = self.reserved[request.owner] = request.bytes
-        return devices_pb2.Reservation(owner=request.owner, bytes=request.bytes)
+        ranks = request.ranks or 1
+        self.ledger[request.owner] = self.reserved[request.owner] = ranks * request.bytes
+        return devices_pb2.Reservation(owner=request.owner, bytes=request.bytes, devices=["cpu"] * ranks)
 
     async def Release(self, request: Any, context: Any) -> Any:
         self.ledger.pop(request.owner, None)
@@ -155,6 +158,18 @@ class Mesh:
 
     async def transcoder(self, transcoder_id: str) -> pb.Transcoder:
         return await self.stub.GetTranscoder(pb.GetTranscoderRequest(id=transcoder_id))
+
+    async def weights(self, transcoder_id: str) -> dict[str, Tensor]:
+        """A transcoder's tensors by name."""
+        found = Transcoder.load(self.folder((await self.transcoder(transcoder_id)).artifact_uri)).state_dict()
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    async def cache_folder(self, cache_id: str) -> Path:
+        wanted = extraction_pb2.GetActivationCacheRequest(id=cache_id)
+        return self.folder((await self.extraction.GetActivationCache(wanted)).storage_uri)
+
+    async def has_checkpoint(self, job_id: str) -> bool:
+        return len((await self.get(job_id)).checkpoints) > 0
 
     def folder(self, uri: str) -> Path:
         return self.context.artifacts.path(uri)

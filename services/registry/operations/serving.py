@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from services.kit.errors import Conflict, Invalid
-from services.registry.domain import Residency, insufficient_memory
+from services.kit.errors import Conflict, Invalid, Unsupported
+from services.registry.domain import Host, Residency, insufficient_memory
 from services.registry.operations.lenses import bring
 from services.registry.operations.registry import Registry
 
@@ -98,24 +98,44 @@ async def _with_lenses(
     return named
 
 
-async def reserve(registry: Registry, host_id: str, owner: str, size: int) -> int:
-    """Promise bytes of a device to a job, in place of what it had there; never more than the ledger has.
+async def reserve(registry: Registry, host_id: str, owner: str, size: int, ranks: int) -> list[str]:
+    """Promise bytes to a job, for each of its ranks, in place of what it had; never more than a ledger has.
+
+    Returns the device of each rank, this host's first: `cpu`, or how CUDA_VISIBLE_DEVICES names a GPU.
 
     Raises:
         NotFound: no such host.
         Unavailable: `NO_HOST`: it is lost.
         Exhausted: `INSUFFICIENT_MEMORY`; the former reservation stays.
+        Unsupported: its machine has fewer GPUs in the mesh than ranks; the former reservation stays.
     """
     async with registry.store.transaction() as tx:
+        await tx.placement.release(host_id, owner)
+        if ranks > 1:
+            live = await tx.placement.hosts(lock=True)
         host = await tx.placement.lock_host(host_id)
-        available = host.free_bytes + await tx.placement.reserved_by(host_id, owner)
-        if size > available:
-            raise insufficient_memory(size, available, host.name)
-        await tx.placement.reserve(host_id, owner, size)
-    return size
+        gang = [host] if ranks == 1 or not host.accelerator else _gang(host, live, ranks)
+        each = size * ranks // len(gang)
+        for member in gang:
+            if each > member.free_bytes:
+                raise insufficient_memory(each, member.free_bytes, member.name)
+            await tx.placement.reserve(member.host_id, owner, each, holder_id=host_id)
+    return [member.accelerator or "cpu" for member in gang] * (ranks // len(gang))
+
+
+def _gang(first: Host, live: Sequence[Host], ranks: int) -> list[Host]:
+    """That host and the emptiest others of its machine, one per GPU."""
+    others = {host.accelerator: host for host in sorted(live, key=lambda host: host.free_bytes)}
+    machine = first.address.rpartition(":")[0]
+    others = {name: host for name, host in others.items() if name and host.address.rpartition(":")[0] == machine}
+    others.pop(first.accelerator, None)
+    if len(others) < ranks - 1:
+        facts = {"devices": ranks, "available": 1 + len(others)}
+        raise Unsupported(f"{machine} has {1 + len(others)} GPUs in the mesh", metadata=facts)
+    return [first, *sorted(others.values(), key=lambda host: -host.free_bytes)[: ranks - 1]]
 
 
 async def release(registry: Registry, host_id: str, owner: str) -> None:
-    """Give reserved bytes back; nothing happens when there are none."""
+    """Give back what a host has reserved for an owner; nothing happens when there is nothing."""
     async with registry.store.transaction() as tx:
         await tx.placement.release(host_id, owner)

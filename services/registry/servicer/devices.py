@@ -53,8 +53,9 @@ class PlacementServicer(devices_pb2_grpc.PlacementServiceServicer):
 
     async def Reserve(self, request: pb.ReserveRequest, context: Any) -> pb.Reservation:
         """Promise bytes to a job."""
-        size = await serving.reserve(self._registry, request.host_id, request.owner, request.bytes)
-        return pb.Reservation(owner=request.owner, bytes=size)
+        ranks = request.ranks or 1
+        devices = await serving.reserve(self._registry, request.host_id, request.owner, request.bytes, ranks)
+        return pb.Reservation(owner=request.owner, bytes=request.bytes, devices=devices)
 
     async def Release(self, request: pb.ReleaseRequest, context: Any) -> Empty:
         """Take bytes back."""

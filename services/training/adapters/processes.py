@@ -1,11 +1,10 @@
-"""Training processes: started, talked to, and gone when their block ends."""
+"""Training processes, one or a gang of them: started, talked to, and gone when their block ends."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-import sys
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -13,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from services.kit import errors
+from services.residency import gang
 from services.training import dialogue
 from services.training.dialogue import Finished, Gone, Message, Save, Saved, Start, Write, Written
 
 LINE_BYTES = 16 * 1024 * 1024
-PROGRAM = (sys.executable, "-m", "services.training.child")
+MODULE = "services.training.child"
 HOME = Path(__file__).parents[3]
 
 
@@ -80,12 +80,12 @@ class Processes:
     async def start(self, start: Start) -> AsyncIterator[ChildProcess]:
         """The process gets nothing of ours but its standard streams and our environment."""
         process = await asyncio.create_subprocess_exec(
-            *PROGRAM,
+            *gang.program(MODULE, start.ranks),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=LINE_BYTES,
             cwd=HOME,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(start.threads)},
         )
         try:
             child = ChildProcess(process)
@@ -94,6 +94,8 @@ class Processes:
         finally:
             with suppress(ProcessLookupError):
                 process.kill()
+            assert process.stdout is not None, "started with pipes"
+            await process.stdout.read()  # ends when the last rank is gone
             await process.wait()
 
 

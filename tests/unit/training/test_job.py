@@ -46,6 +46,7 @@ class World:
     budget: int = 10**9
     answers_save: bool = True
     asked: int = 0
+    started: Start | None = None
 
     # Run
     async def begin(self) -> Task:
@@ -93,10 +94,11 @@ class World:
         return replace(CACHE, widths=dict.fromkeys(self.task.plan.hook_points, 32))
 
     # Ledger
-    async def reserve(self, owner: str, size_bytes: int) -> None:
+    async def reserve(self, owner: str, size_bytes: int, ranks: int) -> list[str]:
         if size_bytes > self.budget:
             raise errors.Exhausted(reason="INSUFFICIENT_MEMORY")
         self.done.append("reserve")
+        return [str(number) for number in range(ranks)]
 
     async def release(self, owner: str) -> None:
         self.done.append("release")
@@ -109,6 +111,7 @@ class World:
     # Children
     @asynccontextmanager
     async def start_child(self, start: Start) -> AsyncIterator[World]:
+        self.started = start
         self.done.append(("child", start.cache, start.state))
         try:
             yield self
@@ -154,6 +157,7 @@ def run(world: World, checkpoint_tokens: int = 10**9, checkpoint_seconds: float 
         world,
         Children(world),
         device="cpu",
+        threads=6,
         checkpoint_tokens=checkpoint_tokens,
         checkpoint_seconds=checkpoint_seconds,
     )
@@ -256,6 +260,17 @@ def test_memory_that_is_not_there_stops_it_before_a_process_is_started() -> None
     with pytest.raises(errors.Exhausted):
         run(found)
     assert found.done == [("settle", TOKENS, "act_1", 0)]
+
+
+def test_every_rank_gets_its_device_and_its_share_of_the_threads() -> None:
+    found = world(FINISHED, plan=planned(num_tokens=TOKENS, devices=2))
+    run(found)
+    assert found.started is not None
+    assert (found.started.ranks, found.started.threads, found.started.plan["threads"]) == (["0", "1"], 3, 6)
+    again = world(FINISHED, plan=replace(planned(num_tokens=TOKENS, devices=2), threads=4))
+    run(again)
+    assert again.started is not None
+    assert (again.started.threads, again.started.plan["threads"]) == (2, 4)  # what it began with
 
 
 def test_a_process_that_dies_gives_the_memory_back() -> None:

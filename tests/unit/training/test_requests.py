@@ -23,8 +23,8 @@ def wanted(*layers: int, **changes: Any) -> Wanted:
     return Wanted(**{**fields, "options": options, **changes})
 
 
-def planned(*layers: int, num_tokens: int) -> Plan:
-    return resolve(wanted(*(layers or (1,)), options={"num_tokens": num_tokens}), MODEL, None)
+def planned(*layers: int, num_tokens: int, devices: int = 1) -> Plan:
+    return resolve(wanted(*(layers or (1,)), options={"num_tokens": num_tokens}, devices=devices), MODEL, None)
 
 
 def field_of(caught: pytest.ExceptionInfo[errors.Invalid]) -> str:
@@ -67,11 +67,11 @@ def test_a_variant_that_changes_the_dictionary_gets_groups_of_its_own() -> None:
 
 def test_the_data_decides_what_the_request_left_open() -> None:
     cache = Cache("act_1", MODEL.id, "base", "artifact://x", 5000, WIDTHS)
-    plan = settled(planned(1, num_tokens=0), cache)
+    plan = settled(planned(1, num_tokens=0), cache, 2)
     assert (plan.num_tokens, plan.base_digest) == (5000, "base")
     config = plan.coders[0].config
     assert (config["num_tokens"], config["dead_after_tokens"], config["aux_k"]) == (5000, 500, 16)
-    assert settled(planned(1, num_tokens=640), cache).coders[0].config["num_tokens"] == 640
+    assert settled(planned(1, num_tokens=640), cache, 2).coders[0].config["num_tokens"] == 640
 
 
 @pytest.mark.parametrize(

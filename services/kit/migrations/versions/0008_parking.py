@@ -5,7 +5,7 @@ from __future__ import annotations
 from services.kit.migrate import run_script
 
 revision = "0008_parking"
-down_revision = "0005_extensions"
+down_revision = "0006_training_jobs"
 
 _UP = """
 ALTER TABLE hosts ADD COLUMN park_bytes bigint NOT NULL DEFAULT 0 CHECK (park_bytes >= 0);

@@ -25,8 +25,9 @@ class PostgresPlacement:
 
     async def register(self, facts: Mapping[str, Any]) -> str | None:
         """Write a host down; its former incarnation."""
-        names = ("host_id", "incarnation", "address", "device", "kind", "total_bytes", "budget_bytes", "park_bytes")
-        return await self._conn.fetchval(_QUERIES["register"], *(facts[name] for name in names), facts["services"])
+        names = ["host_id", "incarnation", "address", "device", "kind"]
+        names += ["total_bytes", "budget_bytes", "park_bytes", "accelerator", "services"]
+        return await self._conn.fetchval(_QUERIES["register"], *(facts[name] for name in names))
 
     async def drop_reservations(self, host_id: str) -> None:
         """Forget what was reserved on a host."""
@@ -126,18 +127,14 @@ class PostgresPlacement:
         if copy.state != "parked":
             await self._conn.execute(_QUERIES["charge"], job_id, copy.host_id, copy.bytes)
 
-    async def reserve(self, host_id: str, owner: str, size: int) -> None:
+    async def reserve(self, host_id: str, owner: str, size: int, *, holder_id: str) -> None:
         """Write a reservation."""
-        row = {"host_id": host_id, "owner": owner, "bytes": size}
+        row = {"host_id": host_id, "owner": owner, "bytes": size, "holder_id": holder_id}
         await columns.put(self._conn, "reservations", ["host_id", "owner"], row)
 
-    async def reserved_by(self, host_id: str, owner: str) -> int:
-        """Bytes that the owner holds there."""
-        return await self._conn.fetchval(_QUERIES["reserved_by"], host_id, owner)
-
-    async def release(self, host_id: str, owner: str) -> None:
-        """Forget a reservation."""
-        await self._conn.execute(_QUERIES["release"], host_id, owner)
+    async def release(self, holder_id: str, owner: str) -> None:
+        """Forget what was reserved."""
+        await self._conn.execute(_QUERIES["release"], holder_id, owner)
 
     async def fingerprint(self, model_id: str, host_id: str, quantization: str, incarnation: str) -> str:
         """What the forward gave in this life of the host; empty when unknown."""

@@ -1,9 +1,11 @@
 -- register --
 WITH former AS (SELECT incarnation FROM hosts WHERE host_id = $1)
-INSERT INTO hosts (host_id, incarnation, address, device, kind, total_bytes, budget_bytes, park_bytes, services)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+INSERT INTO hosts (host_id, incarnation, address, device, kind, total_bytes, budget_bytes, park_bytes, accelerator,
+                   services)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
 ON CONFLICT (host_id) DO UPDATE SET incarnation = $2, address = $3, device = $4, kind = $5, total_bytes = $6,
-    budget_bytes = $7, park_bytes = $8, services = $9, lost = false, registered_at = clock_timestamp(), heartbeat_at = clock_timestamp()
+    budget_bytes = $7, park_bytes = $8, accelerator = $9, services = $10, lost = false,
+    registered_at = clock_timestamp(), heartbeat_at = clock_timestamp()
 RETURNING (SELECT incarnation FROM former) AS former
 
 -- heartbeat --
@@ -33,7 +35,7 @@ ORDER BY host_id FOR NO KEY UPDATE
 UPDATE hosts SET lost = true WHERE host_id = $1
 
 -- drop_reservations --
-DELETE FROM reservations WHERE host_id = $1
+DELETE FROM reservations WHERE holder_id = $1
 
 -- residencies --
 -- $1 a host, $2 a model, $3 a job; null is any. The copy that serves is the oldest one.
@@ -74,11 +76,8 @@ DELETE FROM residencies WHERE model_id = $1 AND host_id = $2 RETURNING model_id
 UPDATE residencies SET charge_bytes = least(required_bytes, charge_bytes + $3)
 WHERE job_id = $1 AND host_id = $2 AND state = 'loading'
 
--- reserved_by --
-SELECT coalesce(sum(bytes), 0)::bigint FROM reservations WHERE host_id = $1 AND owner = $2
-
 -- release --
-DELETE FROM reservations WHERE host_id = $1 AND owner = $2
+DELETE FROM reservations WHERE holder_id = $1 AND owner = $2
 
 -- fingerprint --
 SELECT fingerprint FROM fingerprints WHERE model_id = $1 AND host_id = $2 AND quantization = $3 AND incarnation = $4

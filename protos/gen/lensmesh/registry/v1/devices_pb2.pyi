@@ -92,7 +92,7 @@ class ClearDeviceResponse(_message.Message):
     def __init__(self, model_ids: _Optional[_Iterable[str]] = ..., freed_bytes: _Optional[int] = ...) -> None: ...
 
 class RegisterHostRequest(_message.Message):
-    __slots__ = ("host_id", "incarnation", "address", "device", "kind", "total_bytes", "budget_bytes", "services", "models", "park_bytes")
+    __slots__ = ("host_id", "incarnation", "address", "device", "kind", "total_bytes", "budget_bytes", "services", "models", "park_bytes", "accelerator")
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +103,7 @@ class RegisterHostRequest(_message.Message):
     SERVICES_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     PARK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATOR_FIELD_NUMBER: _ClassVar[int]
     host_id: str
     incarnation: str
     address: str
@@ -113,7 +114,8 @@ class RegisterHostRequest(_message.Message):
     services: _containers.RepeatedScalarFieldContainer[str]
     models: _containers.RepeatedCompositeFieldContainer[HostedModel]
     park_bytes: int
-    def __init__(self, host_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., kind: _Optional[str] = ..., total_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., services: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[_Union[HostedModel, _Mapping]]] = ..., park_bytes: _Optional[int] = ...) -> None: ...
+    accelerator: str
+    def __init__(self, host_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., kind: _Optional[str] = ..., total_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., services: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[_Union[HostedModel, _Mapping]]] = ..., park_bytes: _Optional[int] = ..., accelerator: _Optional[str] = ...) -> None: ...
 
 class HostedModel(_message.Message):
     __slots__ = ("model_id", "quantization", "memory_bytes", "lenses", "active_lens_id", "fingerprint", "leases", "idle_seconds", "parked")
@@ -174,22 +176,26 @@ class HeartbeatResponse(_message.Message):
     def __init__(self, register_again: _Optional[bool] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("host_id", "owner", "bytes")
+    __slots__ = ("host_id", "owner", "bytes", "ranks")
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     host_id: str
     owner: str
     bytes: int
-    def __init__(self, host_id: _Optional[str] = ..., owner: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+    ranks: int
+    def __init__(self, host_id: _Optional[str] = ..., owner: _Optional[str] = ..., bytes: _Optional[int] = ..., ranks: _Optional[int] = ...) -> None: ...
 
 class Reservation(_message.Message):
-    __slots__ = ("owner", "bytes")
+    __slots__ = ("owner", "bytes", "devices")
     OWNER_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     owner: str
     bytes: int
-    def __init__(self, owner: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+    devices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, owner: _Optional[str] = ..., bytes: _Optional[int] = ..., devices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("host_id", "owner")

@@ -212,7 +212,7 @@ class PlacementServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Reserve(self, request, context):
-        """Reserves bytes of a device; INSUFFICIENT_MEMORY when the ledger has no room.
+        """Reserves bytes of a device; INSUFFICIENT_MEMORY when a ledger has no room, UNSUPPORTED when there are too few GPUs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
