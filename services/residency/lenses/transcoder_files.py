@@ -51,8 +51,13 @@ def write(path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], 
     path.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(stored, path / WEIGHTS)
-    _write_json(path / CONFIG, _sae_lens_config(stored, info))
-    _write_json(path / OURS, {"format": FORMAT, **config, "info": dict(info)})
+    write_json(path / CONFIG, _sae_lens_config(stored, config, info))
+    write_ours(path / OURS, config, info)
+
+
+def write_ours(file: Path, config: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    """Write what no other format has words for into a file beside its own."""
+    write_json(file, {"format": FORMAT, **config, "info": dict(info)})
 
 
 def read(path: Path, device: str | torch.device) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
@@ -61,21 +66,41 @@ def read(path: Path, device: str | torch.device) -> tuple[dict[str, Tensor], dic
     Raises:
         ValueError: a file is missing, cut short or of another format; the message names the file, never the folder.
     """
-    ours = _read_json(path / OURS)
+    config, info = read_ours(path / OURS)
+    return read_tensors(path / WEIGHTS, device), config, info
+
+
+def read_ours(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Our configuration and the info that `write_ours` wrote.
+
+    Raises:
+        ValueError: the file is missing or of another format.
+    """
+    ours = read_json(file)
     if ours.get("format") != FORMAT:
-        raise ValueError(f"{OURS}: format {ours.get('format')!r}, expected {FORMAT}")
+        raise ValueError(f"{file.name}: format {ours.get('format')!r}, expected {FORMAT}")
     for key in ("activation", "top_k", "group_sizes"):
         if key not in ours:
-            raise ValueError(f"{OURS}: {key} is missing")
-    try:
-        weights = load_file(path / WEIGHTS, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{WEIGHTS}: cannot be read as safetensors") from error
+            raise ValueError(f"{file.name}: {key} is missing")
     info = ours.pop("info", {})
-    return weights, ours, info
+    return ours, info
 
 
-def _sae_lens_config(weights: Mapping[str, Tensor], info: Mapping[str, Any]) -> dict[str, Any]:
+def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        ValueError: it is missing or cut short; the message names the file, never its folder.
+    """
+    try:
+        return load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path.name}: cannot be read as safetensors") from error
+
+
+def _sae_lens_config(
+    weights: Mapping[str, Tensor], config: Mapping[str, Any], info: Mapping[str, Any]
+) -> dict[str, Any]:
     skip = "skip_" if "W_skip" in weights else ""
     names = {"model_name": "model", "hook_name": "source_hook_point", "hook_name_out": "target_hook_point"}
     return {
@@ -88,15 +113,22 @@ def _sae_lens_config(weights: Mapping[str, Tensor], info: Mapping[str, Any]) -> 
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"sae_lens_version": SAE_LENS_VERSION} | {k: info[v] for k, v in names.items() if v in info},
+        "metadata": {"sae_lens_version": SAE_LENS_VERSION, "training_architecture": config["activation"]}
+        | {k: info[v] for k, v in names.items() if v in info},
     }
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """The same content gives the same bytes."""
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: the file is missing or holds something else; the message names it, never its folder.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

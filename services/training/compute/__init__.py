@@ -10,13 +10,16 @@ from services.training.compute.batches import InMemory, Source
 from services.training.compute.coder import NonFiniteLoss
 from services.training.compute.config import ConfigError, TrainConfig
 from services.training.compute.fit import fit
+from services.training.compute.formats import FORMATS, Export, export, load_foreign
 from services.training.compute.metrics import FvuAccumulator, compute_fvu
 from services.training.compute.report import StepReport
 from services.training.compute.trainer import CoderPlan, Trainer, coders_of
 
 __all__ = [
+    "FORMATS",
     "CoderPlan",
     "ConfigError",
+    "Export",
     "FvuAccumulator",
     "InMemory",
     "NonFiniteLoss",
@@ -27,5 +30,7 @@ __all__ = [
     "Transcoder",
     "coders_of",
     "compute_fvu",
+    "export",
     "fit",
+    "load_foreign",
 ]
