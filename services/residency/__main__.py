@@ -7,6 +7,7 @@ from lensmesh.residency.v1 import residency_pb2_grpc
 from services.kit.server import Context, Part, Servicer
 from services.residency.catalogue import Catalogue
 from services.residency.config import ResidencySettings
+from services.residency.disk_cache import DiskCache
 from services.residency.memory import survey
 from services.residency.metrics import ResidencyMetrics
 from services.residency.operations import Host
@@ -24,7 +25,8 @@ async def compose(context: Context) -> Part:
     assert context.registry is not None, "only the registry itself has no channel to it"
     settings = ResidencySettings(**context.settings.model_dump())
     memory = survey(context.device, settings.device_memory_limit, settings.park_memory_limit)
-    pool = Pool(context.device, memory.budget_bytes, memory.park_bytes)
+    cache = DiskCache(settings.state_dir / "quantized", settings.state_dir / "hub", settings.model_cache_limit)
+    pool = Pool(context.device, memory.budget_bytes, memory.park_bytes, cache)
     context.residency = pool
     host = Host(
         pool=pool,
@@ -32,6 +34,7 @@ async def compose(context: Context) -> Part:
         database=context.database,
         artifacts=context.artifacts,
         catalogue=Catalogue(context.registry, context.host_id),
+        disk_cache=cache,
         metrics=ResidencyMetrics(context.metrics, pool, memory),
     )
     presence = Presence(

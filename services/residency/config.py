@@ -10,6 +10,8 @@ class ResidencySettings(Settings):
 
     device_memory_limit: Bytes = 0
     """Bytes of the device that models, lenses and jobs may use, `6GiB` for example; 80 % of what it has when 0."""
+    model_cache_limit: Bytes = 50_000_000_000
+    """Most bytes of downloaded and of quantised weights on this machine's disk; the least recently used leave first."""
     park_memory_limit: Bytes | None = None
     """Bytes of host memory for parked models; half of what is available at start when unset, none where device and
     host share one memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from services.residency.checkpoint import Entry, read_headers, read_tensors
+from services.residency.checkpoint import Entry, read_header, read_headers, read_tensors
 from services.residency.families import UnsupportedModel
-from services.residency.quantize import CAST, linear_modules, replace_linear
+from services.residency.quantize import CAST, linear_modules, put_back, replace_linear
 
 _LEGACY_NAMES = {"gamma": "weight", "beta": "bias"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+PART = ":"
+"""Between the path of a quantised module and the name of its part, in files that `fill` reads as `quantized`."""
 Progress = Callable[[int, int], None]
 """Told (bytes read, bytes in all); what it raises ends the load."""
 
@@ -136,7 +139,7 @@ def assign_names(model: PreTrainedModel, entries: list[Entry]) -> dict[str, Entr
     Raises:
         LoadFailed: a shape differs.
     """
-    wanted: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
+    wanted: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **persistent_buffers(model)}
     prefix = f"{model.base_model_prefix}."
     assigned: dict[str, Entry] = {}
     for entry in entries:
@@ -151,7 +154,8 @@ def assign_names(model: PreTrainedModel, entries: list[Entry]) -> dict[str, Entr
     return assigned
 
 
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to a checkpoint, by name."""
     found = {}
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -203,19 +207,34 @@ def prepare(directory: Path, quantization: str) -> Prepared:
     return Prepared(model, directory, quantization, dtype, entries, assign_names(model, entries))
 
 
-def fill(prepared: Prepared, device: str, progress: Progress) -> PreTrainedModel:
+def fill(prepared: Prepared, device: str, progress: Progress, quantized: Path | None = None) -> PreTrainedModel:
     """Read the weights; each is converted or quantised and placed before the next is read. Any thread may do this.
 
     Args:
         prepared: not used again afterwards.
         device: torch device of the weights.
         progress: see `Progress`; called at least every 5 % of the bytes.
+        quantized: the same weights as `DiskCache` kept them, read instead of the model's own files.
 
     Raises:
         LoadFailed, CheckpointError: the files are truncated or incomplete.
         OSError: a file cannot be read.
         MemoryError, torch.OutOfMemoryError: it does not fit.
     """
+    model = prepared.model
+    placed = _read_quantized(prepared, device, progress, quantized) if quantized else _read(prepared, device, progress)
+    missing = {name for name, _ in model.named_parameters(remove_duplicate=False) if name not in placed}
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    _require_complete(model)
+    for path, buffer in list(model.named_buffers()):
+        _place(model, path, buffer.to(device))
+    for parameter in model.parameters():
+        parameter.requires_grad_(requires_grad=False)
+    return model.eval()
+
+
+def _read(prepared: Prepared, device: str, progress: Progress) -> set[str]:
+    """Place the stored weights, converted or quantised; the names that have theirs now."""
     model = prepared.model
     quantized = linear_modules(model) if prepared.quantization in ("int8", "int4") else {}
     dtype_of = target_dtypes(model, prepared.dtype)
@@ -229,14 +248,31 @@ def fill(prepared: Prepared, device: str, progress: Progress) -> PreTrainedModel
             else:
                 wanted = dtype_of(name) if tensor.is_floating_point() else tensor.dtype
                 _place(model, name, tensor.to(device=device, dtype=wanted))
-    missing = {name for name, _ in model.named_parameters(remove_duplicate=False) if name not in prepared.assigned}
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
-    _require_complete(model)
-    for path, buffer in list(model.named_buffers()):
-        _place(model, path, buffer.to(device))
-    for parameter in model.parameters():
-        parameter.requires_grad_(requires_grad=False)
-    return model.eval()
+    return set(prepared.assigned)
+
+
+def _read_quantized(prepared: Prepared, device: str, progress: Progress, file: Path) -> set[str]:
+    """Place weights that were quantised before; the names that have theirs now."""
+    model, entries = prepared.model, read_header(file)
+    wanted = Counter(entry.name.partition(PART)[0] for entry in entries if PART in entry.name)
+    parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    done, total = 0, sum(entry.nbytes for entry in entries)
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    for entry, tensor in read_tensors(file.parent, entries, count):
+        path, _, part = entry.name.partition(PART)
+        if not part:
+            _place(model, path, tensor.to(device))
+            continue
+        parts[path][part] = tensor
+        if len(parts[path]) == wanted[path]:
+            form = {"quantization": prepared.quantization, "dtype": prepared.dtype, "device": device}
+            put_back(model, path, parts.pop(path), **form)
+    return {entry.name for entry in entries if PART not in entry.name} | {f"{path}.weight" for path in wanted}
 
 
 def _stored(prepared: Prepared, progress: Progress) -> Iterator[tuple[list[str], Tensor]]:

@@ -17,6 +17,7 @@ from services.kit.database import Database
 from services.residency import estimate, loading, reading, sources, texts
 from services.residency.catalogue import Catalogue
 from services.residency.config import ResidencySettings
+from services.residency.disk_cache import DiskCache
 from services.residency.generation import TURN, Continuation, Intervention
 from services.residency.lenses import Lens, Reading, Spec
 from services.residency.lenses import load as load_lens
@@ -92,6 +93,7 @@ class Host:
     database: Database
     artifacts: ArtifactStore
     catalogue: Catalogue
+    disk_cache: DiskCache
     metrics: ResidencyMetrics
 
     @property
@@ -127,6 +129,8 @@ class Host:
         async def work() -> Resident:
             try:
                 directory = await self.pool.read(sources.fetch, source, self.settings.model_roots, self.hub_dir)
+                if source.kind == "huggingface":
+                    await self.pool.read(self.disk_cache.trim)
                 return await self.pool.load(
                     model_id,
                     directory,

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from services.kit import errors
 from services.residency import estimate, loading, sources
+from services.residency.disk_cache import DiskCache
 from services.residency.failures import insufficient_memory, translated
 from services.residency.families import Facts, Family, facts, family_of
 from services.residency.fingerprint import fingerprint
@@ -93,10 +94,13 @@ class Lease:
 class Pool:
     """The models of one process. All coroutines belong to one event loop."""
 
-    def __init__(self, device: str, budget_bytes: int, park_bytes: int = 0) -> None:
+    def __init__(
+        self, device: str, budget_bytes: int, park_bytes: int = 0, disk_cache: DiskCache | None = None
+    ) -> None:
         self.device = device
         self.budget_bytes = budget_bytes
         self.park_bytes = park_bytes
+        self._disk_cache = disk_cache
         self._residents: dict[str, Resident] = {}
         self._loading: dict[str, int] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
@@ -246,12 +250,20 @@ class Pool:
 
         hashing = asyncio.create_task(self.read(sources.digest, prepared.directory))
         try:
-            await self._call(self._loaders, lambda: loading.fill(prepared, self.device, watched), abort.set)
+            await self._call(self._loaders, lambda: self._fill(prepared, expected_digest, watched), abort.set)
         finally:
             await asyncio.wait([hashing])
         if expected_digest and hashing.result() != expected_digest:
             raise errors.Failed("the model's files are not those that were registered", reason="CHECKSUM_MISMATCH")
         return await self.run(_finish, model_id, prepared, hashing.result())
+
+    def _fill(self, prepared: loading.Prepared, digest: str, progress: Progress) -> None:
+        """Quantise once: what `digest` names is read as it was quantised before, or kept for the next load."""
+        cache = self._disk_cache if digest and prepared.quantization in ("int8", "int4") else None
+        kept = cache.find(digest, prepared.quantization, self.device) if cache is not None else None
+        loading.fill(prepared, self.device, progress, kept)
+        if cache is not None and kept is None:
+            cache.keep(prepared.model, digest, prepared.quantization, self.device)
 
     def _same(self, resident: Resident, quantization: str) -> Resident:
         if resident.quantization != quantization:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -64,22 +64,29 @@ def quantized_linear(weight: Tensor, bias: bool, quantization: str, dtype: torch
     """
     import bitsandbytes as bnb  # noqa: PLC0415 - seconds to import, and only two quantizations need it
 
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # warns at every float32 forward
-
     out_features, in_features = weight.shape
-    module: nn.Module
+    module = _empty_linear(in_features, out_features, bias, quantization, dtype)
     if quantization == "int8":
-        module = bnb.nn.Linear8bitLt(
+        module.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+    else:
+        parameter = bnb.nn.Params4bit(weight.to(dtype), requires_grad=False, quant_type="nf4", module=module)
+        module.weight = parameter.to(device)
+    return module
+
+
+def _empty_linear(in_features: int, out_features: int, bias: bool, quantization: str, dtype: torch.dtype) -> nn.Module:
+    """A bitsandbytes module on the meta device."""
+    import bitsandbytes as bnb  # noqa: PLC0415 - as above
+
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # warns at every float32 forward
+    if quantization == "int8":
+        return bnb.nn.Linear8bitLt(
             in_features, out_features, bias=bias, has_fp16_weights=False, threshold=INT8_THRESHOLD, device="meta"
         )
-        module.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
-        return module
-    module = bnb.nn.Linear4bit(
+    module: nn.Module = bnb.nn.Linear4bit(
         in_features, out_features, bias=bias, compute_dtype=dtype, quant_type="nf4", device="meta"
     )
     module.support_avx512bf16_for_cpu = False
-    parameter = bnb.nn.Params4bit(weight.to(dtype), requires_grad=False, quant_type="nf4", module=module)
-    module.weight = parameter.to(device)
     return module
 
 
@@ -90,14 +97,48 @@ def replace_linear(
 
     `stored` is the weight as the checkpoint holds it: [out, in], or [in, out] for GPT-2's Conv1D.
     """
+    old = model.get_submodule(path)
+    weight = stored.T.contiguous() if isinstance(old, Conv1D) else stored
+    _replace(model, path, quantized_linear(weight, old.bias is not None, quantization, dtype, device))
+
+
+def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     old = parent.get_submodule(name)
-    weight = stored.T.contiguous() if isinstance(old, Conv1D) else stored
-    new = quantized_linear(weight, old.bias is not None, quantization, dtype, device)
     new.bias = old.bias
     new.train(old.training)
     setattr(parent, name, new)
+
+
+def parts_of(module: nn.Module) -> dict[str, Tensor]:
+    """What a quantised module's weight consists of, for `put_back`; nothing for other modules."""
+    if not type(module).__module__.startswith("bitsandbytes"):
+        return {}
+    weight: Any = module.weight
+    if hasattr(weight, "quant_state"):
+        return {"weight": weight.data, **weight.quant_state.as_dict(packed=True)}
+    scales = weight.SCB if weight.SCB is not None else module.state.SCB
+    return {"weight": weight.data, "SCB": scales}
+
+
+def put_back(
+    model: nn.Module, path: str, parts: dict[str, Tensor], *, quantization: str, dtype: torch.dtype, device: str
+) -> None:
+    """Put a module of `parts_of` another model's in the place of the linear map at `path`, keeping its bias."""
+    import bitsandbytes as bnb  # noqa: PLC0415 - as in `quantized_linear`
+
+    old = model.get_submodule(path)
+    out_features, in_features = old.weight.T.shape if isinstance(old, Conv1D) else old.weight.shape
+    weight = parts.pop("weight").to(device)
+    module = _empty_linear(in_features, out_features, old.bias is not None, quantization, dtype)
+    if quantization == "int8":
+        module.weight = bnb.nn.Int8Params(
+            weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=parts["SCB"].to(device)
+        )
+    else:
+        module.weight = bnb.nn.Params4bit.from_prequantized(weight, parts, device=device, module=module)
+    _replace(model, path, module)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

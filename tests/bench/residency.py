@@ -21,10 +21,11 @@ from rich.table import Table
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from services.residency.disk_cache import DiskCache
 from services.residency.fingerprint import fingerprint
 from services.residency.lenses import Spec
 from services.residency.lenses.transcoder import Transcoder, TranscoderShape
-from services.residency.loading import load_model
+from services.residency.loading import fill, load_model, prepare
 from services.residency.pool import Pool
 from tests.models import tokenizer
 
@@ -80,7 +81,7 @@ def lens(folder: Path, width: int, seed: int) -> Spec:
 
 
 async def measure(path: Path, files: list[Path], repeat: int) -> list[tuple[str, float]]:
-    pool = Pool("cpu", 1 << 40)
+    pool = Pool("cpu", 1 << 40, 1 << 40)
     rows = [("floor: load_file and clone", await best(repeat, lambda: pool.run(floor, files), nothing))]
 
     async def reading(quantization: str) -> None:
@@ -92,6 +93,16 @@ async def measure(path: Path, files: list[Path], repeat: int) -> list[tuple[str,
     async def load() -> None:
         await pool.load("m", path, "none")
 
+    with tempfile.TemporaryDirectory() as folder:
+        cache = DiskCache(Path(folder) / "quantized", Path(folder) / "hub", 1 << 40)
+        for quantization in ("int8", "int4"):
+            cache.keep(load_model(path, quantization), "digest", quantization, "cpu")
+
+            async def again(quantization: str = quantization) -> None:
+                kept = cache.find("digest", quantization, "cpu")
+                await pool.run(lambda: fill(prepare(path, quantization), "cpu", lambda done, total: None, kept))
+
+            rows.append((f"{quantization} from the disk cache", await best(repeat, again, nothing)))
     rows.append(("pool.load: weights, fingerprint, tokenizer", await best(repeat, load, lambda: pool.unload("m"))))
     resident = await pool.load("m", path, "none")
     rows.append(("fingerprint", await best(repeat, lambda: pool.run(fingerprint, resident.base.model), nothing)))
