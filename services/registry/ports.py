@@ -53,6 +53,9 @@ class ModelRows(Protocol):
     async def append_perplexity(self, model_id: str, result: Mapping[str, Any]) -> None:
         """Keep a measurement."""
 
+    async def unquantized_perplexity(self, digest: str, dataset_id: str, tokens: int) -> float | None:
+        """The last one measured with these files, without quantization, on the same tokens of a dataset."""
+
     async def to_restore(self) -> list[str]:
         """Ids of models that are wanted on a device and are nowhere."""
 

@@ -55,6 +55,8 @@ class FakeHost(
     step: int = 25
     """Percent between the progress messages of a load."""
     lens_error: Exception | None = None
+    perplexity: float = 12.5
+    measures: types.Quantization = types.QUANTIZATION_NONE
     transcoders: dict[str, training_pb2.Transcoder] = field(default_factory=dict)
     extensions: dict[str, extensions_pb2.Extension] = field(default_factory=dict)
     address: str = ""
@@ -190,7 +192,11 @@ class FakeHost(
     async def MeasurePerplexity(self, request: Any, context: Any) -> Any:
         self.asked.append(("MeasurePerplexity", request))
         return types.PerplexityResult(
-            perplexity=12.5, loss=2.5, tokens=640, samples=request.sample_count, quantization=types.QUANTIZATION_NONE
+            perplexity=self.perplexity,
+            loss=2.5,
+            tokens=640,
+            samples=request.sample_count,
+            quantization=self.measures,
         )
 
     async def EmptyCache(self, request: Any, context: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lensmesh.common.v1 import types_pb2 as types
 from lensmesh.registry.v1 import datasets_pb2 as pb
 from lensmesh.registry.v1 import datasets_pb2_grpc
 
@@ -120,6 +121,12 @@ async def test_a_forward_on_a_loaded_model_goes_to_its_host_and_its_result_is_ke
     measured = await mesh.models.MeasurePerplexity(measure)
     assert (measured.perplexity, measured.samples) == (12.5, 64)
     assert list((await mesh.get(model.id)).perplexities) == [measured]
+    assert not measured.HasField("over_unquantized")
+    host.perplexity, host.measures = 13.0, types.QUANTIZATION_INT8
+    smaller = await mesh.ready(quantization=types.QUANTIZATION_INT8)
+    measure.id = smaller.id
+    assert (await mesh.models.MeasurePerplexity(measure)).over_unquantized == pytest.approx(0.04)
+    assert (await mesh.get(smaller.id)).perplexities[0].over_unquantized == pytest.approx(0.04)
     unknown = models_pb2.MeasurePerplexityRequest(id=model.id, dataset_id="ds_none")
     assert (await refused(mesh.models.MeasurePerplexity(unknown))).code == "NOT_FOUND"
     host.extensions["x_1"] = extensions_pb2.Extension(id="x_1", model_id=model.id, artifact_uri="artifact://e/1")

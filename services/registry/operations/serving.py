@@ -37,7 +37,7 @@ async def locate(registry: Registry, model_id: str) -> Residency:
 async def measure_perplexity(
     registry: Registry, model_id: str, dataset_id: str, sample_count: int, max_length: int
 ) -> dict[str, Any]:
-    """Perplexity of a loaded model on a dataset, kept in its record.
+    """Perplexity of a loaded model on a dataset, kept in its record with what its quantization costs.
 
     Raises:
         NotFound: no such model or dataset.
@@ -50,6 +50,11 @@ async def measure_perplexity(
         copy.address, model_id, dataset_id, sample_count or DEFAULT_SAMPLES, max_length
     )
     async with registry.store.transaction() as tx:
+        model = await tx.models.get(model_id)
+        unquantized = await tx.models.unquantized_perplexity(model.digest or "", dataset_id, result["tokens"])
+        result = {**result, "dataset_id": dataset_id, "over_unquantized": None}
+        if unquantized is not None and result["quantization"] != "none":
+            result["over_unquantized"] = result["perplexity"] / unquantized - 1
         await tx.models.append_perplexity(model_id, result)
     return result
 

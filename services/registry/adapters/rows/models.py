@@ -50,6 +50,10 @@ class PostgresModels:
         """Keep a measurement."""
         await self._conn.execute(_QUERIES["append_perplexity"], model_id, dict(result))
 
+    async def unquantized_perplexity(self, digest: str, dataset_id: str, tokens: int) -> float | None:
+        """The last one measured with these files on the same tokens."""
+        return await self._conn.fetchval(_QUERIES["unquantized_perplexity"], digest, dataset_id, tokens)
+
     async def to_restore(self) -> list[str]:
         """Ids of models that are wanted and nowhere."""
         return [row["id"] for row in await self._conn.fetch(_QUERIES["to_restore"])]

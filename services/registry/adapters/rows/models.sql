@@ -13,6 +13,13 @@ ORDER BY created_at DESC, id DESC LIMIT $5 OFFSET $6
 -- count --
 SELECT count(*) FROM models WHERE ($1::text IS NULL OR status = $1) AND ($2::text IS NULL OR model_type = $2)
 
+-- unquantized_perplexity --
+SELECT (p.value ->> 'perplexity')::float8
+FROM models m, jsonb_array_elements(m.perplexities) WITH ORDINALITY p (value, position)
+WHERE m.digest = $1 AND p.value ->> 'quantization' = 'none' AND p.value ->> 'dataset_id' = $2
+  AND (p.value ->> 'tokens')::bigint = $3
+ORDER BY m.updated_at DESC, p.position DESC LIMIT 1
+
 -- append_perplexity --
 UPDATE models SET perplexities = perplexities || jsonb_build_array($2::jsonb), updated_at = now() WHERE id = $1
 

@@ -127,20 +127,24 @@ class LoadPlan(_message.Message):
     def __init__(self, required_memory_bytes: _Optional[int] = ..., breakdown: _Optional[_Union[MemoryBreakdown, _Mapping]] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., estimated_seconds: _Optional[float] = ...) -> None: ...
 
 class PerplexityResult(_message.Message):
-    __slots__ = ("perplexity", "loss", "tokens", "samples", "quantization", "seconds")
+    __slots__ = ("perplexity", "loss", "tokens", "samples", "quantization", "seconds", "dataset_id", "over_unquantized")
     PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DATASET_ID_FIELD_NUMBER: _ClassVar[int]
+    OVER_UNQUANTIZED_FIELD_NUMBER: _ClassVar[int]
     perplexity: float
     loss: float
     tokens: int
     samples: int
     quantization: Quantization
     seconds: float
-    def __init__(self, perplexity: _Optional[float] = ..., loss: _Optional[float] = ..., tokens: _Optional[int] = ..., samples: _Optional[int] = ..., quantization: _Optional[_Union[Quantization, str]] = ..., seconds: _Optional[float] = ...) -> None: ...
+    dataset_id: str
+    over_unquantized: float
+    def __init__(self, perplexity: _Optional[float] = ..., loss: _Optional[float] = ..., tokens: _Optional[int] = ..., samples: _Optional[int] = ..., quantization: _Optional[_Union[Quantization, str]] = ..., seconds: _Optional[float] = ..., dataset_id: _Optional[str] = ..., over_unquantized: _Optional[float] = ...) -> None: ...
 
 class ModelDefaults(_message.Message):
     __slots__ = ("dict_size", "group_sizes", "top_k", "model_batch_size", "dtype")
