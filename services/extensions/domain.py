@@ -22,6 +22,8 @@ class Lora:
     target_modules: tuple[str, ...] = ()
     variant: str = "lora"
     """lora, rslora, dora or adalora."""
+    target_r: int | None = None
+    """Mean rank that adalora is pruned to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,10 @@ class Layer:
     index: int | None = None
     """Index the new layer will have; None for the end of the stack."""
     initialization_scale: float = 0.01
+    mlp_width: int | None = None
+    """Neurons of its MLP; None for those of its neighbour."""
+    from_step: int = 0
+    """Training step before which it is inserted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,7 @@ class NewExtension:
     layers: tuple[Layer, ...] = ()
     freeze_base: bool = True
     shared_layer_of: str = ""
+    train_shared_layer: bool = False
     seed: int = 0
 
 
@@ -76,6 +83,10 @@ class Extension:
     parameter_counts: Mapping[str, float]
     base_digest: str
     created_by: str
+    freeze_base: bool = True
+    shared_layer_of: str = ""
+    """Extension whose layers these were first; all that name it compute with the same ones."""
+    train_shared_layer: bool = False
     status: str = "created"
     """created, training, trained or failed."""
     artifact_uri: str = ""

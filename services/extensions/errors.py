@@ -16,6 +16,7 @@ _FIELDS = {
     "lora_dropout": "lora.dropout",
     "lora_target_modules": "lora.target_modules",
     "lora_variant": "lora.variant",
+    "lora_target_r": "lora.target_r",
     "layer_position": "layer.position",
     "layer_index": "layer.index",
     "layer_initialization_scale": "layer.initialization_scale",

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import replace
-from typing import cast, get_args
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import asdict, replace
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
 from services.extensions import errors as translated
 from services.extensions.compute.blueprint import Blueprint
-from services.extensions.compute.config import ExtensionConfig, Position, Variant, require_task_name
+from services.extensions.compute.config import (
+    ExtensionConfig,
+    LayerPlacement,
+    Position,
+    Variant,
+    require_task_name,
+)
 from services.extensions.compute.count import skeleton_of
-from services.extensions.compute.kinds import KINDS
 from services.extensions.domain import (
     Evaluation,
     Extension,
@@ -53,28 +58,51 @@ class Operations:
             errors.Invalid: a field is wrong, or does not fit the model; nothing was created.
             errors.NotFound: there is no such model.
         """
-        _require_supported(new)
+        _require_parts(new)
         model = await self._catalogue.model(new.model_id)
-        with translated.requests():
-            blueprint = Blueprint(
-                kind=new.kind,
-                task_name=new.task_name,
-                config=config_of(new),
-                base_parameters=model.parameter_count,
-                base_digest=model.digest,
-                seed=new.seed,
-            )
-            shapes = await asyncio.to_thread(skeleton_of, model.config)
-            require_task_name(new.task_name, (path for path, _ in shapes.named_modules()))
-            planned = _planned(new, blueprint, shapes, key.caller)
-            if validate_only:
-                return planned
-            if blueprint.needs_base:
-                async with self._bases.lease(new.model_id) as base:
-                    write = await base.run(blueprint.prepare, base.model)
-            else:
-                write = await asyncio.to_thread(blueprint.prepare, shapes)
-        return await self._store.insert(replace(planned, id=self._store.new_id()), write, key)
+        shared = await self._shared(new)
+        async with AsyncExitStack() as stack:
+            folder = await stack.enter_async_context(self._store.reading(shared.artifact_uri)) if shared else None
+            with translated.requests():
+                blueprint = Blueprint(
+                    kind=new.kind,
+                    task_name=new.task_name,
+                    config=config_of(new, shared),
+                    base_parameters=model.parameter_count,
+                    base_digest=model.digest,
+                    seed=new.seed,
+                    shared=folder,
+                )
+                shapes = await asyncio.to_thread(skeleton_of, model.config)
+                require_task_name(new.task_name, (path for path, _ in shapes.named_modules()))
+                planned = _planned(new, blueprint, shapes, shared)
+                if validate_only:
+                    return replace(planned, created_by=key.caller)
+                if blueprint.needs_base:
+                    async with self._bases.lease(new.model_id) as base:
+                        write = await base.run(blueprint.prepare, base.model)
+                else:
+                    write = await asyncio.to_thread(blueprint.prepare, shapes)
+            made = replace(planned, id=self._store.new_id(), created_by=key.caller)
+            return await self._store.insert(made, write, key)
+
+    async def _shared(self, new: NewExtension) -> Extension | None:
+        """The extension whose layers the new one shall use; the one that had them first stands for all.
+
+        Raises:
+            errors.Invalid: there is none, or it is of another model or has no layers.
+        """
+        if not new.shared_layer_of:
+            return None
+        try:
+            found = await self._store.get(new.shared_layer_of)
+        except errors.NotFound as error:
+            raise errors.Invalid.of("shared_layer_of", f"there is no extension {new.shared_layer_of}") from error
+        if found.model_id != new.model_id:
+            raise errors.Invalid.of("shared_layer_of", f"is an extension of {found.model_id}")
+        if any(layer.from_step for layer in found.layers) and found.trained_steps == 0:
+            raise errors.Invalid.of("shared_layer_of", "has layers that its training inserts; train it first")
+        return found
 
     async def get(self, extension_id: str) -> Extension:
         """One extension.
@@ -182,64 +210,93 @@ def _resolved(prompt: Prompt) -> Prompt:
     return replace(prompt, max_new_tokens=prompt.max_new_tokens or DEFAULT_NEW_TOKENS)
 
 
-def config_of(new: NewExtension) -> ExtensionConfig:
+def config_of(new: NewExtension, shared: Extension | None = None) -> ExtensionConfig:
     """The configuration that a request asks for.
+
+    Args:
+        new: the request.
+        shared: the extension whose layers it uses.
 
     Raises:
         ConfigInvalid: a value is out of range.
     """
-    lora, layer = new.lora or Lora(), new.layers[0] if new.layers else Layer()
+    lora = new.lora or Lora()
+    layers: dict[str, Any] = {}
+    if len(new.layers) == 1 and new.layers[0].mlp_width is None and not new.layers[0].from_step:
+        (layer,) = new.layers
+        layers["layer_position"], layers["layer_index"] = layer.position or "encoder", layer.index
+        layers["layer_initialization_scale"] = layer.initialization_scale
+    elif new.layers:
+        layers["layers"] = tuple(LayerPlacement(**_placement(layer)) for layer in new.layers)
     return ExtensionConfig(
         lora_r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         lora_target_modules=lora.target_modules,
         lora_variant=cast(Variant, lora.variant),
-        layer_index=layer.index,
-        layer_position=cast(Position, layer.position or "encoder"),
-        layer_initialization_scale=layer.initialization_scale,
+        lora_target_r=lora.target_r,
+        **layers,
         freeze_base=new.freeze_base,
+        shared_layer_of=_first_owner(shared) if shared else "",
+        train_shared_layer=new.train_shared_layer,
     )
 
 
-def _planned(new: NewExtension, blueprint: Blueprint, shapes: PreTrainedModel, caller: str) -> Extension:
+def _placement(layer: Layer) -> dict[str, Any]:
+    return asdict(layer) | {"position": cast(Position, layer.position or "encoder")}
+
+
+def _first_owner(extension: Extension) -> str:
+    return extension.shared_layer_of or extension.id
+
+
+def _planned(new: NewExtension, blueprint: Blueprint, shapes: PreTrainedModel, shared: Extension | None) -> Extension:
     """The extension as it will be stored, every default resolved, without id and files."""
     if not shapes.config.is_encoder_decoder and any(layer.position == "encoder" for layer in new.layers):
         raise errors.Invalid.of("layer.position", "this model has no encoder")
     counts = blueprint.counts(shapes)
+    config = blueprint.config
+    target = config.lora_target_r or (config.lora_r // 2 if config.lora_variant == "adalora" else None)
     return Extension(
         id="",
         model_id=new.model_id,
         task_name=new.task_name,
         kind=new.kind,
-        lora=replace(new.lora or Lora(), target_modules=blueprint.config.targets(shapes)) if counts.lora else None,
-        layers=tuple(
-            Layer(operation["position"], operation["index"], blueprint.config.layer_initialization_scale)
-            for operation in KINDS[new.kind].operations(shapes, blueprint.config)
-            if operation["op"] == "insert"
-        ),
+        lora=replace(new.lora or Lora(), target_modules=config.targets(shapes), target_r=target)
+        if counts.lora
+        else None,
+        layers=shared.layers if shared else _layers(blueprint, shapes),
         parameter_counts=counts.as_dict(),
         base_digest=blueprint.base_digest,
-        created_by=caller,
+        created_by="",
+        freeze_base=new.freeze_base,
+        shared_layer_of=config.shared_layer_of,
+        train_shared_layer=new.train_shared_layer,
     )
 
 
-def _require_supported(new: NewExtension) -> None:
-    """Refuse contradictions, and what the protocol has words for but this build does not make.
+def _layers(blueprint: Blueprint, shapes: PreTrainedModel) -> tuple[Layer, ...]:
+    """Where layers are inserted, one entry a stack; those that training inserts as they were asked for."""
+    made = iter([operation for operation in blueprint.operations(shapes) if operation["op"] == "insert"])
+    found: list[Layer] = []
+    for placement in blueprint.config.placements if blueprint.kind != "lora" else ():
+        wanted = Layer(**asdict(placement))
+        if placement.from_step:
+            found.append(wanted)
+            continue
+        for _ in range(2 if placement.position == "both" else 1):
+            operation = next(made)
+            found.append(replace(wanted, position=operation["position"], index=operation["index"]))
+    return tuple(found)
+
+
+def _require_parts(new: NewExtension) -> None:
+    """Refuse parts that the kind does not have.
 
     Raises:
         errors.Invalid: a part is given that the kind does not have.
-        errors.Unsupported: it is not built.
     """
     if new.layers and new.kind == "lora":
         raise errors.Invalid.of("layer", "does not belong to an extension of kind lora")
     if new.lora is not None and new.kind == "layer":
         raise errors.Invalid.of("lora", "does not belong to an extension of kind layer")
-    if new.lora is not None and new.lora.variant not in get_args(Variant):
-        raise errors.Unsupported(f"adapters of variant {new.lora.variant} are not supported")
-    if len(new.layers) > 1:
-        raise errors.Unsupported("several insertion points are not supported")
-    if not new.freeze_base:
-        raise errors.Unsupported("only freeze_base true is supported: the base is never trained")
-    if new.shared_layer_of:
-        raise errors.Unsupported("shared_layer_of is not supported")

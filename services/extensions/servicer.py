@@ -53,6 +53,7 @@ class ExtensionServicer(extensions_pb2_grpc.ExtensionServiceServicer):
             layers=tuple(_layer(layer) for layer in layers),
             freeze_base=request.freeze_base if request.HasField("freeze_base") else True,
             shared_layer_of=request.shared_layer_of,
+            train_shared_layer=request.train_shared_layer,
             seed=request.seed,
         )
         key = request_key(f"{_SERVICE}/CreateExtension", request)
@@ -139,7 +140,7 @@ def _given(message: Message, *names: str) -> dict[str, Any]:
 
 def _lora(message: pb.LoraConfig) -> Lora:
     return Lora(
-        **_given(message, "r", "alpha", "dropout"),
+        **_given(message, "r", "alpha", "dropout", "target_r"),
         target_modules=tuple(message.target_modules),
         variant=_word(pb.LoraVariant, "LORA_VARIANT_", message.variant) or "lora",
     )
@@ -147,7 +148,8 @@ def _lora(message: pb.LoraConfig) -> Lora:
 
 def _layer(message: pb.LayerConfig) -> Layer:
     return Layer(
-        **_given(message, "index", "initialization_scale"),
+        **_given(message, "index", "initialization_scale", "mlp_width"),
+        from_step=message.from_step,
         position=_word(pb.LayerPosition, "LAYER_POSITION_", message.position),
     )
 
@@ -204,6 +206,9 @@ def _extension(extension: Extension) -> pb.Extension:
         error_message=extension.error_message,
         created_by=extension.created_by,
         created_at=extension.created_at,
+        freeze_base=extension.freeze_base,
+        shared_layer_of=extension.shared_layer_of,
+        train_shared_layer=extension.train_shared_layer,
     )
     if extension.lora is not None:
         message.lora.CopyFrom(_lora_message(extension.lora))
@@ -217,6 +222,7 @@ def _lora_message(lora: Lora) -> pb.LoraConfig:
         dropout=lora.dropout,
         target_modules=lora.target_modules,
         variant=f"LORA_VARIANT_{lora.variant.upper()}",
+        target_r=lora.target_r,
     )
 
 
@@ -225,4 +231,6 @@ def _layer_message(layer: Layer) -> pb.LayerConfig:
         position=f"LAYER_POSITION_{layer.position.upper() or 'UNSPECIFIED'}",
         index=layer.index,
         initialization_scale=layer.initialization_scale,
+        mlp_width=layer.mlp_width,
+        from_step=layer.from_step,
     )

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from services.extensions import errors as translated
 from services.extensions.compute import checkpoint
+from services.extensions.compute.config import ExtensionConfig
 from services.extensions.compute.examples import Examples
 from services.extensions.compute.memory import training_bytes
 from services.extensions.compute.settings import Precision, Schedule, TrainSettings, default_precision
@@ -20,7 +21,7 @@ from services.extensions.domain import NewTraining, TrainedExtension, Training
 from services.extensions.measuring import attached, examples_for, loss, row_length
 from services.extensions.ports import Base, Bases, Datasets, Ledger, Run, Store
 from services.kit import errors
-from services.residency.lenses.extension_files import retrained
+from services.residency.lenses.extension_files import read_manifest, retrained
 
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_LEARNING_RATE = 2e-4
@@ -77,7 +78,7 @@ class TrainingJob:
             precision = await base.run(default_precision, base.model)
             settings = settings_of(training.wanted, len(examples), precision)
             async with self._reserved(run.job_id, base, key, examples, settings):
-                trainer = await base.run(_trainer, base, key, examples, settings)
+                trainer = await base.run(_trainer, base, key, examples, settings, folder)
                 result = await self._train(run, _Session(base, key, trainer, held_out), training)
                 write = await base.run(_files, folder, base, key, result)
             await run.finish(result, write)
@@ -145,7 +146,10 @@ class TrainingJob:
                 judged["held_out_loss"], _ = await loss(base, session.key, session.held_out)
                 await base.run(trainer.judged, judged["held_out_loss"])
             if judged or report.step in (1, steps) or report.step % stride == 0:
-                await run.progress(100 * report.step / steps, figures(report, steps, loss_before) | judged)
+                told: dict[str, Any] = figures(report, steps, loss_before) | judged
+                await run.progress(
+                    100 * report.step / steps, told | ({"ranks": ranks} if (ranks := trainer.ranks) else {})
+                )
 
 
 def settings_of(wanted: NewTraining, rows: int, precision: Precision) -> TrainSettings:
@@ -195,9 +199,10 @@ def figures(report: StepReport, steps: int, loss_before: float) -> dict[str, Any
     }
 
 
-def _trainer(base: Base, key: str, examples: Examples, settings: TrainSettings) -> Trainer:
+def _trainer(base: Base, key: str, examples: Examples, settings: TrainSettings, folder: Path) -> Trainer:
     with translated.requests():
-        return Trainer(base.model, base.attached, key, examples, settings)
+        config = ExtensionConfig.from_dict(read_manifest(folder).config)
+        return Trainer(base.model, base.attached, key, examples, settings, config=config)
 
 
 def _restore(trainer: Trainer, folder: Path) -> None:

@@ -68,6 +68,9 @@ class PostgresStore:
                         dict(extension.parameter_counts),
                         extension.base_digest,
                         extension.created_by,
+                        extension.freeze_base,
+                        extension.shared_layer_of,
+                        extension.train_shared_layer,
                     )
                     version = (extension.id, 1, artifact.uri, artifact.digest, artifact.size_bytes)
                     await conn.execute(QUERIES["insert_version"], *version)

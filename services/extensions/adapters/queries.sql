@@ -1,6 +1,7 @@
 -- insert --
-INSERT INTO extensions (id, model_id, task_name, kind, lora, layers, parameter_counts, base_digest, created_by)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+INSERT INTO extensions (id, model_id, task_name, kind, lora, layers, parameter_counts, base_digest, created_by,
+                        freeze_base, shared_layer_of, train_shared_layer)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
 
 -- insert_version --
 INSERT INTO extension_versions (extension_id, version, artifact_uri, digest, size_bytes) VALUES ($1, $2, $3, $4, $5)

@@ -19,23 +19,29 @@ class Optimizer:
     """Updates parameters of any dtype by masters in float32; a float32 parameter is its own master."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> None:
-        """Begin; `parameters` by their checkpoint keys."""
+        """Begin; `parameters` by their checkpoint keys. `masters` are what is updated, by the same keys."""
         self.parameters = dict(parameters)
         self.device = next(iter(self.parameters.values())).device
         self._max_norm = settings.max_grad_norm
-        self._masters = {key: _master(parameter) for key, parameter in self.parameters.items()}
-        faster = {key for key in self._masters if ".lora_B." in key} if settings.loraplus_lr_ratio != 1 else set()
-        groups = [
-            {"params": [self._masters[key] for key in self._masters if (key in faster) is chosen], "factor": factor}
-            for chosen, factor in ((False, 1.0), (True, settings.loraplus_lr_ratio))
-        ]
+        self.masters = {key: _master(parameter) for key, parameter in self.parameters.items()}
+        ratio = settings.loraplus_lr_ratio
+        rates: dict[float, list[nn.Parameter]] = {1.0: [], ratio: []}
+        for key, master in self.masters.items():
+            rates[ratio if ".lora_B" in key else 1.0].append(master)
         self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [{"params": masters, "factor": factor} for factor, masters in rates.items() if masters],
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             fused=True,
         )
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+
+    def add(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Update these, too, from now on."""
+        masters = {key: _master(parameter) for key, parameter in parameters.items()}
+        self._adamw.add_param_group({"params": list(masters.values()), "factor": 1.0})
+        self.parameters |= parameters
+        self.masters |= masters
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the loss's gradient to what is there."""
@@ -51,32 +57,35 @@ class Optimizer:
         An fp16 step whose scaled gradients overflowed changes nothing but the scale.
         """
         for key, parameter in self.parameters.items():
-            if self._masters[key] is not parameter and parameter.grad is not None:
-                self._masters[key].grad, parameter.grad = parameter.grad.float(), None
+            master = self.masters[key]
+            if master is not parameter and parameter.grad is not None:
+                own = master.grad if master.grad is not None else 0
+                master.grad, parameter.grad = own + parameter.grad.float(), None
         self._scaler.unscale_(self._adamw)
-        norm = nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm)
+        norm = nn.utils.clip_grad_norm_(self.masters.values(), self._max_norm)
         for group in self._adamw.param_groups:
             group["lr"] = rate * group["factor"]
         self._scaler.step(self._adamw)
         self._scaler.update()
-        self._publish()
+        self.publish()
         return float(norm)
 
     def clear(self) -> None:
         """Forget the gradients."""
         for key, parameter in self.parameters.items():
-            parameter.grad = self._masters[key].grad = None
+            parameter.grad = self.masters[key].grad = None
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Give the parameters their masters' values."""
         with torch.no_grad():
             for key, parameter in self.parameters.items():
-                if self._masters[key] is not parameter:
-                    parameter.copy_(self._masters[key])
+                if self.masters[key] is not parameter:
+                    parameter.copy_(self.masters[key])
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Masters and moments as CPU tensors by name, and the loss scale."""
-        tensors = {f"weights.{key}": _copied(master) for key, master in self._masters.items()}
-        for key, master in self._masters.items():
+        tensors = {f"weights.{key}": _copied(master) for key, master in self.masters.items()}
+        for key, master in self.masters.items():
             for name, value in self._adamw.state.get(master, {}).items():
                 tensors[f"{name}.{key}"] = _copied(value)
         return tensors, {"scaler": self._scaler.state_dict()}
@@ -89,28 +98,28 @@ class Optimizer:
         """
         weights = named(tensors, "weights.")
         moments = [named(tensors, f"{name}.") for name in MOMENTS]
-        if weights.keys() != self._masters.keys() or any(part.keys() - weights.keys() for part in moments):
+        if weights.keys() != self.masters.keys() or any(part.keys() - weights.keys() for part in moments):
             raise ExtensionRefused("checkpoint", "the optimizer's state does not belong to this extension")
-        for key, master in self._masters.items():
+        for key, master in self.masters.items():
             master.data.copy_(weights[key])
         for key in moments[0]:
             state = {name: part[key] for name, part in zip(MOMENTS, moments, strict=True)}
-            self._adamw.state[self._masters[key]] = {
+            self._adamw.state[self.masters[key]] = {
                 name: value.to(self.device, copy=True) for name, value in state.items()
             }
         if facts["scaler"]:
             self._scaler.load_state_dict(facts["scaler"])
-        self._publish()
+        self.publish()
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Set the weights; the moments stay."""
-        for key, master in self._masters.items():
+        for key, master in self.masters.items():
             master.data.copy_(weights[key])
-        self._publish()
+        self.publish()
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the masters on the CPU."""
-        return {key: _copied(master) for key, master in self._masters.items()}
+        return {key: _copied(master) for key, master in self.masters.items()}
 
 
 def named(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

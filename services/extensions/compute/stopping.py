@@ -38,6 +38,10 @@ class EarlyStopping:
         if self._patience:
             self.best_weights = weights()
 
+    def forget(self) -> None:
+        """Begin again: what is trained has grown since the best loss."""
+        self.best, self.best_step, self._waited, self.best_weights = None, 0, 0, {}
+
     def facts(self) -> dict[str, Any]:
         """All but the weights, as plain JSON."""
         return {"judged_at": self.judged_at, "best": self.best, "best_step": self.best_step, "waited": self._waited}

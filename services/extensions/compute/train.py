@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -18,9 +18,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from services.extensions.compute.adalora import RankBudget
+from services.extensions.compute.config import ExtensionConfig
 from services.extensions.compute.examples import Examples, Order
 from services.extensions.compute.loss import label_count, loss_sum
 from services.extensions.compute.optimizer import Optimizer, named
+from services.extensions.compute.progressive import insert_due
 from services.extensions.compute.settings import TrainSettings, figures_of
 from services.extensions.compute.stopping import EarlyStopping
 from services.extensions.compute.team import ALONE, Team
@@ -64,6 +67,7 @@ class Trainer:
         examples: Examples,
         settings: TrainSettings,
         *,
+        config: ExtensionConfig | None = None,
         team: Team = ALONE,
     ) -> None:
         """Prepare, without a step.
@@ -74,6 +78,8 @@ class Trainer:
             key: which one to train.
             examples: what to train on.
             settings: how.
+            config: what the extension is made of, for what happens while it is trained: AdaLoRA's ranks, layers that
+                are inserted later.
             team: processes that share each step's examples; every one has its own copy of the base.
 
         Raises:
@@ -90,8 +96,10 @@ class Trainer:
         self._examples = examples
         self._order = Order(len(examples), settings.examples_per_step, settings.seed)
         self._team = team
+        self._config = config or ExtensionConfig()
         with torch.inference_mode(False):
             self._optimizer = Optimizer(attached[key].trainable, settings)
+        self._budget = self._rank_budget()
         self._device = self._optimizer.device
         with attached.using(None):
             self._quantized = {id(module) for module in model.modules()} if _is_quantized(model) else set()
@@ -126,10 +134,14 @@ class Trainer:
         started = perf_counter()
         rows = self._examples.take(self._order.batch(self.steps_done))
         rate = self.settings.rate(self.steps_done)
+        self._grow(self.steps_done)
         with self._exclusive():
             try:
                 loss = self._backward(rows)
                 norm = self._optimizer.step(rate)
+                if self._budget is not None:
+                    self._budget.update(self.steps_done)
+                    self._optimizer.publish()
             finally:
                 self._optimizer.clear()
         self.steps_done += 1
@@ -153,10 +165,35 @@ class Trainer:
                 loss = loss_sum(self._model, batch.take(self._team.share)) / labels
             self._optimizer.backward(loss)
             total += loss.detach()
+        if self._budget is not None:
+            self._optimizer.backward(self._budget.orthogonality() / self._team.size)
         self._team.add([total, *self._optimizer.gradients()])
         if not torch.isfinite(total):
             raise Diverged(f"loss {total.item()} at step {self.steps_done + 1}")
         return total.item()
+
+    def _rank_budget(self) -> RankBudget | None:
+        if self._config.lora_variant != "adalora":
+            return None
+        trained = replace(self._attached[self._key], parameters=self._optimizer.masters)
+        with self._attached.using(None):
+            adapter = self._config.peft(self._model)
+        return RankBudget.of(trained, adapter, self.settings.steps)
+
+    def _grow(self, steps_done: int) -> None:
+        """Insert the layers whose step has come."""
+        if all(layer.from_step == 0 for layer in self._config.placements):
+            return
+        with torch.inference_mode(False):
+            new = insert_due(self._model, self._attached, self._key, self._config, steps_done)
+        if new:
+            self._optimizer.add(new)
+            self.stopping.forget()
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Singular values that AdaLoRA keeps, by module; empty before its first pruning, and without it."""
+        return self._budget.ranks if self._budget is not None else {}
 
     def _autocast(self) -> Any:
         dtype = _DTYPES.get(self.settings.precision)
@@ -214,6 +251,9 @@ class Trainer:
         tensors, facts = self._optimizer.state()
         tensors |= {f"rng.{name}": state.clone() for name, state in self._rng.items()}
         tensors |= {f"best.{key}": weight for key, weight in self.stopping.best_weights.items()}
+        if self._budget is not None:
+            moments, facts["ranks"] = self._budget.state()
+            tensors |= {f"ranks.{name}": tensor for name, tensor in moments.items()}
         facts |= {"steps_done": self.steps_done, "tokens_seen": self.tokens_seen, "run": self._run()}
         return tensors, facts | {"stopping": self.stopping.facts()}
 
@@ -225,7 +265,10 @@ class Trainer:
         """
         if facts.get("run") != self._run():
             raise ExtensionRefused("checkpoint", "was taken from a training with other settings or examples")
+        self._grow(int(facts["steps_done"]) - 1)  # layers that were due before the next step are not in the state
         self._optimizer.restore(tensors, facts)
+        if self._budget is not None:
+            self._budget.restore(named(tensors, "ranks."), facts["ranks"])
         self.stopping.restore(facts["stopping"], named(tensors, "best."))
         self._rng = {name: state.clone() for name, state in named(tensors, "rng.").items()}
         self.steps_done, self.tokens_seen = int(facts["steps_done"]), int(facts["tokens_seen"])

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from services.extensions.compute import ExtensionConfig, HybridExtension, LoRAExtension, TransformerLayerExtension
+from services.extensions.compute.config import LayerPlacement
 from services.extensions.compute.examples import IGNORED, Examples, from_prompts, from_texts
 from services.extensions.compute.loss import held_out_loss
 from services.extensions.compute.settings import TrainSettings
@@ -57,9 +58,11 @@ def prompts() -> Examples:
     return from_prompts(pairs, 16, end=2, pad=0)
 
 
-def trainer(extension: TaskExtensions, examples: Examples, **settings: object) -> Trainer:
+def trainer(
+    extension: TaskExtensions, examples: Examples, config: ExtensionConfig | None = None, **settings: object
+) -> Trainer:
     chosen = TrainSettings(**{"steps": 12, "batch_size": 4, "learning_rate": 5e-3, **settings})
-    return Trainer(extension.model, extension.attached, TASK, examples, chosen)
+    return Trainer(extension.model, extension.attached, TASK, examples, chosen, config=config)
 
 
 def gradients(training: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
@@ -150,7 +153,7 @@ def test_a_layer_of_a_bf16_base_learns_in_float32() -> None:
     training = trainer(extension, rows(), learning_rate=1e-5, lr_schedule="constant", steps=400)
     key = next(key for key in extension.attached[TASK].parameters if key.endswith("ln_1.weight"))
     parameter = extension.attached[TASK].parameters[key]
-    start, master = parameter.detach().clone(), training._optimizer._masters[key]
+    start, master = parameter.detach().clone(), training._optimizer.masters[key]
     training.step()
     training.step()
     assert parameter.dtype == torch.bfloat16
@@ -159,7 +162,7 @@ def test_a_layer_of_a_bf16_base_learns_in_float32() -> None:
     tensors, facts = training.state()
     again = trainer(extension, rows(), learning_rate=1e-5, lr_schedule="constant", steps=400)
     again.restore(tensors, facts)
-    assert torch.equal(again._optimizer._masters[key], master)
+    assert torch.equal(again._optimizer.masters[key], master)
 
 
 def test_fp16_is_refused_without_a_gpu() -> None:
@@ -235,7 +238,7 @@ def test_early_stopping_goes_on_after_a_restart() -> None:
     other.judged(2.2)
     assert other.done
     other.settle()
-    assert torch.equal(other._optimizer._masters[key := next(iter(other._optimizer._masters))], tensors[f"best.{key}"])
+    assert torch.equal(other._optimizer.masters[key := next(iter(other._optimizer.masters))], tensors[f"best.{key}"])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -262,3 +265,67 @@ def test_a_quantised_base_stays_in_eval_mode_while_it_is_trained_on(bits: int) -
         assert all(float(p.detach().norm()) > 0 for p in extension.attached[TASK].parameters.values())
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]
+
+
+def test_adalora_is_pruned_by_training_and_resumes() -> None:
+    """Without its part of the step it trains as plain LoRA, without a word (peft#432)."""
+    config = {"lora_variant": "adalora", "lora_r": 6, "lora_target_r": 2, "lora_target_modules": ("c_attn", "c_fc")}
+    extension = extended(**config)
+    training = trainer(extension, rows(), steps=30, learning_rate=2e-2, config=extension.config)
+    for _ in range(12):
+        training.step()
+    tensors, facts = training.state()
+    expected = [training.step().loss for _ in range(18)]
+    ranks = training.ranks
+    assert sum(ranks.values()) == 4 * 2, "the mean rank is the target"
+    kept = {
+        key.split(".lora_E")[0].removeprefix("base_model.model."): int((weight != 0).sum())
+        for key, weight in extension.attached[TASK].state().items()
+        if ".lora_E" in key
+    }
+    assert sorted(kept.values()) == sorted(ranks.values())
+    weights = extension.attached[TASK].state()
+
+    other = extended(**config)
+    resumed = trainer(other, rows(), steps=30, learning_rate=2e-2, config=other.config)
+    resumed.restore(tensors, facts)
+    assert [resumed.step().loss for _ in range(18)] == expected
+    again = other.attached[TASK].state()
+    assert all(torch.equal(again[key], weights[key]) for key in weights)
+    assert resumed.ranks == ranks
+
+
+def test_layers_are_inserted_while_it_is_trained_and_after_a_restart() -> None:
+    layers = (
+        LayerPlacement(position="decoder", index=1, initialization_scale=0.0),
+        LayerPlacement(position="decoder", index=3, initialization_scale=0.0, from_step=4),
+    )
+
+    def begun() -> tuple[TaskExtensions, Trainer]:
+        extension = TransformerLayerExtension(tiny("gpt2", 2), ExtensionConfig(layers=layers))
+        extension.create_extended_model(TASK)
+        extension.switch_to(None)
+        return extension, trainer(extension, rows(), steps=9, config=extension.config, patience=5, evaluate_every=3)
+
+    extension, training = begun()
+    sizes = []
+    for number in range(9):
+        training.step()
+        sizes.append(len(extension.attached[TASK].parameters))
+        if training.to_be_judged:
+            training.judged(9.0 - number)
+        if number == 5:
+            tensors, facts = training.state()
+    one = sizes[0]
+    assert sizes == [one] * 4 + [2 * one] * 5
+    weights = extension.attached[TASK].state()
+    assert all(float(weights[key].norm()) > 0 for key in weights if key.endswith("c_proj.weight"))
+    other, resumed = begun()
+    resumed.restore(tensors, facts)
+    for number in range(6, 9):
+        resumed.step()
+        if resumed.to_be_judged:
+            resumed.judged(9.0 - number)
+    again = other.attached[TASK].state()
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[key], weights[key]) for key in weights)

@@ -87,28 +87,34 @@ EXTENSION_STATUS_TRAINED: ExtensionStatus
 EXTENSION_STATUS_FAILED: ExtensionStatus
 
 class LoraConfig(_message.Message):
-    __slots__ = ("r", "alpha", "dropout", "target_modules", "variant")
+    __slots__ = ("r", "alpha", "dropout", "target_modules", "variant", "target_r")
     R_FIELD_NUMBER: _ClassVar[int]
     ALPHA_FIELD_NUMBER: _ClassVar[int]
     DROPOUT_FIELD_NUMBER: _ClassVar[int]
     TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
+    TARGET_R_FIELD_NUMBER: _ClassVar[int]
     r: int
     alpha: float
     dropout: float
     target_modules: _containers.RepeatedScalarFieldContainer[str]
     variant: LoraVariant
-    def __init__(self, r: _Optional[int] = ..., alpha: _Optional[float] = ..., dropout: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ..., variant: _Optional[_Union[LoraVariant, str]] = ...) -> None: ...
+    target_r: int
+    def __init__(self, r: _Optional[int] = ..., alpha: _Optional[float] = ..., dropout: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ..., variant: _Optional[_Union[LoraVariant, str]] = ..., target_r: _Optional[int] = ...) -> None: ...
 
 class LayerConfig(_message.Message):
-    __slots__ = ("position", "index", "initialization_scale")
+    __slots__ = ("position", "index", "initialization_scale", "mlp_width", "from_step")
     POSITION_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     INITIALIZATION_SCALE_FIELD_NUMBER: _ClassVar[int]
+    MLP_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    FROM_STEP_FIELD_NUMBER: _ClassVar[int]
     position: LayerPosition
     index: int
     initialization_scale: float
-    def __init__(self, position: _Optional[_Union[LayerPosition, str]] = ..., index: _Optional[int] = ..., initialization_scale: _Optional[float] = ...) -> None: ...
+    mlp_width: int
+    from_step: int
+    def __init__(self, position: _Optional[_Union[LayerPosition, str]] = ..., index: _Optional[int] = ..., initialization_scale: _Optional[float] = ..., mlp_width: _Optional[int] = ..., from_step: _Optional[int] = ...) -> None: ...
 
 class ParameterCounts(_message.Message):
     __slots__ = ("base", "trainable", "lora", "layer", "trainable_over_base", "trainable_over_total", "shared")
@@ -129,7 +135,7 @@ class ParameterCounts(_message.Message):
     def __init__(self, base: _Optional[int] = ..., trainable: _Optional[int] = ..., lora: _Optional[int] = ..., layer: _Optional[int] = ..., trainable_over_base: _Optional[float] = ..., trainable_over_total: _Optional[float] = ..., shared: _Optional[int] = ...) -> None: ...
 
 class CreateExtensionRequest(_message.Message):
-    __slots__ = ("model_id", "task_name", "kind", "lora", "layer", "layers", "freeze_base", "shared_layer_of", "seed", "request_id", "validate_only")
+    __slots__ = ("model_id", "task_name", "kind", "lora", "layer", "layers", "freeze_base", "shared_layer_of", "seed", "request_id", "validate_only", "train_shared_layer")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_NAME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +147,7 @@ class CreateExtensionRequest(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     VALIDATE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_SHARED_LAYER_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     task_name: str
     kind: ExtensionKind
@@ -152,10 +159,11 @@ class CreateExtensionRequest(_message.Message):
     seed: int
     request_id: str
     validate_only: bool
-    def __init__(self, model_id: _Optional[str] = ..., task_name: _Optional[str] = ..., kind: _Optional[_Union[ExtensionKind, str]] = ..., lora: _Optional[_Union[LoraConfig, _Mapping]] = ..., layer: _Optional[_Union[LayerConfig, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerConfig, _Mapping]]] = ..., freeze_base: _Optional[bool] = ..., shared_layer_of: _Optional[str] = ..., seed: _Optional[int] = ..., request_id: _Optional[str] = ..., validate_only: _Optional[bool] = ...) -> None: ...
+    train_shared_layer: bool
+    def __init__(self, model_id: _Optional[str] = ..., task_name: _Optional[str] = ..., kind: _Optional[_Union[ExtensionKind, str]] = ..., lora: _Optional[_Union[LoraConfig, _Mapping]] = ..., layer: _Optional[_Union[LayerConfig, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerConfig, _Mapping]]] = ..., freeze_base: _Optional[bool] = ..., shared_layer_of: _Optional[str] = ..., seed: _Optional[int] = ..., request_id: _Optional[str] = ..., validate_only: _Optional[bool] = ..., train_shared_layer: _Optional[bool] = ...) -> None: ...
 
 class Extension(_message.Message):
-    __slots__ = ("id", "model_id", "task_name", "kind", "lora", "layers", "status", "parameter_counts", "artifact_uri", "digest", "size_bytes", "base_digest", "active", "trained_steps", "loss_before", "loss_after", "job_id", "error_code", "error_message", "created_by", "created_at")
+    __slots__ = ("id", "model_id", "task_name", "kind", "lora", "layers", "status", "parameter_counts", "artifact_uri", "digest", "size_bytes", "base_digest", "active", "trained_steps", "loss_before", "loss_after", "job_id", "error_code", "error_message", "created_by", "created_at", "freeze_base", "shared_layer_of", "train_shared_layer")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +185,9 @@ class Extension(_message.Message):
     ERROR_MESSAGE_FIELD_NUMBER: _ClassVar[int]
     CREATED_BY_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    FREEZE_BASE_FIELD_NUMBER: _ClassVar[int]
+    SHARED_LAYER_OF_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_SHARED_LAYER_FIELD_NUMBER: _ClassVar[int]
     id: str
     model_id: str
     task_name: str
@@ -198,7 +209,10 @@ class Extension(_message.Message):
     error_message: str
     created_by: str
     created_at: _timestamp_pb2.Timestamp
-    def __init__(self, id: _Optional[str] = ..., model_id: _Optional[str] = ..., task_name: _Optional[str] = ..., kind: _Optional[_Union[ExtensionKind, str]] = ..., lora: _Optional[_Union[LoraConfig, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerConfig, _Mapping]]] = ..., status: _Optional[_Union[ExtensionStatus, str]] = ..., parameter_counts: _Optional[_Union[ParameterCounts, _Mapping]] = ..., artifact_uri: _Optional[str] = ..., digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., base_digest: _Optional[str] = ..., active: _Optional[bool] = ..., trained_steps: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., job_id: _Optional[str] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., created_by: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    freeze_base: bool
+    shared_layer_of: str
+    train_shared_layer: bool
+    def __init__(self, id: _Optional[str] = ..., model_id: _Optional[str] = ..., task_name: _Optional[str] = ..., kind: _Optional[_Union[ExtensionKind, str]] = ..., lora: _Optional[_Union[LoraConfig, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerConfig, _Mapping]]] = ..., status: _Optional[_Union[ExtensionStatus, str]] = ..., parameter_counts: _Optional[_Union[ParameterCounts, _Mapping]] = ..., artifact_uri: _Optional[str] = ..., digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., base_digest: _Optional[str] = ..., active: _Optional[bool] = ..., trained_steps: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., job_id: _Optional[str] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., created_by: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., freeze_base: _Optional[bool] = ..., shared_layer_of: _Optional[str] = ..., train_shared_layer: _Optional[bool] = ...) -> None: ...
 
 class GetExtensionRequest(_message.Message):
     __slots__ = ("id",)
