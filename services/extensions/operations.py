@@ -300,3 +300,5 @@ def _require_parts(new: NewExtension) -> None:
         raise errors.Invalid.of("layer", "does not belong to an extension of kind lora")
     if new.lora is not None and new.kind == "layer":
         raise errors.Invalid.of("lora", "does not belong to an extension of kind layer")
+    if not new.freeze_base:
+        raise errors.Unsupported("only freeze_base true is supported: the base is never trained")

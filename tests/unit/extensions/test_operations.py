@@ -116,18 +116,9 @@ async def test_wrong_fields_are_named_and_nothing_is_created(
     assert service.store.folders == 0
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"kind": "layer", "lora": None, "layers": (Layer(), Layer())},
-        {"freeze_base": False},
-        {"shared_layer_of": "x_1"},
-    ],
-)
-async def test_what_is_not_built_is_refused(service: Service, changes: dict) -> None:
+async def test_freeing_the_base_is_refused(service: Service) -> None:
     with pytest.raises(errors.Unsupported):
-        await service.create(replace(NEW, **changes))
-    assert service.store.rows == {}
+        await service.create(replace(NEW, freeze_base=False))
 
 
 async def test_extensions_say_whether_they_are_active(service: Service) -> None:

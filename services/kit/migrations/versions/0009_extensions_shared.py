@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from services.kit.migrate import run_script
 
-revision = "0007_extensions_shared"
+revision = "0009_extensions_shared"
 down_revision = "0008_parking"
 
 _UP = """
