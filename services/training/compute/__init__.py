@@ -6,7 +6,7 @@ transcoder, reports = fit(x, y, TrainConfig(dict_size=4096, num_tokens=400_000, 
 from __future__ import annotations
 
 from services.residency.lenses.transcoder import Transcoder
-from services.training.compute.batches import InMemory, Source
+from services.training.compute.batches import InMemory, Source, Stream
 from services.training.compute.coder import NonFiniteLoss
 from services.training.compute.config import ConfigError, TrainConfig
 from services.training.compute.fit import fit
@@ -25,6 +25,7 @@ __all__ = [
     "NonFiniteLoss",
     "Source",
     "StepReport",
+    "Stream",
     "TrainConfig",
     "Trainer",
     "Transcoder",

@@ -36,7 +36,8 @@ def initial_parameters(config: TrainConfig, scale: Scale, x: Tensor, y: Tensor) 
     Encoder rows are random directions, their biases centre them on mean(x); b_dec is mean(y). Decoder rows are where
     the linear regression of y on x sends the encoder's, at a length with which k of them together have about a tenth
     of the target's norm: at full length they would start as noise. Where decoder rows are to stay at length 1 the
-    encoder's carry the length, five times as much: shorter ones turn away from all inputs before they have grown. A skip path starts as the regression itself.
+    encoder's carry the length, five times as much: shorter ones turn away from all inputs before they have grown. A
+    skip path starts as the regression itself.
 
     Args:
         config: resolved.

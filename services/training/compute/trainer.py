@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from services.residency.lenses.transcoder import Transcoder
-from services.training.compute.batches import Pairs, Source
+from services.training.compute.batches import Pairs, Source, ahead
 from services.training.compute.coder import Coder
 from services.training.compute.config import ConfigError, TrainConfig
 from services.training.compute.initial import SAMPLE_ROWS, Scale
@@ -84,7 +84,7 @@ class Trainer:
         """
         if self._batches is None:
             start = self.step_count * self.batch_size
-            self._batches = self._source.batches(self.batch_size, self._seed, start)
+            self._batches = ahead(self._source.batches(self.batch_size, self._seed, start))
         begin = time.perf_counter()
         batch = self._ready(next(self._batches))
         self.waited_seconds += time.perf_counter() - begin

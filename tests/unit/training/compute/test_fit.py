@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -20,7 +21,7 @@ from services.training.compute import (
     compute_fvu,
     fit,
 )
-from services.training.compute.batches import shuffled
+from services.training.compute.batches import Pairs, shuffled
 from services.training.compute.coder import Coder
 from services.training.compute.schedule import learning_rate
 
@@ -195,12 +196,18 @@ def test_plans_that_cannot_share_a_stream_are_refused(field: str, second: CoderP
     assert caught.value.field == field
 
 
+class Spoilt(InMemory):
+    """Holds no number in the targets of its second batch."""
+
+    def batches(self, batch_size: int, seed: int, start: int) -> Iterator[Pairs]:
+        for number, found in enumerate(super().batches(batch_size, seed, start)):
+            yield found if number != 1 else {name: (x, y * torch.nan) for name, (x, y) in found.items()}
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
-    x, y = planted(512)
-    trainer = Trainer(InMemory({"a": (x, y)}), plans())
+    trainer = Trainer(Spoilt({"a": tuple(part[:128] for part in planted(128))}), plans())
     trainer.step()
     before = {name: tensor.clone() for name, tensor in trainer.state()[0].items()}
-    y[:] = float("nan")
     with pytest.raises(NonFiniteLoss) as caught:
         trainer.step()
     assert (caught.value.coder, caught.value.step) == ("a", 1)
