@@ -59,6 +59,9 @@ def cut(rows: Sequence[Mapping[str, Any]], limit: int) -> tuple[Sequence[Mapping
     """The rows to show of those that were asked for with `limit + 1`, and the token of the next page, "" at the end."""
     if len(rows) <= limit:
         return rows, ""
-    last = rows[limit - 1]
-    text = json.dumps([last["created_at"].isoformat(), last["id"]])
-    return rows[:limit], base64.urlsafe_b64encode(text.encode()).decode()
+    return rows[:limit], token_after(rows[limit - 1]["created_at"], rows[limit - 1]["id"])
+
+
+def token_after(created_at: datetime, row_id: str) -> str:
+    """The token of the page after a row."""
+    return base64.urlsafe_b64encode(json.dumps([created_at.isoformat(), row_id]).encode()).decode()

@@ -196,10 +196,28 @@ async def test_transient_failures_are_tried_three_times(mesh: Mesh, host: FakeHo
     await mesh.reaches(model.id, READY)
     assert len(host.names("Load")) == 3
     await mesh.models.UnloadModel(pb.UnloadModelRequest(id=model.id))
-    host.load_errors = [errors.Unavailable("the hub hiccups"), oom, errors.Unavailable("the hub is gone")]
+    hiccup = errors.Unavailable("the hub hiccups")
+    host.load_errors = [hiccup, hiccup, errors.Unavailable("the hub is gone")]
     await mesh.load(model.id)
     failed = await mesh.reaches(model.id, FAILED)
     assert (failed.error_message, len(host.names("Load"))) == ("the hub is gone", 6)
+    assert await mesh.ledger() == (0, 0)
+
+
+async def test_a_device_that_runs_out_of_memory_is_cleared_and_tried_once_more(mesh: Mesh, host: FakeHost) -> None:
+    oom = errors.Exhausted("out of memory", reason="DEVICE_OOM")
+    idle, model = await mesh.ready(), await mesh.create()
+    host.load_errors = [oom]
+    await mesh.load(model.id)
+    await mesh.reaches(model.id, READY)
+    assert list(host.held) == [model.id]
+    assert len(host.names("Load")) == 3
+    assert [data["cause"] for name, data in await mesh.events(idle.id) if name == "model:evicted"] == ["out_of_memory"]
+    await mesh.models.UnloadModel(pb.UnloadModelRequest(id=model.id))
+    host.load_errors = [oom] * 6
+    await mesh.load(model.id)
+    failed = await mesh.reaches(model.id, FAILED)
+    assert (failed.error_code, host.load_errors) == ("INSUFFICIENT_MEMORY", [])
     assert await mesh.ledger() == (0, 0)
 
 

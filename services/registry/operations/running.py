@@ -7,12 +7,12 @@ from contextlib import aclosing
 from datetime import datetime
 from typing import Any
 
-from services.kit.errors import Conflict, Failed, LensmeshError
-from services.registry.domain import Host, HostedModel, Load, Model, Residency
+from services.kit.errors import Conflict, Exhausted, Failed, LensmeshError
+from services.registry.domain import Host, HostedModel, Load, Model, Residency, insufficient_memory
 from services.registry.operations.admission import Order, accept
 from services.registry.operations.lenses import restore_lenses
 from services.registry.operations.registry import Registry
-from services.registry.operations.unloading import departed, park, take_off, unload_copies
+from services.registry.operations.unloading import clear_device, departed, park, take_off, unload_copies
 from services.registry.ports import LoadLease, LoadStep, Transaction
 
 STEP_PERCENT = 5.0
@@ -26,7 +26,7 @@ async def run_load(registry: Registry, lease: LoadLease) -> dict[str, Any]:
     """
     try:
         model, residency, host = await _prepare(registry, lease)
-        loaded, last = await _load(registry, lease, model, residency, host)
+        loaded, last = await _load_making_room(registry, lease, model, residency, host)
         await _publish(registry, lease, host, loaded, last)
     except LensmeshError as error:
         if not error.transient or lease.last_attempt:
@@ -131,6 +131,30 @@ async def _evict(registry: Registry, lease: LoadLease, victims: list[Residency])
             await departed(tx, victim, cause=cause, wanted=False, evicted_for=lease.id, parked=parked)
         registry.gauges.evicted(cause)
     return True
+
+
+async def _load_making_room(
+    registry: Registry, lease: LoadLease, model: Model, residency: Residency, host: Host
+) -> tuple[HostedModel, LoadStep]:
+    """The load; when the device runs out of memory, whatever the ledger says, once more after all idle models left.
+
+    Raises:
+        Exhausted: `INSUFFICIENT_MEMORY`: nothing idle was left to make room.
+    """
+    try:
+        return await _load(registry, lease, model, residency, host)
+    except Exhausted as error:
+        if error.reason != "DEVICE_OOM":
+            raise
+    await clear_device(registry, host.name, cause="out_of_memory")
+    try:
+        return await _load(registry, lease, model, residency, host)
+    except Exhausted as error:
+        if error.reason != "DEVICE_OOM":
+            raise
+        refused = insufficient_memory(residency.required_bytes, host.budget_bytes - host.used_bytes, host.name)
+        refused.transient = True  # what took the memory without being in the ledger may be gone at the next attempt
+        raise refused from error
 
 
 async def _load(

@@ -139,13 +139,13 @@ async def departed(
         "cause": cause,
         "parked": parked,
     }
-    if evicted_for or cause == "device_cleared":
+    if evicted_for or cause in ("device_cleared", "out_of_memory"):
         await tx.emit("model:evicted", copy.model_id, facts)
     if status == "unloaded" and copy.state != "parked":
         await tx.emit("model:unloaded", copy.model_id, facts)
 
 
-async def clear_device(registry: Registry, device: str) -> tuple[list[str], int]:
+async def clear_device(registry: Registry, device: str, cause: str = "device_cleared") -> tuple[list[str], int]:
     """Unload what is idle and not pinned on a device, and empty its allocator's cache; who left, and the bytes.
 
     Raises:
@@ -159,11 +159,9 @@ async def clear_device(registry: Registry, device: str) -> tuple[list[str], int]
     freed = 0
     for copy in [r for r in host.residents if may_leave(r)]:
         try:
-            freed += await unload_copies(
-                registry, copy.model_id, wait_seconds=0.0, cause="device_cleared", only=(host.host_id,)
-            )
+            freed += await unload_copies(registry, copy.model_id, wait_seconds=0.0, cause=cause, only=(host.host_id,))
         except Conflict:  # it came into use meanwhile
             continue
-        registry.gauges.evicted("device_cleared")
+        registry.gauges.evicted(cause)
         left.append(copy.model_id)
     return left, freed + await registry.hosts.empty_cache(host.address)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
-from datetime import datetime
 from typing import Any, TypeVar
 
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
+from services.kit import paging
 from services.kit.auth import current_caller
 from services.kit.errors import Invalid
 from services.registry.domain import Caller, Listed, Page
 
 M = TypeVar("M", bound=Message)
-DEFAULT_LIMIT = 50
 
 
 def caller() -> Caller:
@@ -41,29 +37,22 @@ def page(request: Any) -> Page:
     Raises:
         Invalid: a page_token that no list gave, or one together with an offset.
     """
-    limit = request.limit or DEFAULT_LIMIT
+    limit = request.limit or paging.DEFAULT_LIMIT
     if not request.page_token:
         return Page(limit, request.offset, None)
     if request.offset:
         raise Invalid.of("offset", "may not be given together with page_token")
-    try:
-        at, resource_id = json.loads(base64.urlsafe_b64decode(request.page_token.encode()))
-        return Page(limit, 0, (datetime.fromisoformat(at), str(resource_id)))
-    except (ValueError, TypeError, binascii.Error) as error:
-        raise Invalid.of("page_token", "is not one that a list gave") from error
+    created_at, row_id = paging.after(request.page_token)
+    return Page(limit, 0, None if created_at is None or row_id is None else (created_at, row_id))
 
 
-def paging(listed: Listed) -> dict[str, Any]:
+def page_fields(listed: Listed) -> dict[str, Any]:
     """The fields that every page has."""
-    token = ""
-    if listed.next is not None:
-        at, resource_id = listed.next
-        token = base64.urlsafe_b64encode(json.dumps([at.isoformat(), resource_id]).encode()).decode()
     return {
         "total": listed.total,
         "limit": listed.page.limit,
         "offset": listed.page.offset,
-        "next_page_token": token,
+        "next_page_token": "" if listed.next is None else paging.token_after(*listed.next),
     }
 
 

@@ -12,7 +12,7 @@ from lensmesh.registry.v1 import datasets_pb2_grpc
 from services.kit.idempotency import request_key
 from services.registry.operations import datasets
 from services.registry.operations.registry import Registry
-from services.registry.servicer.calls import caller, page, paging
+from services.registry.servicer.calls import caller, page, page_fields
 from services.registry.wire import to_dict, to_message
 
 
@@ -38,7 +38,7 @@ class DatasetServicer(datasets_pb2_grpc.DatasetServiceServicer):
         """Datasets, newest first."""
         listed = await datasets.list_datasets(self._registry, page(request))
         rows = [to_message(pb.Dataset, dataset) for dataset in listed.rows]
-        return pb.ListDatasetsResponse(datasets=rows, **paging(listed))
+        return pb.ListDatasetsResponse(datasets=rows, **page_fields(listed))
 
     async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Any) -> Empty:
         """Delete a dataset."""

@@ -13,7 +13,7 @@ from services.registry.domain import Group, Lens, LoadPlan
 from services.registry.operations import groups, lenses, switching
 from services.registry.operations.registry import Registry
 from services.registry.ports import Switched
-from services.registry.servicer.calls import caller, page, paging
+from services.registry.servicer.calls import caller, page, page_fields
 from services.registry.servicer.models import plan_message
 from services.registry.wire import to_dict, to_message
 
@@ -41,7 +41,7 @@ class GroupServicer(groups_pb2_grpc.GroupServiceServicer):
         """Groups, newest first."""
         listed, sizes = await groups.list_groups(self._registry, page(request), request.model_id or None)
         rows = [group_message(group, size) for group, size in zip(listed.rows, sizes, strict=True)]
-        return pb.ListGroupsResponse(groups=rows, **paging(listed))
+        return pb.ListGroupsResponse(groups=rows, **page_fields(listed))
 
     async def DeleteGroup(self, request: pb.DeleteGroupRequest, context: Any) -> Empty:
         """Delete a group."""

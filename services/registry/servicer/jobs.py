@@ -13,7 +13,7 @@ from services.kit.jobs import Job, JobStore
 from services.registry.domain import Listed
 from services.registry.operations.registry import Registry
 from services.registry.operations.running import settle_abandoned
-from services.registry.servicer.calls import page, paging
+from services.registry.servicer.calls import page, page_fields
 from services.registry.servicer.events import Feeds
 from services.registry.wire import to_dict, to_message
 
@@ -42,7 +42,7 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             offset=wanted.offset,
         )
         listed = Listed(rows, total, wanted)
-        return pb.ListJobsResponse(jobs=[job_message(job) for job in rows], **paging(listed))
+        return pb.ListJobsResponse(jobs=[job_message(job) for job in rows], **page_fields(listed))
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Any) -> pb.Job:
         """Stop a job; a load that had not begun gives its place back at once."""

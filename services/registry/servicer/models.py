@@ -15,7 +15,7 @@ from services.kit.idempotency import request_key
 from services.registry.domain import LoadPlan, Model
 from services.registry.operations import estimating, loading, models, serving, unloading
 from services.registry.operations.registry import Registry
-from services.registry.servicer.calls import caller, masked, page, paging
+from services.registry.servicer.calls import caller, masked, page, page_fields
 from services.registry.servicer.events import Feeds
 from services.registry.wire import to_dict, to_message
 
@@ -49,7 +49,7 @@ class ModelServicer(models_pb2_grpc.ModelServiceServicer):
         status, model_type = to_dict(request)["status"] or None, request.model_type or None
         listed = await models.list_models(self._registry, wanted, status, model_type)
         rows = [masked(model_message(model), request.read_mask) for model in listed.rows]
-        return pb.ListModelsResponse(models=rows, **paging(listed))
+        return pb.ListModelsResponse(models=rows, **page_fields(listed))
 
     async def UpdateModel(self, request: pb.UpdateModelRequest, context: Any) -> pb.Model:
         """Change a model."""
