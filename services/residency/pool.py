@@ -421,7 +421,7 @@ class Pool:
             except BaseException:
                 await self.run(lens.detach)
                 raise
-            resident.lenses[spec.lens_id] = Attached(spec, lens, lens.nbytes, print_)
+            resident.lenses[spec.lens_id] = Attached(spec, lens, print_)
             return resident.lenses[spec.lens_id]
 
     async def detach(self, model_id: str, lens_id: str) -> int:
@@ -438,16 +438,16 @@ class Pool:
     async def _take_off(self, resident: Resident, lens_id: str) -> int:
         if resident.lenses[lens_id].leases:
             raise errors.Conflict(f"{resident.lenses[lens_id].leases} calls use the lens", reason="IN_USE")
+        before = resident.total_bytes
         attached = resident.lenses.pop(lens_id)
         if resident.active == lens_id:
             resident.active = None
         await self.run(attached.lens.detach)
         if attached.lens.altering:
             await self._verify(resident)
-        freed = attached.nbytes
         del attached
         await self.run(give_back, self.device)
-        return freed
+        return before - resident.total_bytes
 
     async def switch(self, model_id: str, lens_id: str | None) -> float:
         """Make an attached lens the active one, or none; returns the seconds it took.

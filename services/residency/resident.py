@@ -20,11 +20,15 @@ class Attached:
 
     spec: Spec
     lens: Lens
-    nbytes: int
     fingerprint: str
     """Of the model while this lens alters it; empty for reading lenses."""
     leases: int = 0
     """Leases that have it in force, or read through it."""
+
+    @property
+    def nbytes(self) -> int:
+        """What it adds now: when an extension goes, others may take its layers over."""
+        return self.lens.nbytes
 
 
 @dataclass(slots=True)

@@ -5,8 +5,10 @@ model = LoRAExtension(base_model, ExtensionConfig(lora_r=16, lora_alpha=32)).cre
 
 from __future__ import annotations
 
-from services.extensions.compute.config import ConfigInvalid, ExtensionConfig
+from services.extensions.compute.config import ConfigInvalid, ExtensionConfig, LayerPlacement
+from services.extensions.compute.exchange import export, import_adapter
 from services.extensions.compute.loss import held_out_loss
+from services.extensions.compute.merge import Merged, merge
 from services.extensions.compute.settings import TrainSettings
 from services.extensions.compute.task_extensions import HybridExtension, LoRAExtension, TransformerLayerExtension
 from services.extensions.compute.train import Trainer
@@ -15,9 +17,14 @@ __all__ = [
     "ConfigInvalid",
     "ExtensionConfig",
     "HybridExtension",
+    "LayerPlacement",
     "LoRAExtension",
+    "Merged",
     "TrainSettings",
     "Trainer",
     "TransformerLayerExtension",
+    "export",
     "held_out_loss",
+    "import_adapter",
+    "merge",
 ]

@@ -3,7 +3,7 @@
 Without it an AdaLoRA adapter is silently trained at its first rank (peft#432). PEFT's allocator does the work; here it
 is given the parameters of an `Extension` instead of a wrapped model.
 
-    budget = RankBudget.of(extension, adapter_config, total_steps)
+    budget = RankBudget.of(extension, config, total_steps)
     loss = loss + budget.orthogonality()      # before backward()
     optimizer.step()
     pattern = budget.update(steps_done)       # before zero_grad(); steps_done counts from 0
@@ -12,14 +12,14 @@ is given the parameters of an `Extension` instead of a wrapped model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig
+from peft import AdaLoraConfig
 from peft.tuners.adalora.layer import RankAllocator
 from torch import nn
 
+from services.extensions.compute.config import ExtensionConfig
 from services.residency.lenses.extension import Extension, ExtensionRefused
 from services.residency.lenses.lora import ADAPTER
 
@@ -53,25 +53,29 @@ class RankBudget:
         self._pattern: dict[str, list[bool]] = {}
 
     @classmethod
-    def of(cls, extension: Extension, config: LoraConfig | None, total_steps: int) -> RankBudget | None:
+    def of(cls, extension: Extension, config: ExtensionConfig, total_steps: int) -> RankBudget | None:
         """The budget of an extension whose adapter is AdaLoRA; None for every other.
 
         Args:
             extension: what is trained.
-            config: PEFT's configuration of its adapter.
+            config: its configuration.
             total_steps: optimizer steps of the whole training.
 
         Raises:
             ExtensionRefused: the training is too short to prune in.
         """
-        if not isinstance(config, AdaLoraConfig):
+        if config.lora_variant != "adalora" or not any(key.endswith("lora_E") for key in extension.parameters):
             return None
         warmup, final = round(WARMUP_SHARE * total_steps), round(FINAL_SHARE * total_steps)
         if warmup >= total_steps - final:
             raise ExtensionRefused("steps", f"{total_steps} are too few for adalora to prune in")
-        interval = max(1, min(INTERVAL, (total_steps - final - warmup) // 10))
-        schedule = replace(
-            config, r=8, total_step=total_steps, tinit=warmup, tfinal=final, deltaT=interval, rank_pattern=None
+        schedule = AdaLoraConfig(
+            init_r=config.lora_r,
+            target_r=config.adalora_target,
+            total_step=total_steps,
+            tinit=warmup,
+            tfinal=final,
+            deltaT=max(1, min(INTERVAL, (total_steps - final - warmup) // 10)),
         )
         return cls(extension.parameters, schedule)
 

@@ -102,6 +102,11 @@ class ExtensionConfig:
             ),
         )
 
+    @property
+    def adalora_target(self) -> int:
+        """`lora_target_r`, its default resolved."""
+        return self.lora_target_r or self.lora_r // 2
+
     def _adapter(self) -> Iterable[tuple[str, bool, str]]:
         """(field, is wrong, what it must be) for every field of adapters."""
         yield "lora_r", self.lora_r < 1, f"must be at least 1, got {self.lora_r}"
@@ -166,8 +171,7 @@ class ExtensionConfig:
         }
         config: LoraConfig
         if self.lora_variant == "adalora":  # its steps are unknown until it is trained: see compute.adalora
-            target = self.lora_target_r or self.lora_r // 2
-            config = AdaLoraConfig(init_r=self.lora_r, target_r=target, total_step=1, **common)
+            config = AdaLoraConfig(init_r=self.lora_r, target_r=self.adalora_target, total_step=1, **common)
         else:
             rslora, dora = self.lora_variant == "rslora", self.lora_variant == "dora"
             config = LoraConfig(r=self.lora_r, use_rslora=rslora, use_dora=dora, **common)

@@ -179,7 +179,7 @@ class Extensions:
     @property
     def nbytes(self) -> int:
         """Bytes of all attached extensions together; what several share counts once."""
-        return sum(map(self.bytes_of, self._attached))
+        return sum(map(self.bytes_of, list(self._attached)))
 
     def bytes_of(self, key: str) -> int:
         """Bytes that an extension adds to those attached before it.
@@ -188,7 +188,7 @@ class Extensions:
             KeyError: it is not attached.
         """
         seen: set[int] = set()
-        for other, extension in self._attached.items():
+        for other, extension in list(self._attached.items()):  # others count while the device's thread attaches
             own = {id(parameter): parameter for parameter in extension.parameters.values()}
             if other == key:
                 return sum(p.numel() * p.element_size() for number, p in own.items() if number not in seen)

@@ -8,7 +8,8 @@ which leaves the wrappers in the base's tree and its paths renamed, is never use
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -225,7 +226,7 @@ def _inject(model: nn.Module, config: LoraConfig) -> Extension:
     constants: list[torch.Tensor] = []
     injected = copy(config)
     injected.fan_in_fan_out = stores_transposed(model, config)
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), _known_as_quantized(model):
         try:
             inject_adapter_in_model(injected, model, ADAPTER)
         finally:
@@ -233,6 +234,8 @@ def _inject(model: nn.Module, config: LoraConfig) -> Extension:
                 parent_path, _, name = path.rpartition(".")
                 parent = model.get_submodule(parent_path)
                 edits.append(Edit(parent, name, wrapper))
+                for own in _own_parameters(wrapper).values():
+                    own.data = own.data.float()  # as plain PEFT does: half precision learns badly
                 constants += (p for p in _own_parameters(wrapper).values() if not p.requires_grad)
                 parameters |= {
                     f"{KEY_PREFIX}{path}.{key}": p for key, p in _own_parameters(wrapper).items() if p.requires_grad
@@ -243,6 +246,23 @@ def _inject(model: nn.Module, config: LoraConfig) -> Extension:
             for parameter, flag in trainable:
                 parameter.requires_grad_(flag)
     return Extension(tuple(edits), parameters, operations=({"op": "lora"},), constants=tuple(constants))
+
+
+@contextmanager
+def _known_as_quantized(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model has the mark by which PEFT chooses its wrappers for bitsandbytes' modules."""
+    classes = {type(module).__name__ for module in model.modules()}
+    marks = {"is_loaded_in_8bit": "Linear8bitLt" in classes, "is_loaded_in_4bit": "Linear4bit" in classes}
+    before = {name: getattr(model, name) for name in marks if hasattr(model, name)}
+    try:
+        for name, mark in marks.items():
+            setattr(model, name, mark)
+        yield
+    finally:
+        for name in marks:
+            delattr(model, name)
+        for name, mark in before.items():
+            setattr(model, name, mark)
 
 
 def _wrappers(model: nn.Module) -> dict[str, LoraLayer]:
