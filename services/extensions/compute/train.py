@@ -173,12 +173,8 @@ class Trainer:
         return total.item()
 
     def _rank_budget(self) -> RankBudget | None:
-        if self._config.lora_variant != "adalora":
-            return None
         trained = replace(self._attached[self._key], parameters=self._optimizer.masters)
-        with self._attached.using(None):
-            adapter = self._config.peft(self._model)
-        return RankBudget.of(trained, adapter, self.settings.steps)
+        return RankBudget.of(trained, self._config, self.settings.steps)
 
     def _grow(self, steps_done: int) -> None:
         """Insert the layers whose step has come."""

@@ -15,7 +15,6 @@ from services.extensions.compute.task_extensions import LoRAExtension
 from services.residency.lenses.extension import ExtensionRefused
 from services.residency.lenses.lora import ADAPTER
 from services.residency.loading import load_model
-from services.residency.quantize import training_mode
 from tests.models import batch, saved, tiny
 
 STEPS = 20
@@ -63,8 +62,6 @@ class Loop:
         """Train; the sum of the ranks after every step."""
         ranks = []
         for step in range(first, last):
-            torch.manual_seed(step)
-            training_mode(self.model)
             ids = batch(seed=step)
             targets = {"decoder_input_ids": ids} if self.model.config.is_encoder_decoder else {}
             scores = self.model(input_ids=ids, **targets).logits.float()
@@ -73,7 +70,6 @@ class Loop:
             self.optimizer.step()
             ranks.append(sum(self.budget.update(step).values()))
             self.optimizer.zero_grad()
-        self.model.eval()
         return ranks
 
 
@@ -118,8 +114,7 @@ def test_the_schedule_is_pefts_own() -> None:
             parameter.copy_(weights[name.replace(".default", "")])
     optimizer = torch.optim.SGD(own.values(), lr=0.5)
     for step in range(STEPS):
-        torch.manual_seed(step)
-        wrapped.train()
+        wrapped.eval()
         output = wrapped(input_ids=batch(seed=step), labels=batch(seed=step))
         orthogonality = output.loss - torch.nn.functional.cross_entropy(
             output.logits[:, :-1].flatten(0, 1), batch(seed=step)[:, 1:].flatten()
