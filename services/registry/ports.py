@@ -65,6 +65,9 @@ class ModelRows(Protocol):
     async def delete(self, model_id: str) -> None:
         """Remove the row."""
 
+    async def sharers(self, model_id: str) -> int:
+        """How many other models have the same files."""
+
     async def users(self, model_id: str) -> list[str]:
         """Groups and unfinished jobs that use it, as `kind id`."""
 
@@ -399,6 +402,9 @@ class ModelHosts(Protocol):
         self, address: str, model_id: str, dataset_id: str, sample_count: int, max_length: int
     ) -> dict[str, Any]:
         """Perplexity on a dataset, the fields of PerplexityResult."""
+
+    async def forget(self, address: str, source: Source, digest: str) -> None:
+        """Delete what the host's disk keeps of a model: its download, and what was quantised from its files."""
 
     async def empty_cache(self, address: str) -> int:
         """Empty the allocator's cache; bytes that came back."""

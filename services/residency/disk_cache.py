@@ -30,6 +30,7 @@ _ABANDONED_SECONDS = 3600
 class _Kept:
     """Something on the disk that can be had again."""
 
+    name: str
     size: int
     used: float
     drop: Callable[[], object]
@@ -102,10 +103,23 @@ class DiskCache:
                 freed += each.size
         return freed
 
+    def forget(self, digest: str, hub_id: str) -> int:
+        """Delete what is kept of one model; bytes that came back.
+
+        Args:
+            digest: of the model's own files; nothing was quantised from them when empty.
+            hub_id: `owner/name` of a download; none when empty.
+        """
+        gone = [each for each in self._quantized(None) if digest and each.name.startswith(f"{digest}-")]
+        gone += [each for each in self._downloaded() if each.name == hub_id]
+        for each in gone:
+            each.drop()
+        return sum(each.size for each in gone)
+
     def _quantized(self, keep: Path | None) -> Iterator[_Kept]:
         for entry in self._folder.glob("[!.]*"):
             if entry != keep:
-                yield _Kept(_size(entry), entry.stat().st_mtime, partial(shutil.rmtree, entry))
+                yield _Kept(entry.name, _size(entry), entry.stat().st_mtime, partial(shutil.rmtree, entry))
 
     def _downloaded(self) -> Iterator[_Kept]:
         if not self._hub.is_dir():
@@ -114,9 +128,8 @@ class DiskCache:
 
         found = scan_cache_dir(self._hub)
         for repository in found.repos:
-            revisions = [revision.commit_hash for revision in repository.revisions]
-            drop = found.delete_revisions(*revisions).execute
-            yield _Kept(repository.size_on_disk, repository.last_accessed, drop)
+            drop = found.delete_revisions(*(revision.commit_hash for revision in repository.revisions)).execute
+            yield _Kept(repository.repo_id, repository.size_on_disk, repository.last_accessed, drop)
 
 
 def _key(digest: str, quantization: str, device: str) -> str:

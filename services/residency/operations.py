@@ -19,12 +19,13 @@ from services.residency.catalogue import Catalogue
 from services.residency.config import ResidencySettings
 from services.residency.disk_cache import DiskCache
 from services.residency.generation import TURN, Continuation, Intervention
+from services.residency.lease import Lease
 from services.residency.lenses import Lens, Reading, Spec
 from services.residency.lenses import load as load_lens
 from services.residency.memory import give_back
 from services.residency.metrics import ResidencyMetrics
 from services.residency.perplexity import Perplexity, batch_loss, perplexity
-from services.residency.pool import Lease, Pool
+from services.residency.pool import Pool
 from services.residency.resident import Resident
 
 UNFINISHED = "\ufffd"

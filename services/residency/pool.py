@@ -12,19 +12,16 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
-
-import torch
-from transformers import PreTrainedTokenizerBase
 
 from services.kit import errors
 from services.residency import estimate, loading, sources
 from services.residency.disk_cache import DiskCache
 from services.residency.failures import insufficient_memory, translated
-from services.residency.families import Facts, Family, facts, family_of
+from services.residency.families import facts, family_of
 from services.residency.fingerprint import fingerprint
+from services.residency.lease import Lease
 from services.residency.lenses import Base, Spec
 from services.residency.lenses import load as load_lens
 from services.residency.lenses.extension import Extensions
@@ -40,55 +37,6 @@ LOADERS = 2
 READERS = 4
 """Threads for other files and the hub."""
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """A model that stays where it is until the lease ends."""
-
-    record: Resident
-    extension: str | None
-    _pool: Pool
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The transformers model, in eval mode, without any altering lens; touch it inside `run` only."""
-        return self.record.base.model
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The model's tokenizer, None where it has none."""
-        return self.record.tokenizer
-
-    @property
-    def family(self) -> Family:
-        """Its module map.
-
-        Raises:
-            errors.Unsupported: the model has no hook points.
-        """
-        if self.record.base.family is None:
-            raise errors.Unsupported(f"models of type {self.facts.model_type} have no hook points")
-        return self.record.base.family
-
-    @property
-    def facts(self) -> Facts:
-        """What its config says."""
-        return self.record.base.facts
-
-    @property
-    def attached(self) -> Extensions:
-        """What is attached to the base; touch it inside `run` only."""
-        return self.record.base.extensions
-
-    async def run(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run torch work on the device's thread with the lease's extension in force."""
-
-        def call() -> T:
-            with self.record.base.extensions.using(self.extension):
-                return fn(*args, **kwargs)
-
-        return await self._pool.run(call)
 
 
 class Pool:
@@ -305,7 +253,7 @@ class Pool:
         if attached is not None:
             attached.leases += 1
         try:
-            yield Lease(resident, extension, self)
+            yield Lease(resident, extension, self.run)
         finally:
             resident.leave()
             if attached is not None:

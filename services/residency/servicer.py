@@ -147,6 +147,13 @@ class ModelHostServicer(residency_pb2_grpc.ModelHostServiceServicer):
         )
         return messages.perplexity_result(found, resident.quantization)
 
+    async def Forget(self, request: residency_pb2.ForgetRequest, context: Any) -> residency_pb2.Released:
+        """Delete what the disk keeps of a model."""
+        source = messages.source(request.source)
+        hub_id = source.identifier if source.kind == "huggingface" else ""
+        freed = await self._pool.read(self._host.disk_cache.forget, request.digest, hub_id)
+        return residency_pb2.Released(freed_bytes=freed)
+
     async def EmptyCache(self, request: Message, context: Any) -> residency_pb2.Released:
         """Give freed memory back."""
         return residency_pb2.Released(freed_bytes=await self._host.empty_cache())

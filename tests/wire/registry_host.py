@@ -199,6 +199,10 @@ class FakeHost(
             quantization=self.measures,
         )
 
+    async def Forget(self, request: Any, context: Any) -> Any:
+        self.asked.append(("Forget", request))
+        return host_pb.Released(freed_bytes=1)
+
     async def EmptyCache(self, request: Any, context: Any) -> Any:
         return host_pb.Released(freed_bytes=3 * MB)
 

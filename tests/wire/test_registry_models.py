@@ -161,6 +161,15 @@ async def test_a_model_in_use_is_deleted_with_its_users_only_by_an_admin(mesh: M
     assert await mesh.ledger() == (0, 0)
 
 
+async def test_the_hosts_disks_forget_a_deleted_model_unless_another_has_its_files(mesh: Mesh, host: FakeHost) -> None:
+    first, second = await mesh.create(), await mesh.create()
+    await mesh.models.DeleteModel(pb.DeleteModelRequest(id=first.id))
+    assert host.names("Forget") == []
+    await mesh.models.DeleteModel(pb.DeleteModelRequest(id=second.id))
+    (asked,) = host.names("Forget")
+    assert (asked.source.identifier, asked.digest) == ("tiny", "digest-tiny")
+
+
 async def test_unknown_models_are_named_in_the_answer(mesh: Mesh, host: FakeHost) -> None:
     for call in (
         mesh.get("m_none"),

@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from services.kit import errors
+from services.residency.lease import Lease
 from services.residency.lenses.extension import Extensions
-from services.residency.pool import Lease, Pool
+from services.residency.pool import Pool
 
 T = TypeVar("T")
 

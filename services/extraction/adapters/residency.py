@@ -11,8 +11,9 @@ import torch
 from services.kit import errors
 from services.kit.artifacts import ArtifactStore
 from services.residency.families import Facts, Family
+from services.residency.lease import Lease
 from services.residency.lenses import Spec
-from services.residency.pool import Lease, Pool
+from services.residency.pool import Pool
 
 T = TypeVar("T")
 

@@ -156,6 +156,12 @@ class GrpcModelHosts:
         with translated():
             return to_dict(await self._stub(address).MeasurePerplexity(request, timeout=FORWARD_SECONDS))
 
+    async def forget(self, address: str, source: Source, digest: str) -> None:
+        """Delete what the host's disk keeps of a model."""
+        request = pb.ForgetRequest(source=_source(source), digest=digest)
+        with translated():
+            await self._stub(address).Forget(request, timeout=LENS_SECONDS)
+
     async def empty_cache(self, address: str) -> int:
         """Empty the allocator's cache."""
         with translated():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
-from services.kit.errors import Conflict, Forbidden, Stale
+from services.kit.errors import Conflict, Forbidden, LensmeshError, Stale
 from services.kit.ids import new_id
 from services.kit.requests import RequestKey
-from services.registry.domain import Caller, Facts, Listed, LoadPlan, Model, Page, Source, check_identifier
+from services.registry.domain import Caller, Facts, Listed, LoadPlan, Model, Page, Source
+from services.registry.identifiers import check_identifier
 from services.registry.operations import admission
 from services.registry.operations.estimating import columns_of, inspect_if_reachable, need_of, plan
 from services.registry.operations.registry import Registry
@@ -135,7 +137,7 @@ async def update_model(
 
 
 async def delete_model(registry: Registry, caller: Caller, model_id: str, *, cascade: bool) -> None:
-    """Delete a model; an idle copy on a device is unloaded first.
+    """Delete a model; an idle copy on a device is unloaded first, and the hosts' disks forget files nobody shares.
 
     Raises:
         Conflict: `IN_USE`, naming the users, unless cascade; a job that runs has to be cancelled in any case.
@@ -159,8 +161,13 @@ async def delete_model(registry: Registry, caller: Caller, model_id: str, *, cas
     async with registry.store.transaction() as tx:
         for group in await tx.groups.of_model(model_id):
             await tx.groups.delete(group.id)
+        shared = await tx.models.sharers(model_id)
         await tx.models.delete(model_id)
         await tx.emit("model:deleted", model_id, {"model_id": model_id})
+        hosts = await tx.placement.hosts()
+    for host in hosts if not shared else ():
+        with suppress(LensmeshError):  # its files stay until the disk cache needs their room
+            await registry.hosts.forget(host.address, model.files, model.digest or "")
 
 
 def _in_use(model_id: str, users: list[str]) -> Conflict:

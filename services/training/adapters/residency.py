@@ -10,7 +10,8 @@ from torch import nn
 
 from services.kit import errors
 from services.residency.families import Facts, Family
-from services.residency.pool import Lease, Pool
+from services.residency.lease import Lease
+from services.residency.pool import Pool
 
 T = TypeVar("T")
 

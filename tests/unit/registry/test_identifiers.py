@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.kit.errors import Invalid
-from services.registry.domain import check_dataset_identifier, check_identifier
+from services.registry.identifiers import check_dataset_identifier, check_identifier
 
 
 @pytest.mark.parametrize("identifier", ["gpt2", "mistralai/Mistral-7B-v0.1", "a.b/c..d", "x_1-y"])

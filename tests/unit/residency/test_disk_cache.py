@@ -90,6 +90,20 @@ def test_the_least_recently_used_leaves_first_downloads_included(tmp_path: Path)
     assert roomy.find("new", "int8", "cpu") is not None
 
 
+def test_a_model_is_forgotten_alone(tmp_path: Path) -> None:
+    model = loading.load_model(models.saved("gpt2"), "int8")
+    kept = cache(tmp_path)
+    for name in ("one", "two"):
+        assert kept.keep(model, name, "int8", "cpu")
+    blob = hub_model(tmp_path / "hub", 1000, age=0)
+    assert kept.forget("one", "other/model") > 0
+    assert (kept.find("one", "int8", "cpu"), blob.exists()) == (None, True)
+    assert kept.find("two", "int8", "cpu") is not None
+    assert kept.forget("", "o/m") == 1000
+    assert not blob.exists()
+    assert kept.find("two", "int8", "cpu") is not None
+
+
 def hub_model(hub: Path, size: int, age: float) -> Path:
     """A downloaded model as the hub's own library lays it out."""
     commit = "0" * 40

@@ -66,6 +66,10 @@ class PostgresModels:
         """Remove the row."""
         await self._conn.execute(_QUERIES["delete"], model_id)
 
+    async def sharers(self, model_id: str) -> int:
+        """How many other models have the same files."""
+        return await self._conn.fetchval(_QUERIES["sharers"], model_id)
+
     async def users(self, model_id: str) -> list[str]:
         """Groups, lenses and unfinished jobs that use it."""
         return [row["name"] for row in await self._conn.fetch(_QUERIES["users"], model_id)]

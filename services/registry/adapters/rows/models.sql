@@ -20,6 +20,11 @@ WHERE m.digest = $1 AND p.value ->> 'quantization' = 'none' AND p.value ->> 'dat
   AND (p.value ->> 'tokens')::bigint = $3
 ORDER BY m.updated_at DESC, p.position DESC LIMIT 1
 
+-- sharers --
+SELECT count(*) FROM models m JOIN models o ON o.id <> m.id AND (
+    o.digest = m.digest OR (o.source, o.model_identifier) = (m.source, m.model_identifier))
+WHERE m.id = $1
+
 -- append_perplexity --
 UPDATE models SET perplexities = perplexities || jsonb_build_array($2::jsonb), updated_at = now() WHERE id = $1
 

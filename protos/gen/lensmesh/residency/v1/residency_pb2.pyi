@@ -113,6 +113,14 @@ class RestoreRequest(_message.Message):
     model_id: str
     def __init__(self, model_id: _Optional[str] = ...) -> None: ...
 
+class ForgetRequest(_message.Message):
+    __slots__ = ("source", "digest")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    source: SourceSpec
+    digest: str
+    def __init__(self, source: _Optional[_Union[SourceSpec, _Mapping]] = ..., digest: _Optional[str] = ...) -> None: ...
+
 class EmptyCacheRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

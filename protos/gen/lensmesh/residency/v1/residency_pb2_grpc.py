@@ -107,6 +107,11 @@ class ModelHostServiceStub:
                 request_serializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.MeasurePerplexityRequest.SerializeToString,
                 response_deserializer=lensmesh_dot_common_dot_v1_dot_types__pb2.PerplexityResult.FromString,
                 _registered_method=True)
+        self.Forget = channel.unary_unary(
+                '/lensmesh.residency.v1.ModelHostService/Forget',
+                request_serializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.ForgetRequest.SerializeToString,
+                response_deserializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.Released.FromString,
+                _registered_method=True)
         self.EmptyCache = channel.unary_unary(
                 '/lensmesh.residency.v1.ModelHostService/EmptyCache',
                 request_serializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.EmptyCacheRequest.SerializeToString,
@@ -221,6 +226,13 @@ class ModelHostServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Forget(self, request, context):
+        """Deletes downloaded and quantised weights.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def EmptyCache(self, request, context):
         """Empties the allocator's cache.
         """
@@ -307,6 +319,11 @@ def add_ModelHostServiceServicer_to_server(servicer, server):
                     servicer.MeasurePerplexity,
                     request_deserializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.MeasurePerplexityRequest.FromString,
                     response_serializer=lensmesh_dot_common_dot_v1_dot_types__pb2.PerplexityResult.SerializeToString,
+            ),
+            'Forget': grpc.unary_unary_rpc_method_handler(
+                    servicer.Forget,
+                    request_deserializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.ForgetRequest.FromString,
+                    response_serializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.Released.SerializeToString,
             ),
             'EmptyCache': grpc.unary_unary_rpc_method_handler(
                     servicer.EmptyCache,
@@ -698,6 +715,33 @@ class ModelHostService:
             '/lensmesh.residency.v1.ModelHostService/MeasurePerplexity',
             lensmesh_dot_residency_dot_v1_dot_residency__pb2.MeasurePerplexityRequest.SerializeToString,
             lensmesh_dot_common_dot_v1_dot_types__pb2.PerplexityResult.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Forget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lensmesh.residency.v1.ModelHostService/Forget',
+            lensmesh_dot_residency_dot_v1_dot_residency__pb2.ForgetRequest.SerializeToString,
+            lensmesh_dot_residency_dot_v1_dot_residency__pb2.Released.FromString,
             options,
             channel_credentials,
             insecure,
