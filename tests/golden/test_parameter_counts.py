@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, T5Config
 
-from services.extensions.compute.config import ExtensionConfig
-from services.extensions.compute.count import distinct_parameters, skeleton_of
+from services.extensions.compute.config import ExtensionConfig, LayerPlacement
+from services.extensions.compute.count import ParameterCounts, distinct_parameters, skeleton_of
 from services.extensions.compute.kinds import KINDS
 from services.residency.checkpoint import Entry, read_header
 from services.residency.estimate import parameter_count
@@ -72,6 +73,8 @@ def test_the_base_counts_a_head_that_the_file_holds(t5: PreTrainedModel, tmp_pat
         (("q", "v"), "dora", 706_560),
         (("q", "k", "v", "o"), "lora", 1_376_256),
         (("q", "k", "v", "o"), "dora", 1_416_192),
+        (("q", "v"), "adalora", 688_896),
+        (("q", "k", "v", "o"), "adalora", 1_377_792),
     ],
 )
 def test_lora_of_rank_16(t5: PreTrainedModel, targets: tuple[str, ...], variant: str, expected: int) -> None:
@@ -102,6 +105,39 @@ def test_an_inserted_decoder_layer(t5: PreTrainedModel) -> None:
     assert (counts.layer, counts.lora - 688_128) == (3_147_264, 57_344)
     both = KINDS["layer"].counts(t5, ExtensionConfig(layer_position="both"), BASE)
     assert both.layer == 2_360_320 + 3_147_264
+
+
+def counts_of(model: PreTrainedModel, *layers: LayerPlacement, **config: object) -> ParameterCounts:
+    return KINDS["hybrid"].counts(model, ExtensionConfig(lora_target_modules=("q", "v"), layers=layers, **config), BASE)
+
+
+def test_several_and_narrow_layers(t5: PreTrainedModel) -> None:
+    """A layer is 786,432 of each attention, 1,536 a neuron and 512 a norm; rank 16 on q, v is 28,672 an attention."""
+    whole, later = LayerPlacement(), LayerPlacement(position="decoder", index=4, from_step=100)
+    several = counts_of(t5, LayerPlacement(index=2), whole, later)
+    assert (several.layer, several.lora) == (2 * 2_360_320 + 3_147_264, 688_128 + 2 * 28_672)
+    at_once = counts_of(t5, LayerPlacement(index=2), whole, LayerPlacement(position="decoder", index=4))
+    assert (at_once.layer, at_once.lora) == (several.layer, 688_128 + 4 * 28_672)
+    narrow = counts_of(t5, LayerPlacement(mlp_width=256))
+    assert (narrow.layer, narrow.lora) == (786_432 + 256 * 1_536 + 2 * 512, 716_800)
+    both = counts_of(t5, LayerPlacement(position="both", mlp_width=1))
+    assert both.layer == (786_432 + 1_536 + 2 * 512) + (2 * 786_432 + 1_536 + 3 * 512)
+    assert counts_of(t5, whole, lora_variant="adalora").lora == 716_800 + 50 * 16
+
+
+def test_a_shared_layer_is_counted_and_not_trained(t5: PreTrainedModel) -> None:
+    config = ExtensionConfig(lora_target_modules=("q", "v"), shared_layer_of="x_1")
+    insertion = ({"op": "insert", "position": "encoder", "index": 8},)
+    counts = KINDS["hybrid"].counts(t5, config, BASE, insertion)
+    assert (counts.lora, counts.layer, counts.shared, counts.trainable) == (716_800, 2_360_320, 2_360_320, 716_800)
+    assert (counts.trainable_over_base, counts.trainable_over_total) == (716_800 / BASE, 716_800 / 80_038_272)
+    trained = KINDS["hybrid"].counts(t5, replace(config, train_shared_layer=True), BASE, insertion)
+    assert (trained.shared, trained.trainable) == (0, 3_077_120)
+
+
+def test_a_copy_that_becomes_a_model_is_trained_whole(t5: PreTrainedModel) -> None:
+    counts = KINDS["hybrid"].counts(t5, ExtensionConfig(freeze_base=False), BASE)
+    assert (counts.trainable, counts.trainable_over_total) == (80_038_272, 1.0)
 
 
 def test_the_published_comparison(t5: PreTrainedModel) -> None:
