@@ -42,6 +42,12 @@ ROUTES: dict[str, tuple[str, str]] = {
     "GetTrainingJob": ("GET", "/api/training-jobs/{id}"),
     "ListTranscoders": ("GET", "/api/transcoders"),
     "GetTranscoder": ("GET", "/api/transcoders/{id}"),
+    "DeleteTranscoder": ("DELETE", "/api/transcoders/{id}"),
+    "ExportTranscoder": ("POST", "/api/transcoders/{id}/export"),
+    "ReadExportedFile": ("GET", "/api/transcoder-exports/{digest}/files/{name}"),
+    "ImportTranscoder": ("POST", "/api/transcoders/import"),
+    "CompareTranscoders": ("POST", "/api/transcoders/compare"),
+    "GetEvaluations": ("GET", "/api/evaluations"),
     "EvaluateTranscoder": ("POST", "/api/transcoders/{id}/evaluate"),
     "ListEvaluations": ("GET", "/api/transcoders/{id}/evaluations"),
     "CreateGroup": ("POST", "/api/v2/groups"),
@@ -97,6 +103,25 @@ class HttpApi:
         if response.is_error:
             raise _refused(response)
         return response.json() if response.content else {}
+
+    def read(self, rpc: str, **fields: Any) -> Iterator[bytes]:
+        """Bytes of a file, piece by piece.
+
+        Raises:
+            ApiError: as `call`.
+        """
+        request = self._request(rpc, fields)
+        try:
+            response = self._client.send(request, stream=True)
+            try:
+                if response.is_error:
+                    response.read()
+                    raise _refused(response)
+                yield from response.iter_bytes()
+            finally:
+                response.close()
+        except httpx.HTTPError as error:
+            raise _unreachable(request, error) from error
 
     def watch(self, rpc: str, **fields: Any) -> Iterator[Event]:
         """See `Api.watch`; the stream comes as server-sent events."""

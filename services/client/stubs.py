@@ -22,7 +22,7 @@ from lensmesh.registry.v1 import (
     models_pb2,
     models_pb2_grpc,
 )
-from lensmesh.training.v1 import training_pb2, training_pb2_grpc
+from lensmesh.training.v1 import training_pb2, training_pb2_grpc, transcoders_pb2, transcoders_pb2_grpc
 
 from gateway.decode import decode
 from gateway.encode import encode
@@ -39,6 +39,7 @@ _STUBS: tuple[tuple[str, Any, Any, str], ...] = (
     ("registry", jobs_pb2, jobs_pb2_grpc.JobServiceStub, "JobService"),
     ("extraction", extraction_pb2, extraction_pb2_grpc.ExtractionServiceStub, "ExtractionService"),
     ("training", training_pb2, training_pb2_grpc.TrainingServiceStub, "TrainingService"),
+    ("training", transcoders_pb2, transcoders_pb2_grpc.TranscoderServiceStub, "TranscoderService"),
     ("extensions", extensions_pb2, extensions_pb2_grpc.ExtensionServiceStub, "ExtensionService"),
 )
 _DEADLINE_SECONDS = 600.0

@@ -88,6 +88,29 @@ def fetch(source: Source, roots: Sequence[Path], cache_dir: Path) -> Path:
     )
 
 
+def fetch_folder(source: Source, subfolder: str, roots: Sequence[Path], cache_dir: Path) -> Path:
+    """A directory with all files of a folder that is no model, such as a transcoder's; a hub's is downloaded.
+
+    Raises:
+        SourceNotFound: there is none, or a name leads out of its root.
+        SourceUnavailable: the hub does not answer and the cache does not have it.
+    """
+    if source.kind == "local":
+        return find_local(f"{source.identifier}/{subfolder}" if subfolder else source.identifier, roots)
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only hub folders need it
+
+    pattern = f"{subfolder}/*" if subfolder else "*"
+    repository = _asking_hub(
+        snapshot_download,
+        source.identifier,
+        revision=source.revision or None,
+        cache_dir=cache_dir,
+        allow_patterns=[pattern],
+        ignore_patterns=["*.pt", "*.bin", "*.pkl", "*.ckpt"],
+    )
+    return find_local(subfolder, [Path(repository)]) if subfolder else Path(repository)
+
+
 def _asking_hub(call: Any, identifier: str, **arguments: Any) -> Any:
     """Call a hub function.
 

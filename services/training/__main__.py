@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lensmesh.training.v1.training_pb2_grpc import add_TrainingServiceServicer_to_server
+from lensmesh.training.v1.transcoders_pb2_grpc import add_TranscoderServiceServicer_to_server
 
 from services.kit import errors
 from services.kit.artifacts import ArtifactStore
@@ -18,6 +19,7 @@ from services.kit.server import Context, Part, Servicer
 from services.residency.catalogue import Catalogue
 from services.residency.hosts import Hosts
 from services.training.adapters.datasets import RegisteredTexts
+from services.training.adapters.exchange import ExchangeStore, ForeignFolders
 from services.training.adapters.judged import ClaimedEvaluation
 from services.training.adapters.metrics import TrainingMetrics
 from services.training.adapters.peers import ExtractionPeer, Peers
@@ -27,10 +29,12 @@ from services.training.adapters.residency import PooledModels
 from services.training.adapters.run import ClaimedRun
 from services.training.config import TrainingSettings
 from services.training.domain import EVALUATION_KIND, JOB_KIND
+from services.training.exchange import Exchange
 from services.training.job import TrainingJob
 from services.training.judging import EvaluationJob
 from services.training.operations import Operations
 from services.training.servicer import TrainingServicer
+from services.training.transcoder_servicer import TranscoderServicer
 
 HOST_SERVICE = "lensmesh.residency.v1.ModelHostService"
 EXTRACTION_SERVICE = "lensmesh.extraction.v1.ExtractionService"
@@ -74,13 +78,27 @@ async def compose(context: Context) -> Part:
     async def evaluate(claim: Claim) -> dict[str, Any]:
         return await evaluation.run(ClaimedEvaluation(claim))
 
+    operations = Operations(store, peers, extraction, device=context.device)
+    exchange = Exchange(
+        ExchangeStore(store, context.database),
+        peers,
+        extraction,
+        files=files,
+        models=models,
+        sources=ForeignFolders(settings.model_roots, settings.state_dir / "hub"),
+    )
     return Part(
         servicers=[
             Servicer(
                 add=add_TrainingServiceServicer_to_server,
-                implementation=TrainingServicer(Operations(store, peers, extraction, device=context.device)),
+                implementation=TrainingServicer(operations),
                 name="lensmesh.training.v1.TrainingService",
-            )
+            ),
+            Servicer(
+                add=add_TranscoderServiceServicer_to_server,
+                implementation=TranscoderServicer(operations, exchange),
+                name="lensmesh.training.v1.TranscoderService",
+            ),
         ],
         handlers={JOB_KIND: train, EVALUATION_KIND: evaluate},
         limits={JOB_KIND: settings.max_concurrent_trainings},

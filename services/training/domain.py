@@ -13,6 +13,7 @@ EVENT_PREFIX = "training"
 EVALUATION_PREFIX = "evaluation"
 ARTIFACT_KIND = "transcoder"
 CHECKPOINT_KIND = "checkpoint"
+EXPORT_KIND = "transcoder-export"
 
 EVALUATION_MODES = ("auto", "full", "safe", "cpu")
 

@@ -34,7 +34,7 @@ _SCHEDULES = {
     pb.LR_SCHEDULE_COSINE: "cosine",
 }
 _DTYPES = {types_pb2.DTYPE_FLOAT32: "float32", types_pb2.DTYPE_BFLOAT16: "bfloat16"}
-_MODES = {
+MODES = {
     pb.EVALUATION_MODE_UNSPECIFIED: "auto",
     pb.EVALUATION_MODE_AUTO: "auto",
     pb.EVALUATION_MODE_FULL: "full",
@@ -77,7 +77,7 @@ def wanted_evaluation(request: pb.EvaluateTranscoderRequest) -> WantedEvaluation
         num_batches=request.num_batches,
         batch_size=request.batch_size,
         max_length=request.max_length,
-        mode=_MODES[request.mode],
+        mode=MODES[request.mode],
         prefix=request.prefix,
     )
 

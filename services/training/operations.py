@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from services.kit import errors
 from services.kit.paging import Page
 from services.kit.requests import RequestKey
 from services.training.domain import (
+    Evaluation,
     Filter,
     Queued,
     Training,
@@ -184,6 +186,23 @@ class Operations:
             raise errors.Invalid.of("prefix", f"the transcoder has {groups} groups", groups=groups)
         await self._catalogue.require_dataset(wanted.dataset_id)
         return await self._store.queue_evaluation(wanted, key)
+
+    async def compare(self, wanted: Sequence[WantedEvaluation], key: RequestKey) -> list[Queued]:
+        """Queue evaluations of several transcoders on the same text, a job each: they spread over the devices.
+
+        Raises:
+            errors.NotFound: there is no such transcoder or dataset.
+            errors.Invalid: they are of several models, whose losses say nothing about each other.
+        """
+        models = {(await self._store.transcoder(one.transcoder_id)).model_id for one in wanted}
+        if len(models) > 1:
+            raise errors.Invalid.of("transcoder_ids", f"are of {len(models)} models")
+        await self._catalogue.require_dataset(wanted[0].dataset_id)
+        return await self._store.queue_evaluations(wanted, key)
+
+    async def evaluations_by_id(self, ids: Sequence[str]) -> list[Evaluation]:
+        """Evaluations side by side: those that have ended well, in the order of the ids."""
+        return await self._store.evaluations_by_id(ids)
 
     async def evaluations(self, wanted: Filter) -> Page:
         """Evaluations of a transcoder, newest first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from services.kit.paging import Page
@@ -9,6 +10,7 @@ from services.kit.requests import RequestKey
 from services.training.domain import (
     BaseModel,
     Cache,
+    Evaluation,
     Filter,
     Plan,
     Queued,
@@ -134,6 +136,16 @@ class Store(Protocol):
         Raises:
             errors.Conflict: `REQUEST_ID_REUSED`.
         """
+
+    async def queue_evaluations(self, wanted: Sequence[WantedEvaluation], key: RequestKey) -> list[Queued]:
+        """The same for several, all or none of them.
+
+        Raises:
+            errors.Conflict: `REQUEST_ID_REUSED`.
+        """
+
+    async def evaluations_by_id(self, ids: Sequence[str]) -> list[Evaluation]:
+        """Those of the named evaluations that have ended well, in the order of the ids."""
 
     async def evaluations(self, wanted: Filter) -> Page:
         """Evaluations of a transcoder that have ended well, newest first."""

@@ -19,7 +19,7 @@ from lensmesh.registry.v1 import (
     models_pb2_grpc,
 )
 from lensmesh.training.v1 import training_pb2 as pb
-from lensmesh.training.v1 import training_pb2_grpc
+from lensmesh.training.v1 import training_pb2_grpc, transcoders_pb2_grpc
 from torch import Tensor
 
 from services.extraction.__main__ import compose as compose_extraction
@@ -83,6 +83,7 @@ class Mesh:
     """What a test talks to."""
 
     stub: training_pb2_grpc.TrainingServiceStub
+    transcoders: transcoders_pb2_grpc.TranscoderServiceStub
     extraction: extraction_pb2_grpc.ExtractionServiceStub
     registry: Registry
     context: Context
@@ -218,6 +219,7 @@ async def meshing(database: Database, state: Path, *, lease_seconds: float = 10.
         to_training = await stack.enter_async_context(open_channel(await _serve(stack, shared, parts[2:]), shared))
         yield Mesh(
             training_pb2_grpc.TrainingServiceStub(to_training),
+            transcoders_pb2_grpc.TranscoderServiceStub(to_training),
             extraction_pb2_grpc.ExtractionServiceStub(to_extraction),
             registry,
             context,

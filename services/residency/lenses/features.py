@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from services.residency.families import SITES, UnknownHookPoint, locate, site_of
+from services.residency.families import SITES, UnknownHookPoint, locate
 from services.residency.lenses import Base, LensCorrupt, LensIncompatible, PrefixUnknown, Reading, Spec, TokenReading
 from services.residency.lenses.codes import Codes
 from services.residency.lenses.transcoder import Transcoder
@@ -97,10 +97,8 @@ def places(transcoder: Transcoder, spec: Spec) -> tuple[str, str]:
     if source is None or target is None:
         if layer is None:
             raise LensCorrupt("the transcoder does not say which layer it reads")
-        source, target = f"blocks.{layer}.{SITES['mlp_in']}", f"blocks.{layer}.{SITES['mlp_out']}"
-    if site_of(source)[1] == "ln2_normalized" and info.get("apply_rmsnorm_scaling", True):
-        source = f"blocks.{site_of(source)[0]}.{SITES['mlp_in']}"
-    return source, target
+        return f"blocks.{layer}.{SITES['mlp_in']}", f"blocks.{layer}.{SITES['mlp_out']}"
+    return transcoder.reads, target
 
 
 def load(spec: Spec, base: Base) -> FeatureLens:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from services.residency.families import SITES, site_of
 from services.residency.lenses import transcoder_files
 from services.residency.lenses.codes import Codes, starts, weighted_rows
 from services.residency.lenses.selection import ACTIVATIONS, Encoder, select_above, select_topk
@@ -99,6 +100,19 @@ class Transcoder(nn.Module):
     def dict_size(self) -> int:
         """Latents."""
         return self.shape.dict_size
+
+    @property
+    def reads(self) -> str:
+        """Hook point of the tensor that is read: normalised activations with the gain applied are the MLP's input.
+
+        Raises:
+            ValueError: the info names no source, or none that is a hook point.
+        """
+        named = str(self.info.get("source_hook_point", ""))
+        layer, site = site_of(named)
+        if site == "ln2_normalized" and self.info.get("apply_rmsnorm_scaling", True):
+            return f"blocks.{layer}.{SITES['mlp_in']}"
+        return named
 
     def width(self, groups: int | None) -> int:
         """Latents in the first `groups` groups; all when None.

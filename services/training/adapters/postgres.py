@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Any
@@ -134,35 +134,43 @@ class PostgresStore:
         """The row with the evaluations, then the files."""
         async with self._database.transaction() as conn:
             uri = (await transcoder_of(conn, transcoder_id)).artifact_uri
+            derived = [row["uri"] for row in await conn.fetch(QUERIES["derived"], transcoder_id, uri)]
             await conn.execute(QUERIES["delete_transcoder"], transcoder_id)
-        await self.discard([uri])
+        await self.discard([uri, *derived])
 
     async def queue_evaluation(self, wanted: WantedEvaluation, key: RequestKey) -> Queued:
         """Rows of the evaluation and of its job in one transaction."""
+        return (await self.queue_evaluations([wanted], key))[0]
+
+    async def queue_evaluations(self, wanted: Sequence[WantedEvaluation], key: RequestKey) -> list[Queued]:
+        """All of them in one transaction, a job each."""
         async with self._database.transaction() as conn, idempotent(conn, key) as request:
             if request.answer is None:
-                evaluation_id = new_id("eval")
-                facts = {"transcoder_id": wanted.transcoder_id, "dataset_id": wanted.dataset_id}
-                job = await self._jobs.enqueue(
-                    conn,
-                    kind=EVALUATION_KIND,
-                    payload=facts,
-                    created_by=key.caller,
-                    resource_id=evaluation_id,
-                    event_prefix=EVALUATION_PREFIX,
-                    event_data=facts,
-                )
-                await conn.execute(
-                    QUERIES["insert_evaluation"],
-                    evaluation_id,
-                    job.id,
-                    wanted.transcoder_id,
-                    wanted.dataset_id,
-                    asdict(wanted),
-                    key.caller,
-                )
-                request.answer = {"job_id": job.id, "resource_id": evaluation_id}
-        return Queued(**request.answer)
+                queued = [await self._queue_evaluation(conn, one, key) for one in wanted]
+                request.answer = {"queued": [asdict(one) for one in queued]}
+        return [Queued(**one) for one in request.answer["queued"]]
+
+    async def _queue_evaluation(self, conn: asyncpg.Connection, wanted: WantedEvaluation, key: RequestKey) -> Queued:
+        evaluation_id = new_id("eval")
+        facts = {"transcoder_id": wanted.transcoder_id, "dataset_id": wanted.dataset_id}
+        job = await self._jobs.enqueue(
+            conn,
+            kind=EVALUATION_KIND,
+            payload=facts,
+            created_by=key.caller,
+            resource_id=evaluation_id,
+            event_prefix=EVALUATION_PREFIX,
+            event_data=facts,
+        )
+        row = (evaluation_id, job.id, wanted.transcoder_id, wanted.dataset_id, asdict(wanted), key.caller)
+        await conn.execute(QUERIES["insert_evaluation"], *row)
+        return Queued(job.id, evaluation_id)
+
+    async def evaluations_by_id(self, ids: Sequence[str]) -> list[Evaluation]:
+        """Those that have ended well, in the order of the ids."""
+        async with self._database.connection() as conn:
+            rows = await conn.fetch(QUERIES["evaluations_by_id"], list(ids))
+        return [Evaluation(**row) for row in rows]
 
     async def evaluations(self, wanted: Filter) -> Page:
         """A page, newest first."""

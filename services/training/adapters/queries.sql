@@ -85,6 +85,10 @@ SELECT count(*) FROM transcoders WHERE ($1 = '' OR model_id = $1) AND ($2::integ
 -- delete_transcoder --
 DELETE FROM transcoders WHERE id = $1
 
+-- derived --
+-- What was made of a transcoder: exports; its own files are not among them.
+SELECT uri FROM artifacts WHERE meta ->> 'transcoder_id' = $1 AND uri <> $2
+
 -- insert_evaluation --
 INSERT INTO evaluations (id, job_id, transcoder_id, dataset_id, options, created_by) VALUES ($1, $2, $3, $4, $5, $6)
 
@@ -99,6 +103,10 @@ SELECT id, transcoder_id, dataset_id, job_id, figures, finished_at AS created_at
 WHERE transcoder_id = $1 AND finished_at IS NOT NULL
   AND ($2::timestamptz IS NULL OR (finished_at, id) < ($2, $3::text))
 ORDER BY finished_at DESC, id DESC LIMIT $4 OFFSET $5
+
+-- evaluations_by_id --
+SELECT id, transcoder_id, dataset_id, job_id, figures, finished_at AS created_at FROM evaluations
+WHERE id = ANY ($1::text[]) AND finished_at IS NOT NULL ORDER BY array_position($1::text[], id::text)
 
 -- count_evaluations --
 SELECT count(*) FROM evaluations WHERE transcoder_id = $1 AND finished_at IS NOT NULL

@@ -70,7 +70,7 @@ class Evaluation:
         """
         transcoder.width(groups)
         self._model, self._family, self._transcoder, self._groups = model, family, transcoder, groups
-        self._source = str(transcoder.info["source_hook_point"])
+        self._source = transcoder.reads
         self._target = str(transcoder.info["target_hook_point"])
         widths = transcoder.shape.prefix_widths
         self._used = len(widths) if groups is None else groups

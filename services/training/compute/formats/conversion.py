@@ -15,6 +15,8 @@ from services.training.compute.config import ConfigError
 
 FITTED = 0.75
 """Part of the calibration rows that thresholds are fitted on to choose their kind; the rest decides."""
+ALIKE = 1e-6
+"""Pre-activations that differ by less, relatively, are those of rows that are alike: rounding decides their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,15 +167,27 @@ def _scalar(transcoder: Transcoder, rows: Tensor, active: int) -> Tensor:
 
 
 def _per_latent(transcoder: Transcoder, rows: Tensor, counts: Tensor) -> Tensor:
-    """For each latent, half-way between its `counts` largest positive pre-activations and the next one."""
+    """For each latent, half-way between its `counts` largest positive pre-activations and the next one.
+
+    Rows that are alike cannot be told apart: then all of them are in or all out, such that the sum over latents fits.
+    """
     thresholds = torch.empty_like(transcoder.b_enc)
-    step = max(1, BLOCK_ELEMENTS // len(rows))
+    step, missing = max(1, BLOCK_ELEMENTS // len(rows)), 0
     for start in range(0, transcoder.dict_size, step):
         part = slice(start, start + step)
         own = counts[part, None]
         pre = torch.addmm(transcoder.b_enc[part], rows, transcoder.W_enc[:, part]).T.clamp_min(0)
         ordered = pre.topk(min(int(own.max()) + 1, len(rows)), dim=1).values
         ordered = torch.nn.functional.pad(ordered, (0, 1))  # below the last row there is nothing
-        lowest = ordered.gather(1, (own - 1).clamp_min(0))
-        thresholds[part] = torch.where(own > 0, (lowest + ordered.gather(1, own)) / 2, lowest)[:, 0]
+        lowest, following = ordered.gather(1, (own - 1).clamp_min(0)), ordered.gather(1, own)
+        found = torch.where(own > 0, (lowest + following) / 2, lowest)[:, 0]
+        tied = ((own > 0) & (lowest - following <= ALIKE * lowest))[:, 0].nonzero()[:, 0]
+        low, high = (lowest[tied] * (1 - 2 * ALIKE), lowest[tied] * (1 + 2 * ALIKE))
+        fewer, more = ((pre[tied] > bound).sum(1).tolist() for bound in (high, low))
+        for place, wanted, least, most in zip(tied.tolist(), own[tied, 0].tolist(), fewer, more, strict=True):
+            missing += wanted
+            everything = abs(missing - most) < abs(missing - least)
+            found[place] = lowest[place, 0] * (1 - 2 * ALIKE if everything else 1 + 2 * ALIKE)
+            missing -= most if everything else least
+        thresholds[part] = found
     return thresholds

@@ -222,6 +222,20 @@ def test_per_latent_thresholds_keep_every_latents_frequency() -> None:
     assert torch.equal(converted.encode_sparse(x).counts(), codes.counts())
 
 
+def test_rows_that_occur_again_and_again_keep_the_l0_too() -> None:
+    """As in real text: a threshold has all of them above it or none."""
+    transcoder, x = coder(), inputs(80).repeat_interleave(50, 0)
+    thresholds = conversion._fitted("per_latent", transcoder, x, transcoder.encode_sparse(x))
+    converted = conversion._with_thresholds(transcoder, thresholds)
+    assert len(converted.encode_sparse(x)) == pytest.approx(K * len(x), rel=0.01)
+    part = x[:3990]  # now the counts are no multiples of how often a row occurs
+    codes = transcoder.encode_sparse(part)
+    thresholds = conversion._per_latent(transcoder, x, codes.counts())
+    assert len(conversion._with_thresholds(transcoder, thresholds).encode_sparse(x)) == pytest.approx(
+        len(codes), rel=0.01
+    )
+
+
 def test_the_better_thresholds_are_kept() -> None:
     """A latent that is loud but rarely wins needs a threshold of its own; latents that are all alike share one."""
     x = inputs()

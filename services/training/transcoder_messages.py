@@ -1,0 +1,88 @@
+"""Between the protos of what is done with trained transcoders and the records of their decisions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lensmesh.training.v1 import training_pb2
+from lensmesh.training.v1 import transcoders_pb2 as pb
+
+from services.training.compute import Export
+from services.training.compute.formats import HeldOut
+from services.training.domain import Queued, WantedEvaluation
+from services.training.exchange import Published, WantedImport
+from services.training.messages import MODES
+
+FORMATS = {
+    pb.TRANSCODER_FORMAT_SAE_LENS: "sae_lens",
+    pb.TRANSCODER_FORMAT_SPARSIFY: "sparsify",
+    pb.TRANSCODER_FORMAT_CIRCUIT_TRACER: "circuit_tracer",
+    pb.TRANSCODER_FORMAT_GEMMA_SCOPE: "gemma_scope",
+}
+_SOURCES: dict[int, Literal["huggingface", "local"]] = {
+    pb.TRANSCODER_SOURCE_UNSPECIFIED: "local",
+    pb.TRANSCODER_SOURCE_LOCAL: "local",
+    pb.TRANSCODER_SOURCE_HUGGINGFACE: "huggingface",
+}
+
+
+def wanted_import(request: pb.ImportTranscoderRequest) -> WantedImport:
+    """What a request asks for."""
+    return WantedImport(
+        model_id=request.model_id,
+        format=FORMATS[request.format],
+        source=_SOURCES[request.source],
+        identifier=request.identifier,
+        revision=request.revision,
+        subfolder=request.subfolder,
+        layer=request.layer if request.HasField("layer") else None,
+        name=request.name,
+    )
+
+
+def wanted_comparison(request: pb.CompareTranscodersRequest) -> list[WantedEvaluation]:
+    """An evaluation for each transcoder."""
+    return [
+        WantedEvaluation(
+            transcoder_id=transcoder_id,
+            dataset_id=request.dataset_id,
+            num_batches=request.num_batches,
+            batch_size=request.batch_size,
+            max_length=request.max_length,
+            mode=MODES[request.mode],
+        )
+        for transcoder_id in request.transcoder_ids
+    ]
+
+
+def comparison(request: pb.CompareTranscodersRequest, queued: list[Queued]) -> pb.CompareTranscodersResponse:
+    """What was queued for each transcoder."""
+    pairs = zip(request.transcoder_ids, queued, strict=True)
+    return pb.CompareTranscodersResponse(
+        compared=[
+            pb.ComparedTranscoder(transcoder_id=name, evaluation_id=one.resource_id, job_id=one.job_id)
+            for name, one in pairs
+        ]
+    )
+
+
+def exported(request: pb.ExportTranscoderRequest, done: Export, published: Published) -> pb.TranscoderExport:
+    """What was written, and what its conversion cost."""
+    activation = done.transcoder.shape.activation
+    return pb.TranscoderExport(
+        transcoder_id=request.id,
+        format=request.format,
+        artifact_uri=published.uri,
+        digest=published.uri.rpartition("/")[2],
+        files=[pb.ExportedFile(name=name, size_bytes=size) for name, size in published.files],
+        activation=training_pb2.Activation.Value(f"ACTIVATION_{activation.upper()}"),
+        thresholds=done.thresholds,
+        wanted_l0=done.wanted_l0,
+        calibrated_l0=done.calibrated_l0,
+        original=_held_out(done.original),
+        converted=_held_out(done.converted),
+    )
+
+
+def _held_out(found: HeldOut | None) -> pb.HeldOutFigures | None:
+    return None if found is None else pb.HeldOutFigures(l0=found.l0, fvu=found.fvu)
