@@ -10,6 +10,7 @@ from services.residency.config import ResidencySettings
 from services.residency.disk_cache import DiskCache
 from services.residency.memory import survey
 from services.residency.metrics import ResidencyMetrics
+from services.residency.guests import Guests
 from services.residency.operations import Host
 from services.residency.pool import Pool
 from services.residency.presence import Presence
@@ -36,6 +37,7 @@ async def compose(context: Context) -> Part:
         catalogue=Catalogue(context.registry, context.host_id),
         disk_cache=cache,
         metrics=ResidencyMetrics(context.metrics, pool, memory),
+        guests=Guests(pool),
     )
     presence = Presence(
         registry=context.registry,

@@ -138,11 +138,14 @@ class Continuation:
         device = next(self.base.model.parameters()).device
         with torch.no_grad():
             for _ in range(tokens):
-                scores = self._scores(self._inputs(device), family)
-                self.tokens.append(self._pick(scores))
-                if self.tokens[-1] in self.end_ids or len(self.tokens) >= self.max_new_tokens:
-                    self.done = True
+                self.take(self._scores(self._inputs(device), family))
+                if self.done:
                     return
+
+    def take(self, scores: Tensor) -> None:
+        """Add the token that the logits [vocab] give."""
+        self.tokens.append(self._pick(scores))
+        self.done = self.tokens[-1] in self.end_ids or len(self.tokens) >= self.max_new_tokens
 
     def _scores(self, inputs: Mapping[str, Any], family: Family | None) -> Tensor:
         """Logits [vocab] of the next token."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from services.residency.config import ResidencySettings
 from services.residency.disk_cache import DiskCache
 from services.residency.generation import TURN, Continuation, Intervention
 from services.residency.lease import Lease
+from services.residency.guests import Guests
 from services.residency.lenses import Lens, Reading, Spec
 from services.residency.lenses import load as load_lens
 from services.residency.memory import give_back
@@ -171,6 +173,10 @@ class Host:
 
     async def attach(self, model_id: str, spec: Spec, artifact_uri: str) -> None:
         """Bring a lens to a resident model."""
+        await self._bring(model_id, spec, artifact_uri)
+        self.guests.keep(model_id, spec.lens_id)
+
+    async def _bring(self, model_id: str, spec: Spec, artifact_uri: str) -> None:
         async with self._files(artifact_uri) as folder:
             await self.pool.attach(model_id, replace(spec, folder=folder))
 
@@ -283,9 +289,8 @@ class Host:
         if extension is None:
             return None
         spec, artifact_uri = extension
-        if spec.lens_id not in self.pool.get(model_id).lenses:
-            await self.attach(model_id, spec, artifact_uri)
-            stack.push_async_callback(self.pool.detach, model_id, spec.lens_id)
+        bring = partial(self._bring, model_id, spec, artifact_uri)
+        await stack.enter_async_context(self.guests.staying(model_id, spec.lens_id, bring))
         return spec.lens_id
 
     async def measure_perplexity(self, model_id: str, dataset_id: str, sample_count: int, max_length: int) -> Measured:
