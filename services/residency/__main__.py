@@ -8,9 +8,9 @@ from services.kit.server import Context, Part, Servicer
 from services.residency.catalogue import Catalogue
 from services.residency.config import ResidencySettings
 from services.residency.disk_cache import DiskCache
+from services.residency.guests import Guests
 from services.residency.memory import survey
 from services.residency.metrics import ResidencyMetrics
-from services.residency.guests import Guests
 from services.residency.operations import Host
 from services.residency.pool import Pool
 from services.residency.presence import Presence

@@ -20,8 +20,8 @@ from services.residency.catalogue import Catalogue
 from services.residency.config import ResidencySettings
 from services.residency.disk_cache import DiskCache
 from services.residency.generation import TURN, Continuation, Intervention
-from services.residency.lease import Lease
 from services.residency.guests import Guests
+from services.residency.lease import Lease
 from services.residency.lenses import Lens, Reading, Spec
 from services.residency.lenses import load as load_lens
 from services.residency.memory import give_back
@@ -98,6 +98,7 @@ class Host:
     catalogue: Catalogue
     disk_cache: DiskCache
     metrics: ResidencyMetrics
+    guests: Guests
 
     @property
     def hub_dir(self) -> Path:
