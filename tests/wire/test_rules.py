@@ -36,7 +36,13 @@ SERVICES = [
 ]
 for _module in (
     *(f"registry.v1.{n}" for n in ("models", "groups", "datasets", "devices", "jobs")),
-    *("residency.v1.residency", "extraction.v1.extraction", "training.v1.training", "training.v1.transcoders", "extensions.v1.extensions"),
+    *(
+        "residency.v1.residency",
+        "extraction.v1.extraction",
+        "training.v1.training",
+        "training.v1.transcoders",
+        "extensions.v1.extensions",
+    ),
 ):
     importlib.import_module(f"lensmesh.{_module}_pb2_grpc")
 METHODS = [method for service in SERVICES for method in methods_of(service)]

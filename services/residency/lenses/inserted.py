@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from services.residency.families import LAYER_ID, submodule
 from services.residency.lenses.extension import Edit, Extension, ExtensionRefused
+from services.residency.loading import target_dtypes
 from services.residency.quantize import linear_modules
 
 
@@ -153,13 +154,13 @@ def _copy(model: PreTrainedModel, source: nn.Module, stack: Stack) -> nn.Module:
     """The block before, as its base has it: unquantised, and without the adapters that are in force."""
     configs = (module.config for module in model.modules() if hasattr(module, "config"))
     block = deepcopy(source, {id(config): config for config in configs})
-    dtype = model.get_input_embeddings().weight.dtype
+    dtype_of = target_dtypes(model, model.get_input_embeddings().weight.dtype)
     adapted = [path for path, module in block.named_modules() if hasattr(module, "base_layer")]
     for path in adapted:
         _put(block, path, block.get_submodule(path).base_layer)
     for path, module in linear_modules(block).items():
         if type(module).__module__.startswith("bitsandbytes"):
-            _put(block, path, _unquantized(submodule(source, path), dtype))
+            _put(block, path, _unquantized(submodule(source, path), dtype_of(path)))
     if stack.relative_bias:
         attention = block.get_submodule(stack.relative_bias)
         if attention.has_relative_attention_bias:  # only a stack's first block owns one and hands it to the others

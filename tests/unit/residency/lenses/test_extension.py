@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from services.residency.lenses import lora
 from services.residency.lenses.extension import Edit, Extension, ExtensionRefused, Extensions, applied
+from services.residency.loading import load_model
 from tests.models import batch, saved, tiny
 
 TARGETS = {"gpt2": ["c_attn", "mlp.c_proj"], "llama": ["q_proj", "down_proj"], "gemma2": ["v_proj"], "t5": ["q", "wo"]}
@@ -201,3 +202,47 @@ def test_dora_on_an_int8_base_is_refused_before_it_breaks_the_base() -> None:
     before = logits(model)
     adapter(model, ["q_proj"], use_dora=True)
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "adalora"])
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_every_adapter_learns_on_a_quantised_base_that_stays_as_it_is(quantization: str, variant: str) -> None:
+    if (quantization, variant) == ("int8", "dora"):
+        pytest.skip("refused on the CPU: the test below")
+    model = load_model(saved("llama", 2), quantization)
+    before = logits(model)
+    shapes = lora.matched(lora.adaptable(model), ["q_proj", "down_proj"])
+    fresh = lora.fresh_triplets if variant == "adalora" else lora.fresh_weights
+    config = (
+        AdaLoraConfig(init_r=4, target_r=2, total_step=1, target_modules=["q_proj", "down_proj"])
+        if variant == "adalora"
+        else LoraConfig(
+            r=4, target_modules=["q_proj", "down_proj"], use_rslora=variant == "rslora", use_dora=variant == "dora"
+        )
+    )
+    extensions = Extensions()
+    extensions.attach("x", lora.build(model, config, fresh(shapes, 4, 0), fresh=True))
+    with extensions.using("x"):
+        model(batch()).logits.logsumexp(-1).mean().backward()
+    learns = "lora_E" if variant == "adalora" else "lora_B.weight"
+    gradients = [p.grad for key, p in extensions["x"].parameters.items() if key.endswith(learns)]
+    assert len(gradients) == 4
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+    assert not hasattr(model, "is_loaded_in_8bit")
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("quantization", ["fp16", "bf16"])
+def test_adapters_of_half_precision_bases_are_wide_as_plain_pefts_are(quantization: str) -> None:
+    model = load_model(saved("llama", 2), quantization)
+    extension = adapter(model, ["q_proj", "down_proj"])
+    assert {parameter.dtype for parameter in extension.parameters.values()} == {torch.float32}
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    with applied(extension.edits):
+        ours = logits(model)
+    plain = get_peft_model(load_model(saved("llama", 2), quantization), config).eval()
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(extension.parameters[name.replace(".default", "")])
+    assert torch.equal(logits(plain), ours)

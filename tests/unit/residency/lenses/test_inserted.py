@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, BitsAndBytesConfig, PreTrainedModel
+from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertLMHeadModel, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from services.residency.lenses import lora
 from services.residency.lenses.extension import ExtensionRefused, applied
-from services.residency.lenses.inserted import insert
+from services.residency.lenses.inserted import insert, stack_of
+from services.residency.loading import load_model
 from tests.models import batch, saved, tiny
 
 PLACES = [("gpt2", "decoder"), ("llama", "decoder"), ("mistral", "decoder"), ("gemma2", "decoder")]
@@ -74,26 +75,47 @@ def test_generation_with_cache_equals_generation_without(family: str, position: 
         assert torch.equal(cached, model.generate(batch(), use_cache=False, **options))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_bases_get_an_unquantised_layer(bits: int) -> None:
-    config = (
-        BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-        if bits == 8
-        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    )
-    model = AutoModelForCausalLM.from_pretrained(saved("gpt2", 2), quantization_config=config, device_map="cpu").eval()
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+@pytest.mark.parametrize("quantization", ["fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize(("family", "position"), PLACES)
+def test_half_precision_and_quantised_bases_keep_every_bit(family: str, position: str, quantization: str) -> None:
+    model = load_model(saved(family, 2), quantization)
     before = logits(model)
-    extension = insert(model, "decoder", index=1, scale=0.0)
-    assert {parameter.dtype for parameter in extension.parameters.values()} == {torch.float32}
-    original = tiny("gpt2", 2).transformer.h[0].mlp.c_fc.weight.T
-    copied = extension.parameters["transformer.h.1.mlp.c_fc.weight"].detach()
-    assert float((copied - original).norm() / original.norm()) < (0.02 if bits == 8 else 0.2)
+    extension = insert(model, position, index=1, scale=0.0)
+    kept = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(quantization, torch.float32)
+    for key, parameter in extension.parameters.items():
+        wide = quantization == "fp16" and key.endswith(
+            ".wo.weight"
+        )  # T5 overflows there, so transformers keeps it wide
+        assert parameter.dtype == (torch.float32 if wide else kept), key
     with applied(extension.edits):
         assert torch.equal(logits(model), before)
+        own = EncoderDecoderCache(DynamicCache(), DynamicCache()) if family == "t5" else None
+        options = {"max_new_tokens": 4, "do_sample": False}
+        cached = model.generate(batch(), use_cache=True, past_key_values=own, **options)
     assert torch.equal(logits(model), before)
+    assert torch.equal(cached, model.generate(batch(), use_cache=True, **options))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize(("family", "path"), [("gpt2", "mlp.c_fc"), ("t5", "layer.1.DenseReluDense.wi_0")])
+def test_a_layer_on_a_quantised_base_is_its_dequantised_neighbour(family: str, path: str, quantization: str) -> None:
+    model, original = load_model(saved(family, 2), quantization), tiny(family, 2)
+    stack = stack_of(model, "decoder" if family == "gpt2" else "encoder")
+    key = f"{stack.blocks}.1.{path}.weight"
+    copied = insert(model, "decoder" if family == "gpt2" else "encoder", index=1).parameters[key].detach()
+    weight = original.get_submodule(f"{stack.blocks}.0.{path}").weight.detach()
+    weight = weight.T if family == "gpt2" else weight
+    assert 0 < (copied - weight).norm() / weight.norm() < (0.02 if quantization == "int8" else 0.2)
+    neighbour = model.get_submodule(f"{stack.blocks}.0.{path}")
+    assert (neighbour.in_features, neighbour.out_features) == tuple(reversed(copied.shape))
+
+
+def test_a_t5_of_fp16_keeps_the_wide_matrix_of_a_quantised_layer_wide() -> None:
+    model = load_model(saved("t5", 2), "int8")
+    model.get_input_embeddings().half()
+    kinds = {key: parameter.dtype for key, parameter in insert(model, "decoder").parameters.items()}
+    assert kinds["decoder.block.2.layer.2.DenseReluDense.wo.weight"] == torch.float32
+    assert kinds["decoder.block.2.layer.2.DenseReluDense.wi_0.weight"] == torch.float16
 
 
 @pytest.mark.parametrize(("family", "position"), PLACES)
@@ -153,12 +175,38 @@ def test_what_cannot_be_inserted_names_the_field(family: str, position: str, ind
     assert refused.value.field == field
 
 
-def test_post_norm_models_are_refused() -> None:
-    config = BertConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, is_decoder=True
-    )
-    with pytest.raises(ExtensionRefused, match="no layer of bert is known to preserve"):
-        insert(BertLMHeadModel(config), "decoder")
+@pytest.mark.parametrize("family", ["bert", "bart"])
+def test_post_norm_models_are_refused_with_the_reason(family: str) -> None:
+    sizes = {"vocab_size": 32, "is_decoder": family == "bert"}
+    model: PreTrainedModel
+    if family == "bert":
+        model = BertLMHeadModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **sizes))
+    else:
+        widths = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 1}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        model = BartForConditionalGeneration(BartConfig(d_model=16, **widths, **heads, **sizes))
+    with pytest.raises(ExtensionRefused, match="a norm that follows the addition") as refused:
+        insert(model, "decoder")
+    assert refused.value.field == "model_id"
+
+
+def test_the_bases_cache_is_right_after_the_layer_left_in_the_middle_of_a_text() -> None:
+    """The number of every layer is back, which says where its keys and values are kept."""
+    model = tiny("llama", 3)
+    ids = batch(1, 12)
+    expected = logits_of(model, ids)
+    with applied(insert(model, "decoder", index=1, scale=1.0).edits):
+        logits_of(model, ids)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        first = model(ids[:, :7], past_key_values=cache, use_cache=True).logits
+        rest = model(ids[:, 7:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(torch.cat([first, rest], 1), expected, rtol=1e-5, atol=1e-5)
+
+
+def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(ids, use_cache=False).logits
 
 
 def test_attention_that_depends_on_the_layers_number_is_refused() -> None:
