@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from services.client import catalogue, transcoders, work
+from services.client import catalogue, train, transcoders, work
 from services.client.connection import default_state
 from services.client.output import Json, fail, print_json
 
@@ -30,7 +30,7 @@ app.add_typer(work.groups, name="groups")
 app.add_typer(work.extensions, name="extensions")
 app.command("devices")(catalogue.list_devices)
 app.command("extract")(work.extract)
-app.command("train")(work.train)
+app.add_typer(train.trainings, name="train")
 app.command("evaluate")(work.evaluate)
 
 T = TypeVar("T")

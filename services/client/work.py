@@ -1,4 +1,4 @@
-"""`lensmesh extract`, `train`, `evaluate`, `groups`, `extensions`."""
+"""`lensmesh extract`, `evaluate`, `groups`, `extensions`."""
 
 from __future__ import annotations
 
@@ -39,37 +39,6 @@ def extract(
             wait_for_job(to.api, extraction["job_id"], "extract", to.console)
             extraction = to.api.call("GetExtraction", id=started["extraction_id"])
         to.show(extraction)
-
-
-def train(
-    model_id: str,
-    *,
-    layers: Layers,
-    cache: Annotated[str, typer.Option(help="Activation cache to train from.")] = "",
-    dataset: Annotated[str, typer.Option(help="Dataset to extract from first; instead of --cache.")] = "",
-    dict_size: Annotated[int, typer.Option(help="Latents; 16 times the width when 0.")] = 0,
-    group_sizes: Annotated[str, typer.Option(help="Increments of the nested groups, comma-separated.")] = "",
-    top_k: Annotated[int | None, typer.Option(help="Active latents per token; dict_size / 200 when left out.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to train on; the cache once when 0.")] = 0,
-    seed: int = 0,
-    as_json: Json = False,
-) -> None:
-    """Train one Matryoshka transcoder per layer; the bar shows FVU."""
-    with session(as_json) as to:
-        source = {"cache_id": cache} if cache else {"dataset_id": dataset}
-        job = to.api.call(
-            "CreateTrainingJob",
-            model_id=model_id,
-            layers=numbers(layers),
-            source=source,
-            dict_size=dict_size,
-            group_sizes=numbers(group_sizes),
-            num_tokens=tokens,
-            seed=seed,
-            **({} if top_k is None else {"top_k": top_k}),
-        )
-        wait_for_job(to.api, job["id"], "train", to.console)
-        to.show(to.api.call("GetTrainingJob", id=job["id"]))
 
 
 def evaluate(

@@ -66,19 +66,20 @@ async def compose(context: Context) -> Part:
         checkpoint_seconds=settings.training_checkpoint_seconds,
     )
     metrics = TrainingMetrics(context.metrics)
+    operations = Operations(store, peers, extraction, device=context.device, retention=settings.training_retention)
     models = PooledModels(context.residency, catalogue.ensure_resident)
     texts = RegisteredTexts(catalogue, settings.dataset_roots, settings.state_dir / "datasets")
     evaluation = EvaluationJob(models, texts, files)
 
     async def train(claim: Claim) -> dict[str, Any]:
-        run = ClaimedRun(claim, store, metrics, checkpoints_kept=settings.training_checkpoints_kept)
+        run = ClaimedRun(claim, store, metrics)
         with metrics.counted():
             return await training.run(run)
 
     async def evaluate(claim: Claim) -> dict[str, Any]:
         return await evaluation.run(ClaimedEvaluation(claim))
 
-    operations = Operations(store, peers, extraction, device=context.device)
+    operations = Operations(store, peers, extraction, device=context.device, retention=settings.training_retention)
     exchange = Exchange(
         ExchangeStore(store, context.database),
         peers,

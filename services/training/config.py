@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from services.kit.config import Settings
+from services.training.domain import Retention
 
 
 class TrainingSettings(Settings):
@@ -24,7 +25,14 @@ class TrainingSettings(Settings):
     training_checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
     """A training writes a checkpoint after so many seconds."""
     training_checkpoints_kept: Annotated[int, Field(ge=1)] = 3
-    """Newest checkpoints of a training that are kept."""
+    """Newest checkpoints of a training that are kept, where its request does not say."""
+    training_best_checkpoints_kept: Annotated[int, Field(ge=0)] = 1
+    """Checkpoints of the lowest FVU that are kept besides, where its request does not say."""
+
+    @property
+    def training_retention(self) -> Retention:
+        """Which checkpoints are kept where a request does not say."""
+        return Retention(self.training_checkpoints_kept, self.training_best_checkpoints_kept)
 
     @property
     def threads_of_each(self) -> int:

@@ -15,6 +15,9 @@ ARTIFACT_KIND = "transcoder"
 CHECKPOINT_KIND = "checkpoint"
 EXPORT_KIND = "transcoder-export"
 
+LEGACY_SITE = "resid_mid"
+"""The stream before the norm, which spec/002 read first; the MLP never sees it."""
+
 EVALUATION_MODES = ("auto", "full", "safe", "cpu")
 
 
@@ -53,6 +56,18 @@ class Sites:
 
 
 @dataclass(frozen=True, slots=True)
+class Retention:
+    """Which checkpoints of a training are kept, besides the newest."""
+
+    last: int = 3
+    """The newest ones."""
+    best: int = 1
+    """Those of the lowest FVU."""
+    every_tokens: int = 0
+    """The first of every so many tokens; none when 0."""
+
+
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """A training that somebody asks for."""
 
@@ -67,6 +82,8 @@ class Wanted:
     """Further configurations, by what they set themselves."""
     devices: int = 1
     tracker: str = ""
+    retention: Retention | None = None
+    """The settings' when None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +154,14 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Pruning:
+    """What a retention keeps and deletes, oldest first."""
+
+    kept: Sequence[Checkpoint]
+    deleted: Sequence[Checkpoint]
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """What a claimed training is to do."""
 
@@ -163,7 +188,9 @@ class Training:
     status: str
     progress: float
     plan: Plan
+    dataset_id: str | None
     cache_id: str | None
+    retention: Retention
     figures: Mapping[str, Any]
     """Of the last step that was told: the fields of API.md and `coders`; empty before the first."""
     checkpoints: Sequence[Checkpoint]

@@ -12,16 +12,20 @@ from lensmesh.training.v1 import training_pb2 as pb
 from services.kit import errors
 from services.kit.paging import Page, asked
 from services.training.domain import (
+    LEGACY_SITE,
     Checkpoint,
+    CoderSpec,
     Evaluation,
     Filter,
-    Plan,
+    Pruning,
+    Retention,
     Sites,
     Training,
     Transcoder,
     Wanted,
     WantedEvaluation,
 )
+from services.training.requests import configurations
 
 _ACTIVATIONS = {
     pb.ACTIVATION_TOPK: "topk",
@@ -41,10 +45,12 @@ MODES = {
     pb.EVALUATION_MODE_SAFE: "safe",
     pb.EVALUATION_MODE_CPU: "cpu",
 }
-_CODER = ("layer", "loss", "l2_loss", "aux_loss", "fvu", "fvu_per_prefix", "l0", "dead_fraction")
+_PLAIN = ("dict_size", "top_k", "batch_size", "num_tokens", "seed", "skip", "unit_norm_decoder")
+_CODER = [field.name for field in pb.CoderProgress.DESCRIPTOR.fields]
 _JOB = (
-    "step", "tokens_seen", "tokens_per_second", "loss", "l2_loss", "aux_loss", "fvu", "fvu_min", "fvu_max",
-    "fvu_mean", "fvu_per_prefix", "l0", "dead_fraction", "learning_rate", "eta_seconds",
+    "step", "tokens_seen", "tokens_per_second", "coder_tokens_per_second", "loss", "l2_loss", "aux_loss", "fvu",
+    "fvu_min", "fvu_max", "fvu_mean", "fvu_per_prefix", "l0", "l0_per_prefix", "dead_fraction", "gradient_norm",
+    "learning_rate", "eta_seconds",
 )  # fmt: skip
 
 
@@ -66,6 +72,36 @@ def wanted(request: pb.CreateTrainingJobRequest) -> Wanted:
         ),
         devices=request.devices,
         tracker=request.tracker,
+        retention=retention(request),
+    )
+
+
+def wanted_message(found: Wanted) -> pb.CreateTrainingJobRequest:
+    """The request that asks for this."""
+    source = {"dataset_id": found.dataset_id} if found.dataset_id else {"cache_id": found.cache_id}
+    return pb.CreateTrainingJobRequest(
+        model_id=found.model_id,
+        layers=found.layers,
+        source=pb.TrainingSource(**source),
+        devices=found.devices,
+        retention=_retention(found.retention) if found.retention else None,
+        variants=[pb.TrainingConfig(**_fields(sites, options)) for sites, options in found.variants],
+        **_fields(found.sites, found.options),
+    )
+
+
+def retention(request: pb.CreateTrainingJobRequest | pb.PruneCheckpointsRequest) -> Retention | None:
+    """The policy of a request, None where it gives none."""
+    given = request.retention
+    return Retention(given.last, given.best, given.every_tokens) if request.HasField("retention") else None
+
+
+def pruning(found: Pruning) -> pb.PruneCheckpointsResponse:
+    """What is kept and deleted."""
+    return pb.PruneCheckpointsResponse(
+        kept=[_checkpoint(one) for one in found.kept],
+        deleted=[_checkpoint(one) for one in found.deleted],
+        freed_bytes=sum(one.size_bytes for one in found.deleted),
     )
 
 
@@ -104,13 +140,18 @@ def evaluations_wanted(request: pb.ListEvaluationsRequest) -> Filter:
 def training(found: Training) -> pb.TrainingJob:
     """One training."""
     figures = {name: found.figures[name] for name in _JOB if name in found.figures}
+    config, *variants = [_config(coder, found.plan.num_tokens) for coder in configurations(found.plan)]
     return pb.TrainingJob(
         id=found.job_id,
         model_id=found.model_id,
         layers=found.layers,
         status=pb.TrainingStatus.Value(f"TRAINING_STATUS_{found.status.upper() or 'UNSPECIFIED'}"),
         progress=found.progress,
-        config=_config(found.plan),
+        config=config,
+        variants=variants,
+        devices=found.plan.devices,
+        threads=found.plan.threads,
+        retention=_retention(found.retention),
         cache_id=found.cache_id,
         num_tokens=found.plan.num_tokens,
         coders=[_coder(coder) for coder in found.figures.get("coders", ())],
@@ -142,6 +183,7 @@ def metrics(job_id: str, points: list[dict[str, Any]]) -> pb.TrainingMetrics:
                 tokens_seen=point["tokens_seen"],
                 learning_rate=point["learning_rate"],
                 tokens_per_second=point["tokens_per_second"],
+                coder_tokens_per_second=point.get("coder_tokens_per_second"),
                 coders=[_coder(coder) for coder in point["coders"]],
             )
             for point in points
@@ -208,10 +250,8 @@ def _sites(given: pb.CreateTrainingJobRequest | pb.TrainingConfig) -> Sites:
 
 def _options(given: pb.CreateTrainingJobRequest | pb.TrainingConfig, field: str) -> dict[str, Any]:
     """The fields of a configuration that were given, under `TrainConfig`'s names."""
-    options: dict[str, Any] = {
-        name: getattr(given, name) for name in ("dict_size", "top_k", "batch_size", "num_tokens", "seed", "skip")
-    }
-    options |= {name: tuple(getattr(given, name)) for name in ("group_sizes", "prefix_widths")}
+    options: dict[str, Any] = {name: getattr(given, name) for name in _PLAIN}
+    options |= {name: tuple(getattr(given, name)) for name in ("group_sizes", "prefix_widths", "prefix_weights")}
     options = {name: value for name, value in options.items() if value}
     options |= {name: getattr(given, name) for name in ("aux_k", "learning_rate") if given.HasField(name)}
     if given.activation:
@@ -225,32 +265,33 @@ def _options(given: pb.CreateTrainingJobRequest | pb.TrainingConfig, field: str)
     return options
 
 
-def _config(plan: Plan) -> pb.TrainingConfig:
-    """The first configuration of a plan, both forms of its groups."""
-    coder = plan.coders[0]
-    config = coder.config
-    return pb.TrainingConfig(
-        source_site=coder.source_site,
-        apply_rmsnorm_scaling=coder.apply_rmsnorm_scaling,
-        target_site=coder.target_site,
-        dict_size=config["dict_size"],
-        group_sizes=config["group_sizes"],
-        prefix_widths=list(accumulate(config["group_sizes"])),
-        top_k=config["top_k"],
-        activation=pb.Activation.Value(f"ACTIVATION_{config['activation'].upper()}"),
-        skip=config["skip"],
-        aux_k=config["aux_k"],
-        batch_size=config["batch_size"],
-        num_tokens=plan.num_tokens,
-        learning_rate=config["learning_rate"],
-        lr_schedule=pb.LrSchedule.Value(f"LR_SCHEDULE_{config['lr_schedule'].upper()}"),
-        dtype=types_pb2.Dtype.Value(f"DTYPE_{config['dtype'].upper()}"),
-        seed=config["seed"],
-    )
+def _config(coder: CoderSpec, num_tokens: int) -> pb.TrainingConfig:
+    """A configuration, both forms of its groups."""
+    sites = Sites(coder.source_site, coder.apply_rmsnorm_scaling, coder.target_site)
+    config = {**coder.config, "num_tokens": num_tokens, "prefix_widths": accumulate(coder.config["group_sizes"])}
+    return pb.TrainingConfig(**_fields(sites, config), legacy=coder.source_site == LEGACY_SITE)
+
+
+def _fields(sites: Sites, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The other way round than `_sites` and `_options`."""
+    names = (*_PLAIN, "group_sizes", "prefix_widths", "prefix_weights", "aux_k", "learning_rate")
+    return {
+        "source_site": sites.source_site,
+        "apply_rmsnorm_scaling": sites.apply_rmsnorm_scaling,
+        "target_site": sites.target_site,
+        "activation": pb.Activation.Value(f"ACTIVATION_{options['activation'].upper()}"),
+        "lr_schedule": pb.LrSchedule.Value(f"LR_SCHEDULE_{options['lr_schedule'].upper()}"),
+        "dtype": types_pb2.Dtype.Value(f"DTYPE_{options['dtype'].upper()}"),
+        **{name: options[name] for name in names if options.get(name) is not None},
+    }
+
+
+def _retention(found: Retention) -> pb.CheckpointRetention:
+    return pb.CheckpointRetention(last=found.last, best=found.best, every_tokens=found.every_tokens)
 
 
 def _coder(figures: Mapping[str, Any]) -> pb.CoderProgress:
-    return pb.CoderProgress(**{name: figures[name] for name in _CODER})
+    return pb.CoderProgress(**{name: figures[name] for name in _CODER if name in figures})
 
 
 def _checkpoint(found: Checkpoint) -> pb.Checkpoint:

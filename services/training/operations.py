@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from services.kit import errors
@@ -11,14 +12,16 @@ from services.kit.requests import RequestKey
 from services.training.domain import (
     Evaluation,
     Filter,
+    Pruning,
     Queued,
+    Retention,
     Training,
     Transcoder,
     Wanted,
     WantedEvaluation,
 )
 from services.training.ports import Catalogue, Extraction, Store
-from services.training.requests import memory_bytes, resolve
+from services.training.requests import memory_bytes, resolve, wanted_again
 
 DEFAULT_POINTS = 1000
 DEFAULT_FEATURES = 10
@@ -28,7 +31,9 @@ UNSTARTED = ""
 class Operations:
     """What the servicer calls; raises `services.kit.errors` only."""
 
-    def __init__(self, store: Store, catalogue: Catalogue, extraction: Extraction, *, device: str) -> None:
+    def __init__(
+        self, store: Store, catalogue: Catalogue, extraction: Extraction, *, device: str, retention: Retention
+    ) -> None:
         """Use these ports.
 
         Args:
@@ -36,8 +41,10 @@ class Operations:
             catalogue: the registry.
             extraction: the extraction service.
             device: what a plan's bytes are counted for.
+            retention: which checkpoints are kept where a request does not say.
         """
         self._store, self._catalogue, self._extraction, self._device = store, catalogue, extraction, device
+        self._retention = retention
 
     async def create(self, wanted: Wanted, key: RequestKey, *, validate_only: bool) -> Training:
         """Queue a training, or only say what it would be and what it would take.
@@ -47,6 +54,7 @@ class Operations:
             errors.NotFound: there is no such model, cache or dataset.
             errors.Conflict: the model's files were not read yet.
         """
+        wanted = replace(wanted, retention=wanted.retention or self._retention)
         model = await self._catalogue.model(wanted.model_id)
         if not model.num_layers:
             raise errors.Conflict("the model's files were not read yet; load it once", metadata={"model_id": model.id})
@@ -64,7 +72,9 @@ class Operations:
             status="",
             progress=0.0,
             plan=plan,
+            dataset_id=wanted.dataset_id or None,
             cache_id=wanted.cache_id or None,
+            retention=wanted.retention or self._retention,
             figures={},
             checkpoints=(),
             transcoder_ids=(),
@@ -146,6 +156,30 @@ class Operations:
             )
         await self._store.finalize(job_id, checkpoint_id or known[-1])
         return await self._store.training(job_id)
+
+    async def prune(self, job_id: str, retention: Retention | None, *, validate_only: bool) -> Pruning:
+        """Delete the checkpoints that a retention, else the training's own, does not keep, or only say which.
+
+        Raises:
+            errors.NotFound: there is no such training.
+        """
+        return await self._store.prune(job_id, retention, validate_only=validate_only)
+
+    async def config(self, job_id: str) -> Wanted:
+        """The request for the same training, with nothing left open.
+
+        Raises:
+            errors.NotFound: there is no such training.
+        """
+        return wanted_again(await self._store.training(job_id))
+
+    async def clone(self, job_id: str, key: RequestKey, *, validate_only: bool) -> Training:
+        """Queue the same training once more, or only say what it would be.
+
+        Raises:
+            errors.NotFound: there is no such training, or its model, cache or dataset is gone.
+        """
+        return await self.create(await self.config(job_id), key, validate_only=validate_only)
 
     async def transcoder(self, transcoder_id: str) -> Transcoder:
         """One transcoder.

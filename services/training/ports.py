@@ -13,7 +13,9 @@ from services.training.domain import (
     Evaluation,
     Filter,
     Plan,
+    Pruning,
     Queued,
+    Retention,
     Training,
     Transcoder,
     Wanted,
@@ -111,6 +113,14 @@ class Store(Protocol):
 
         Raises:
             errors.Conflict: it runs, waits or has completed.
+            errors.NotFound: the checkpoint was deleted meanwhile.
+        """
+
+    async def prune(self, job_id: str, retention: Retention | None, *, validate_only: bool) -> Pruning:
+        """Delete the checkpoints that a retention, else the training's own, does not keep, or only say which.
+
+        Raises:
+            errors.NotFound: there is no such training.
         """
 
     async def transcoder(self, transcoder_id: str) -> Transcoder:

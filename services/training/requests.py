@@ -10,7 +10,7 @@ from services.kit import errors
 from services.residency.families import FAMILIES, SITES
 from services.residency.lenses.selection import BLOCK_ELEMENTS
 from services.training.compute.config import ConfigError, TrainConfig
-from services.training.domain import BaseModel, Cache, CoderSpec, Plan, Sites, Wanted
+from services.training.domain import BaseModel, Cache, CoderSpec, Plan, Sites, Training, Wanted
 
 EXPANSION = 16
 """Latents per dimension when a request names no dict_size."""
@@ -93,6 +93,42 @@ def memory_bytes(plan: Plan, widths: Mapping[str, int], device: str) -> int:
         width = 2 * d_in + (2 * len(config.groups) + 3) * d_out + 16 * config.shape.top_k
         work = max(work, (rows * width + BLOCK_ELEMENTS) * _FLOAT)
     return kept + work + (CUDA_CONTEXT_BYTES if device.startswith("cuda") else 0)
+
+
+def configurations(plan: Plan) -> list[CoderSpec]:
+    """One coder of each configuration of a plan, in order."""
+    return [coder for coder in plan.coders if coder.layer == plan.coders[0].layer]
+
+
+def wanted_again(training: Training) -> Wanted:
+    """The request for the same training, with nothing left open."""
+    asked = [(_asked_sites(coder), _asked_options(coder)) for coder in configurations(training.plan)]
+    (sites, options), *variants = asked
+    if training.plan.num_tokens:
+        options["num_tokens"] = training.plan.num_tokens
+    return Wanted(
+        model_id=training.model_id,
+        layers=tuple(training.layers),
+        cache_id="" if training.dataset_id else training.cache_id or "",
+        dataset_id=training.dataset_id or "",
+        sites=sites,
+        options=options,
+        variants=tuple(variants),
+        devices=training.plan.devices,
+        retention=training.retention,
+    )
+
+
+def _asked_sites(coder: CoderSpec) -> Sites:
+    scaling = coder.apply_rmsnorm_scaling if coder.source_site == "ln2_normalized" else None
+    return Sites(coder.source_site, scaling, coder.target_site)
+
+
+def _asked_options(coder: CoderSpec) -> dict[str, Any]:
+    """All of its options but those that follow from the number of tokens, which is asked for once."""
+    open_ones = ("num_tokens", "dead_after_tokens", "prefix_widths")
+    options = {name: value for name, value in coder.config.items() if name not in open_ones}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
 def _configurations(wanted: Wanted) -> list[tuple[Sites, Mapping[str, Any], str]]:

@@ -56,6 +56,24 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         """Make transcoders of a checkpoint."""
         return messages.training(await self._operations.finalize(request.id, request.checkpoint))
 
+    async def PruneCheckpoints(self, request: pb.PruneCheckpointsRequest, context: Any) -> pb.PruneCheckpointsResponse:
+        """Delete checkpoints that a policy does not keep, or say which."""
+        retention = messages.retention(request)
+        return messages.pruning(
+            await self._operations.prune(request.id, retention, validate_only=request.validate_only)
+        )
+
+    async def GetTrainingConfig(
+        self, request: pb.GetTrainingConfigRequest, context: Any
+    ) -> pb.CreateTrainingJobRequest:
+        """The configuration as a request."""
+        return messages.wanted_message(await self._operations.config(request.id))
+
+    async def CloneTrainingJob(self, request: pb.CloneTrainingJobRequest, context: Any) -> pb.TrainingJob:
+        """Queue the same training once more."""
+        key = request_key(f"{_SERVICE}/CloneTrainingJob", request)
+        return messages.training(await self._operations.clone(request.id, key, validate_only=request.validate_only))
+
     async def GetTranscoder(self, request: pb.GetTranscoderRequest, context: Any) -> pb.Transcoder:
         """One transcoder."""
         return messages.transcoder(await self._operations.transcoder(request.id))

@@ -41,8 +41,8 @@ def run(start: Start, commands: queue.SimpleQueue[Command], send: Callable[[Mess
         send(Gone("CHECKSUM_MISMATCH", str(error), {"file": error.file, "problem": error.problem}))
     except ValueError as error:
         send(Gone("TRAINING_FAILED", str(error)))
-    except (RuntimeError, OSError) as error:
-        if not is_out_of_memory(error):
+    except (RuntimeError, OSError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
             raise
         send(Gone("DEVICE_OOM", "the device ran out of memory"))
 

@@ -26,12 +26,15 @@ from services.training.domain import (
     Evaluation,
     Filter,
     Plan,
+    Pruning,
     Queued,
+    Retention,
     Training,
     Transcoder,
     Wanted,
     WantedEvaluation,
 )
+from services.training.retention import kept
 
 QUERIES = load_queries(__file__)
 _TRANSCODER = [field.name for field in fields(Transcoder)]
@@ -66,6 +69,7 @@ class PostgresStore:
                     wanted.dataset_id or None,
                     wanted.cache_id or None,
                     plan.as_json(),
+                    asdict(wanted.retention or Retention()),
                     key.caller,
                 )
                 request.answer = {"id": job.id}
@@ -111,8 +115,26 @@ class PostgresStore:
         """The same job once more, with another task."""
         async with self._database.transaction() as conn:
             await conn.execute(QUERIES["set_finalize"], job_id, checkpoint_id)
+            if checkpoint_id not in [one.id for one in await checkpoints_of(conn, job_id)]:
+                raise errors.NotFound(f"{job_id} has no checkpoint {checkpoint_id}", metadata={"job_id": job_id})
             again = self._jobs.resume if await _is_paused(conn, job_id) else self._jobs.retry
             await again(job_id, conn)
+
+    async def prune(self, job_id: str, retention: Retention | None, *, validate_only: bool) -> Pruning:
+        """The rows under the training's lock, then the files."""
+        async with self._database.transaction() as conn:
+            row = await conn.fetchrow(QUERIES["lock_training"], job_id)
+            if row is None:
+                raise errors.NotFound(f"There is no training {job_id}", metadata={"id": job_id})
+            found = await checkpoints_of(conn, job_id)
+            needed = kept(found, retention or Retention(**row["retention"])) | {row["finalize_id"]}
+            keep = [one for one in found if one.id in needed]
+            if not validate_only:
+                await conn.execute(QUERIES["drop_checkpoints"], job_id, [one.id for one in keep])
+        deleted = [one for one in found if one not in keep]
+        if not validate_only:
+            await self.discard(one.artifact_uri for one in deleted)
+        return Pruning(keep, deleted)
 
     async def transcoder(self, transcoder_id: str) -> Transcoder:
         """One transcoder."""
@@ -207,6 +229,11 @@ async def transcoder_of(conn: asyncpg.Connection, transcoder_id: str) -> Transco
     return _transcoder(row)
 
 
+async def checkpoints_of(conn: asyncpg.Connection, job_id: str) -> list[Checkpoint]:
+    """Those of a training, oldest first."""
+    return [checkpoint_of(row) for row in await conn.fetch(QUERIES["checkpoints"], [job_id])]
+
+
 def checkpoint_of(row: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint of a row."""
     return Checkpoint(**{name: row[name] for name in _CHECKPOINT})
@@ -230,7 +257,9 @@ async def _trainings(conn: asyncpg.Connection, rows: Iterable[Mapping[str, Any]]
             status=row["state"],
             progress=row["progress"],
             plan=Plan.from_json(row["plan"]),
+            dataset_id=row["dataset_id"],
             cache_id=row["cache_id"],
+            retention=Retention(**row["retention"]),
             figures=row["detail"],
             checkpoints=[checkpoint_of(one) for one in checkpoints if one["job_id"] == row["job_id"]],
             transcoder_ids=[one["id"] for one in made if one["job_id"] == row["job_id"]],

@@ -1,16 +1,16 @@
 -- insert_training --
-INSERT INTO trainings (job_id, model_id, layers, dataset_id, cache_id, plan, created_by)
-VALUES ($1, $2, $3, $4, $5, $6, $7)
+INSERT INTO trainings (job_id, model_id, layers, dataset_id, cache_id, plan, retention, created_by)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
 
 -- training --
-SELECT t.job_id, t.job_id AS id, t.model_id, t.layers, t.dataset_id, t.cache_id, t.plan, t.finalize_id, t.created_by,
-       t.created_at, j.state, j.progress, j.detail, j.error_code, j.error_message, j.waiting_for, j.finished_at
+SELECT t.job_id, t.job_id AS id, t.model_id, t.layers, t.dataset_id, t.cache_id, t.plan, t.retention, t.finalize_id,
+       t.created_by, t.created_at, j.state, j.progress, j.detail, j.error_code, j.error_message, j.waiting_for, j.finished_at
 FROM trainings t JOIN jobs_explained j ON j.id = t.job_id
 WHERE t.job_id = $1
 
 -- trainings --
-SELECT t.job_id, t.job_id AS id, t.model_id, t.layers, t.dataset_id, t.cache_id, t.plan, t.finalize_id, t.created_by,
-       t.created_at, j.state, j.progress, j.detail, j.error_code, j.error_message, j.waiting_for, j.finished_at
+SELECT t.job_id, t.job_id AS id, t.model_id, t.layers, t.dataset_id, t.cache_id, t.plan, t.retention, t.finalize_id,
+       t.created_by, t.created_at, j.state, j.progress, j.detail, j.error_code, j.error_message, j.waiting_for, j.finished_at
 FROM trainings t JOIN jobs_explained j ON j.id = t.job_id
 WHERE ($1 = '' OR t.model_id = $1) AND ($2 = '' OR j.state = $2)
   AND ($3::timestamptz IS NULL OR (t.created_at, t.job_id) < ($3, $4::text))
@@ -48,16 +48,17 @@ ON CONFLICT (job_id, step) DO UPDATE SET figures = $3
 -- set_finalize --
 UPDATE trainings SET finalize_id = $2 WHERE job_id = $1
 
+-- lock_training --
+SELECT finalize_id, retention FROM trainings WHERE job_id = $1 FOR UPDATE
+
 -- add_checkpoint --
 INSERT INTO training_checkpoints (id, job_id, fence, step, tokens_seen, fvu, artifact_uri, size_bytes)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
 ON CONFLICT (job_id, step) DO UPDATE SET fence = $3, fvu = $6, artifact_uri = $7, size_bytes = $8
 
 -- drop_checkpoints --
--- All but the newest $2.
-DELETE FROM training_checkpoints WHERE job_id = $1 AND id NOT IN (
-    SELECT id FROM training_checkpoints WHERE job_id = $1 ORDER BY step DESC LIMIT $2)
-RETURNING artifact_uri
+-- All but those of $2.
+DELETE FROM training_checkpoints WHERE job_id = $1 AND id <> ALL ($2::text[]) RETURNING artifact_uri
 
 -- unused --
 SELECT uri FROM unnest($1::text[]) AS uri

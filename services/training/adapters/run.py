@@ -13,9 +13,10 @@ from services.kit import errors
 from services.kit.ids import new_id
 from services.kit.jobs import Claim
 from services.training.adapters.metrics import TrainingMetrics
-from services.training.adapters.postgres import QUERIES, PostgresStore, checkpoint_of
+from services.training.adapters.postgres import QUERIES, PostgresStore, checkpoints_of
 from services.training.dialogue import Saved
-from services.training.domain import ARTIFACT_KIND, CHECKPOINT_KIND, EVENT_PREFIX, NewTranscoder, Plan, Task
+from services.training.domain import ARTIFACT_KIND, CHECKPOINT_KIND, EVENT_PREFIX, NewTranscoder, Plan, Retention, Task
+from services.training.retention import kept
 
 T = TypeVar("T")
 
@@ -23,12 +24,11 @@ T = TypeVar("T")
 class ClaimedRun:
     """Implements the port `Run`."""
 
-    def __init__(self, claim: Claim, store: PostgresStore, metrics: TrainingMetrics, *, checkpoints_kept: int) -> None:
+    def __init__(self, claim: Claim, store: PostgresStore, metrics: TrainingMetrics) -> None:
         self._claim = claim
         self._store = store
         self._metrics = metrics
         self._tokens_told = 0
-        self._kept = checkpoints_kept
         self._id = claim.job.id
 
     async def begin(self) -> Task:
@@ -37,7 +37,7 @@ class ClaimedRun:
             row = await conn.fetchrow(QUERIES["training"], self._id)
             if row is None:
                 raise errors.NotFound(f"There is no training {self._id}", metadata={"id": self._id})
-            found = [checkpoint_of(one) for one in await conn.fetch(QUERIES["checkpoints"], [self._id])]
+            found = await checkpoints_of(conn, self._id)
             made = [one["id"] for one in await conn.fetch(QUERIES["made_by"], [self._id])]
         wanted = [one for one in found if row["finalize_id"] in (None, one.id)]
         self._tokens_told = wanted[-1].tokens_seen if wanted else 0
@@ -97,7 +97,9 @@ class ClaimedRun:
             artifact = await artifacts.publish(conn, CHECKPOINT_KIND, folder, meta, sealed)
             row = (new_id("ckpt"), self._id, fence, *astuple(saved), artifact.uri, artifact.size_bytes)
             await conn.execute(QUERIES["add_checkpoint"], *row)
-            dropped = await conn.fetch(QUERIES["drop_checkpoints"], self._id, self._kept)
+            retention = Retention(**(await conn.fetchrow(QUERIES["lock_training"], self._id))["retention"])
+            needed = kept(await checkpoints_of(conn, self._id), retention)
+            dropped = await conn.fetch(QUERIES["drop_checkpoints"], self._id, list(needed))
         await self._store.discard(one["artifact_uri"] for one in dropped)
 
     async def publish(self, made: Sequence[tuple[NewTranscoder, Path]]) -> list[str]:
@@ -111,7 +113,7 @@ class ClaimedRun:
                 artifact = await artifacts.publish(conn, ARTIFACT_KIND, folder, meta, seal)
                 row = (*astuple(new), artifact.uri, artifact.size_bytes, self._claim.job.created_by)
                 await conn.execute(QUERIES["insert_transcoder"], transcoder_id, self._id, *row)
-            dropped = await conn.fetch(QUERIES["drop_checkpoints"], self._id, 0)
+            dropped = await conn.fetch(QUERIES["drop_checkpoints"], self._id, [])
         self._claim.finish_data({"transcoder_ids": ids})
         await self._store.discard(one["artifact_uri"] for one in dropped)
         return ids

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,6 +122,10 @@ def test_lists_are_tables_or_the_whole_reply(api: FakeApi, lensmesh: Callable[..
         (("datasets", "show", "ds_1"), ("GetDataset", {"id": "ds_1"})),
         (("datasets", "delete", "ds_1"), ("DeleteDataset", {"id": "ds_1"})),
         (("jobs", "cancel", "job_1"), ("CancelJob", {"id": "job_1"})),
+        (("train", "show", "job_1"), ("GetTrainingJob", {"id": "job_1"})),
+        (("train", "pause", "job_1"), ("PauseTrainingJob", {"id": "job_1"})),
+        (("train", "cancel", "job_1"), ("CancelTrainingJob", {"id": "job_1"})),
+        (("train", "export", "job_1"), ("GetTrainingConfig", {"id": "job_1"})),
         (("jobs", "retry", "job_1"), ("RetryJob", {"id": "job_1"})),
         (("jobs", "show", "job_1"), ("GetJob", {"id": "job_1"})),
         (("groups", "create", "g", "--model", "m_1"), ("CreateGroup", {"name": "g", "model_id": "m_1"})),
@@ -164,6 +169,38 @@ def test_what_a_command_asks_for(
 ):
     assert lensmesh(*arguments, "--json").exit_code == 0
     assert api.calls == [call]
+
+
+def test_pruning_only_shows_what_it_would_delete_until_it_is_told_to(api: FakeApi, lensmesh: Callable[..., Any]):
+    api.replies = {"PruneCheckpoints": {"kept": [], "deleted": [], "freed_bytes": 0}}
+    assert lensmesh("train", "prune", "job_1").exit_code == 0
+    assert lensmesh("train", "prune", "job_1", "--best", "1", "--every", "500", "--apply").exit_code == 0
+    policy = {"best": 1, "every_tokens": 500}
+    assert api.calls == [
+        ("PruneCheckpoints", {"id": "job_1", "validate_only": True}),
+        ("PruneCheckpoints", {"id": "job_1", "validate_only": False, "retention": policy}),
+    ]
+
+
+def test_a_configuration_is_exported_and_imported(api: FakeApi, lensmesh: Callable[..., Any], tmp_path: Path):
+    config = {"model_id": "m_1", "layers": [1], "source": {"cache_id": "act_1"}, "seed": 7}
+    api.replies = {
+        "GetTrainingConfig": config,
+        "CreateTrainingJob": {"id": "job_2"},
+        "CloneTrainingJob": {"id": "job_3"},
+    }
+    file = tmp_path / "config.json"
+    assert lensmesh("train", "export", "job_1", file).exit_code == 0
+    assert lensmesh("train", "import", file, "--no-wait", "--json").exit_code == 0
+    assert lensmesh("train", "clone", "job_1", "--no-wait", "--json").exit_code == 0
+    assert api.calls[1:] == [
+        ("CreateTrainingJob", config),
+        ("GetTrainingJob", {"id": "job_2"}),
+        ("CloneTrainingJob", {"id": "job_1"}),
+        ("GetTrainingJob", {"id": "job_3"}),
+    ]
+    file.write_text("{")
+    assert lensmesh("train", "import", file).exit_code == 2
 
 
 def test_an_extraction_from_the_cache_is_not_waited_for(api: FakeApi, lensmesh: Callable[..., Any]):

@@ -20,7 +20,8 @@ POST /api/v2/groups/g/lenses · DELETE /api/v2/groups/g/lenses/l · POST /api/v2
 POST /api/v2/groups/g/preload · POST /api/v2/groups/g/move · POST /api/v2/groups/g/analyze
 POST /api/training-jobs · GET /api/training-jobs · GET /api/training-jobs/j · GET /api/training-jobs/j/metrics
 POST /api/training-jobs/j/cancel · POST /api/training-jobs/j/pause · POST /api/training-jobs/j/resume
-POST /api/training-jobs/j/finalize · GET /api/transcoders · GET /api/transcoders/t · DELETE /api/transcoders/t
+POST /api/training-jobs/j/finalize · POST /api/training-jobs/j/checkpoints/prune · POST /api/training-jobs/j/clone
+GET /api/training-jobs/j/config · GET /api/transcoders · GET /api/transcoders/t · DELETE /api/transcoders/t
 POST /api/transcoders/t/export · POST /api/transcoders/import · POST /api/transcoders/compare
 GET /api/transcoder-exports/d/files/f · GET /api/evaluations
 POST /api/transcoders/t/evaluate · GET /api/transcoders/t/evaluations · POST /api/transcoders/t/encode

@@ -27,8 +27,9 @@ CACHE = Cache("act_1", MODEL.id, "base", "artifact://activation_cache/1", 5000, 
 
 def progress(tokens: int) -> Progress:
     names = ("loss", "l2_loss", "aux_loss", "fvu", "fvu_min", "fvu_max", "fvu_mean", "l0", "dead_fraction", "seconds")
-    figures = dict.fromkeys((*names, "learning_rate", "gradient_norm"), 0.25)
-    return Progress(tokens // 64, tokens, 10.0, 1.0, [{"coder": "layer-1", "fvu_per_prefix": [0.5, 0.25], **figures}])
+    figures: dict[str, Any] = dict.fromkeys((*names, "learning_rate", "gradient_norm", "share"), 0.25)
+    figures |= {"fvu_per_prefix": [0.5, 0.25], "l0_per_prefix": [1.0, 2.0], "tokens_per_second": 20.0}
+    return Progress(tokens // 64, tokens, 10.0, 1.0, [{"coder": "layer-1", **figures}])
 
 
 FINISHED = Finished(TOKENS // 64, TOKENS, {"layer-1": 0.1})

@@ -125,7 +125,8 @@ def test_modes_get_smaller_where_memory_may_run_out() -> None:
 
 def test_figures_are_means_over_coders_and_per_coder() -> None:
     names = ("loss", "l2_loss", "aux_loss", "fvu", "fvu_min", "fvu_max", "fvu_mean", "l0", "dead_fraction")
-    more = {"learning_rate": 0.1, "gradient_norm": 1.0, "seconds": 1.0}
+    more = {"learning_rate": 0.1, "gradient_norm": 1.0, "seconds": 1.0, "share": 0.5, "tokens_per_second": 20.0}
+    more["l0_per_prefix"] = [1.0, 2.0]
     coders = [
         {"coder": "layer-1", "fvu_per_prefix": [0.5, 0.25], **dict.fromkeys(names, 1.0), **more},
         {"coder": "layer-2", "fvu_per_prefix": [0.75, 0.5], **dict.fromkeys(names, 2.0), **more},
@@ -133,6 +134,8 @@ def test_figures_are_means_over_coders_and_per_coder() -> None:
     found = figures_of(Progress(3, 192, 10.0, 5.0, coders), planned(1, 2, num_tokens=640))
     assert (found["step"], found["tokens_seen"], found["num_tokens"], found["eta_seconds"]) == (3, 192, 640, 5.0)
     assert (found["fvu"], found["fvu_per_prefix"], found["learning_rate"]) == (1.5, [0.625, 0.375], 0.1)
+    assert (found["l0_per_prefix"], found["gradient_norm"], found["coder_tokens_per_second"]) == ([1.0, 2.0], 1.0, 20.0)
     assert [(coder["layer"], coder["fvu"]) for coder in found["coders"]] == [(1, 1.0), (2, 2.0)]
+    assert [(coder["name"], coder["share"]) for coder in found["coders"]] == [("layer-1", 0.5), ("layer-2", 0.5)]
     coders[1]["fvu_per_prefix"] = [0.5]
     assert figures_of(Progress(3, 192, 10.0, 5.0, coders), planned(1, 2, num_tokens=640))["fvu_per_prefix"] == []

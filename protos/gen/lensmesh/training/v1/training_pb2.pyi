@@ -79,7 +79,7 @@ class TrainingSource(_message.Message):
     def __init__(self, cache_id: _Optional[str] = ..., dataset_id: _Optional[str] = ...) -> None: ...
 
 class TrainingConfig(_message.Message):
-    __slots__ = ("source_site", "apply_rmsnorm_scaling", "target_site", "dict_size", "group_sizes", "prefix_widths", "top_k", "activation", "skip", "aux_k", "batch_size", "num_tokens", "learning_rate", "lr_schedule", "dtype", "seed")
+    __slots__ = ("source_site", "apply_rmsnorm_scaling", "target_site", "dict_size", "group_sizes", "prefix_widths", "top_k", "activation", "skip", "aux_k", "batch_size", "num_tokens", "learning_rate", "lr_schedule", "dtype", "seed", "prefix_weights", "unit_norm_decoder", "legacy")
     SOURCE_SITE_FIELD_NUMBER: _ClassVar[int]
     APPLY_RMSNORM_SCALING_FIELD_NUMBER: _ClassVar[int]
     TARGET_SITE_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,9 @@ class TrainingConfig(_message.Message):
     LR_SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    UNIT_NORM_DECODER_FIELD_NUMBER: _ClassVar[int]
+    LEGACY_FIELD_NUMBER: _ClassVar[int]
     source_site: str
     apply_rmsnorm_scaling: bool
     target_site: str
@@ -112,10 +115,23 @@ class TrainingConfig(_message.Message):
     lr_schedule: LrSchedule
     dtype: _types_pb2.Dtype
     seed: int
-    def __init__(self, source_site: _Optional[str] = ..., apply_rmsnorm_scaling: _Optional[bool] = ..., target_site: _Optional[str] = ..., dict_size: _Optional[int] = ..., group_sizes: _Optional[_Iterable[int]] = ..., prefix_widths: _Optional[_Iterable[int]] = ..., top_k: _Optional[int] = ..., activation: _Optional[_Union[Activation, str]] = ..., skip: _Optional[bool] = ..., aux_k: _Optional[int] = ..., batch_size: _Optional[int] = ..., num_tokens: _Optional[int] = ..., learning_rate: _Optional[float] = ..., lr_schedule: _Optional[_Union[LrSchedule, str]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., seed: _Optional[int] = ...) -> None: ...
+    prefix_weights: _containers.RepeatedScalarFieldContainer[float]
+    unit_norm_decoder: bool
+    legacy: bool
+    def __init__(self, source_site: _Optional[str] = ..., apply_rmsnorm_scaling: _Optional[bool] = ..., target_site: _Optional[str] = ..., dict_size: _Optional[int] = ..., group_sizes: _Optional[_Iterable[int]] = ..., prefix_widths: _Optional[_Iterable[int]] = ..., top_k: _Optional[int] = ..., activation: _Optional[_Union[Activation, str]] = ..., skip: _Optional[bool] = ..., aux_k: _Optional[int] = ..., batch_size: _Optional[int] = ..., num_tokens: _Optional[int] = ..., learning_rate: _Optional[float] = ..., lr_schedule: _Optional[_Union[LrSchedule, str]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., seed: _Optional[int] = ..., prefix_weights: _Optional[_Iterable[float]] = ..., unit_norm_decoder: _Optional[bool] = ..., legacy: _Optional[bool] = ...) -> None: ...
+
+class CheckpointRetention(_message.Message):
+    __slots__ = ("last", "best", "every_tokens")
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    BEST_FIELD_NUMBER: _ClassVar[int]
+    EVERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    last: int
+    best: int
+    every_tokens: int
+    def __init__(self, last: _Optional[int] = ..., best: _Optional[int] = ..., every_tokens: _Optional[int] = ...) -> None: ...
 
 class CreateTrainingJobRequest(_message.Message):
-    __slots__ = ("model_id", "layers", "source", "source_site", "apply_rmsnorm_scaling", "target_site", "dict_size", "group_sizes", "prefix_widths", "top_k", "activation", "skip", "aux_k", "batch_size", "num_tokens", "learning_rate", "lr_schedule", "dtype", "seed", "variants", "devices", "tracker", "request_id", "validate_only")
+    __slots__ = ("model_id", "layers", "source", "source_site", "apply_rmsnorm_scaling", "target_site", "dict_size", "group_sizes", "prefix_widths", "top_k", "activation", "skip", "aux_k", "batch_size", "num_tokens", "learning_rate", "lr_schedule", "dtype", "seed", "variants", "devices", "tracker", "request_id", "validate_only", "prefix_weights", "unit_norm_decoder", "retention")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +156,9 @@ class CreateTrainingJobRequest(_message.Message):
     TRACKER_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     VALIDATE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    UNIT_NORM_DECODER_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     layers: _containers.RepeatedScalarFieldContainer[int]
     source: TrainingSource
@@ -164,10 +183,13 @@ class CreateTrainingJobRequest(_message.Message):
     tracker: str
     request_id: str
     validate_only: bool
-    def __init__(self, model_id: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., source: _Optional[_Union[TrainingSource, _Mapping]] = ..., source_site: _Optional[str] = ..., apply_rmsnorm_scaling: _Optional[bool] = ..., target_site: _Optional[str] = ..., dict_size: _Optional[int] = ..., group_sizes: _Optional[_Iterable[int]] = ..., prefix_widths: _Optional[_Iterable[int]] = ..., top_k: _Optional[int] = ..., activation: _Optional[_Union[Activation, str]] = ..., skip: _Optional[bool] = ..., aux_k: _Optional[int] = ..., batch_size: _Optional[int] = ..., num_tokens: _Optional[int] = ..., learning_rate: _Optional[float] = ..., lr_schedule: _Optional[_Union[LrSchedule, str]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., seed: _Optional[int] = ..., variants: _Optional[_Iterable[_Union[TrainingConfig, _Mapping]]] = ..., devices: _Optional[int] = ..., tracker: _Optional[str] = ..., request_id: _Optional[str] = ..., validate_only: _Optional[bool] = ...) -> None: ...
+    prefix_weights: _containers.RepeatedScalarFieldContainer[float]
+    unit_norm_decoder: bool
+    retention: CheckpointRetention
+    def __init__(self, model_id: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., source: _Optional[_Union[TrainingSource, _Mapping]] = ..., source_site: _Optional[str] = ..., apply_rmsnorm_scaling: _Optional[bool] = ..., target_site: _Optional[str] = ..., dict_size: _Optional[int] = ..., group_sizes: _Optional[_Iterable[int]] = ..., prefix_widths: _Optional[_Iterable[int]] = ..., top_k: _Optional[int] = ..., activation: _Optional[_Union[Activation, str]] = ..., skip: _Optional[bool] = ..., aux_k: _Optional[int] = ..., batch_size: _Optional[int] = ..., num_tokens: _Optional[int] = ..., learning_rate: _Optional[float] = ..., lr_schedule: _Optional[_Union[LrSchedule, str]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., seed: _Optional[int] = ..., variants: _Optional[_Iterable[_Union[TrainingConfig, _Mapping]]] = ..., devices: _Optional[int] = ..., tracker: _Optional[str] = ..., request_id: _Optional[str] = ..., validate_only: _Optional[bool] = ..., prefix_weights: _Optional[_Iterable[float]] = ..., unit_norm_decoder: _Optional[bool] = ..., retention: _Optional[_Union[CheckpointRetention, _Mapping]] = ...) -> None: ...
 
 class CoderProgress(_message.Message):
-    __slots__ = ("layer", "loss", "l2_loss", "aux_loss", "fvu", "fvu_per_prefix", "l0", "dead_fraction")
+    __slots__ = ("layer", "loss", "l2_loss", "aux_loss", "fvu", "fvu_per_prefix", "l0", "dead_fraction", "name", "l0_per_prefix", "gradient_norm", "fvu_min", "fvu_max", "fvu_mean", "seconds", "share", "tokens_per_second")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     L2_LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -176,6 +198,15 @@ class CoderProgress(_message.Message):
     FVU_PER_PREFIX_FIELD_NUMBER: _ClassVar[int]
     L0_FIELD_NUMBER: _ClassVar[int]
     DEAD_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    L0_PER_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    FVU_MIN_FIELD_NUMBER: _ClassVar[int]
+    FVU_MAX_FIELD_NUMBER: _ClassVar[int]
+    FVU_MEAN_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     layer: int
     loss: float
     l2_loss: float
@@ -184,10 +215,19 @@ class CoderProgress(_message.Message):
     fvu_per_prefix: _containers.RepeatedScalarFieldContainer[float]
     l0: float
     dead_fraction: float
-    def __init__(self, layer: _Optional[int] = ..., loss: _Optional[float] = ..., l2_loss: _Optional[float] = ..., aux_loss: _Optional[float] = ..., fvu: _Optional[float] = ..., fvu_per_prefix: _Optional[_Iterable[float]] = ..., l0: _Optional[float] = ..., dead_fraction: _Optional[float] = ...) -> None: ...
+    name: str
+    l0_per_prefix: _containers.RepeatedScalarFieldContainer[float]
+    gradient_norm: float
+    fvu_min: float
+    fvu_max: float
+    fvu_mean: float
+    seconds: float
+    share: float
+    tokens_per_second: float
+    def __init__(self, layer: _Optional[int] = ..., loss: _Optional[float] = ..., l2_loss: _Optional[float] = ..., aux_loss: _Optional[float] = ..., fvu: _Optional[float] = ..., fvu_per_prefix: _Optional[_Iterable[float]] = ..., l0: _Optional[float] = ..., dead_fraction: _Optional[float] = ..., name: _Optional[str] = ..., l0_per_prefix: _Optional[_Iterable[float]] = ..., gradient_norm: _Optional[float] = ..., fvu_min: _Optional[float] = ..., fvu_max: _Optional[float] = ..., fvu_mean: _Optional[float] = ..., seconds: _Optional[float] = ..., share: _Optional[float] = ..., tokens_per_second: _Optional[float] = ...) -> None: ...
 
 class TrainingJob(_message.Message):
-    __slots__ = ("id", "model_id", "layers", "status", "progress", "config", "cache_id", "step", "tokens_seen", "num_tokens", "tokens_per_second", "loss", "l2_loss", "aux_loss", "fvu", "fvu_min", "fvu_max", "fvu_mean", "fvu_per_prefix", "l0", "dead_fraction", "learning_rate", "eta_seconds", "coders", "transcoder_ids", "error_code", "error_message", "waiting_for", "checkpoints", "created_by", "created_at", "finished_at", "estimated_memory_bytes")
+    __slots__ = ("id", "model_id", "layers", "status", "progress", "config", "cache_id", "step", "tokens_seen", "num_tokens", "tokens_per_second", "loss", "l2_loss", "aux_loss", "fvu", "fvu_min", "fvu_max", "fvu_mean", "fvu_per_prefix", "l0", "dead_fraction", "learning_rate", "eta_seconds", "coders", "transcoder_ids", "error_code", "error_message", "waiting_for", "checkpoints", "created_by", "created_at", "finished_at", "estimated_memory_bytes", "coder_tokens_per_second", "gradient_norm", "l0_per_prefix", "variants", "devices", "threads", "retention")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +261,13 @@ class TrainingJob(_message.Message):
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     FINISHED_AT_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CODER_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    L0_PER_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    VARIANTS_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
     id: str
     model_id: str
     layers: _containers.RepeatedScalarFieldContainer[int]
@@ -254,7 +301,14 @@ class TrainingJob(_message.Message):
     created_at: _timestamp_pb2.Timestamp
     finished_at: _timestamp_pb2.Timestamp
     estimated_memory_bytes: int
-    def __init__(self, id: _Optional[str] = ..., model_id: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., status: _Optional[_Union[TrainingStatus, str]] = ..., progress: _Optional[float] = ..., config: _Optional[_Union[TrainingConfig, _Mapping]] = ..., cache_id: _Optional[str] = ..., step: _Optional[int] = ..., tokens_seen: _Optional[int] = ..., num_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., loss: _Optional[float] = ..., l2_loss: _Optional[float] = ..., aux_loss: _Optional[float] = ..., fvu: _Optional[float] = ..., fvu_min: _Optional[float] = ..., fvu_max: _Optional[float] = ..., fvu_mean: _Optional[float] = ..., fvu_per_prefix: _Optional[_Iterable[float]] = ..., l0: _Optional[float] = ..., dead_fraction: _Optional[float] = ..., learning_rate: _Optional[float] = ..., eta_seconds: _Optional[float] = ..., coders: _Optional[_Iterable[_Union[CoderProgress, _Mapping]]] = ..., transcoder_ids: _Optional[_Iterable[str]] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., waiting_for: _Optional[str] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., created_by: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finished_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., estimated_memory_bytes: _Optional[int] = ...) -> None: ...
+    coder_tokens_per_second: float
+    gradient_norm: float
+    l0_per_prefix: _containers.RepeatedScalarFieldContainer[float]
+    variants: _containers.RepeatedCompositeFieldContainer[TrainingConfig]
+    devices: int
+    threads: int
+    retention: CheckpointRetention
+    def __init__(self, id: _Optional[str] = ..., model_id: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., status: _Optional[_Union[TrainingStatus, str]] = ..., progress: _Optional[float] = ..., config: _Optional[_Union[TrainingConfig, _Mapping]] = ..., cache_id: _Optional[str] = ..., step: _Optional[int] = ..., tokens_seen: _Optional[int] = ..., num_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., loss: _Optional[float] = ..., l2_loss: _Optional[float] = ..., aux_loss: _Optional[float] = ..., fvu: _Optional[float] = ..., fvu_min: _Optional[float] = ..., fvu_max: _Optional[float] = ..., fvu_mean: _Optional[float] = ..., fvu_per_prefix: _Optional[_Iterable[float]] = ..., l0: _Optional[float] = ..., dead_fraction: _Optional[float] = ..., learning_rate: _Optional[float] = ..., eta_seconds: _Optional[float] = ..., coders: _Optional[_Iterable[_Union[CoderProgress, _Mapping]]] = ..., transcoder_ids: _Optional[_Iterable[str]] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., waiting_for: _Optional[str] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., created_by: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finished_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., estimated_memory_bytes: _Optional[int] = ..., coder_tokens_per_second: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., l0_per_prefix: _Optional[_Iterable[float]] = ..., variants: _Optional[_Iterable[_Union[TrainingConfig, _Mapping]]] = ..., devices: _Optional[int] = ..., threads: _Optional[int] = ..., retention: _Optional[_Union[CheckpointRetention, _Mapping]] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
     __slots__ = ("id", "step", "tokens_seen", "fvu", "size_bytes", "created_at")
@@ -323,18 +377,20 @@ class TrainingMetrics(_message.Message):
     def __init__(self, id: _Optional[str] = ..., points: _Optional[_Iterable[_Union[TrainingPoint, _Mapping]]] = ...) -> None: ...
 
 class TrainingPoint(_message.Message):
-    __slots__ = ("step", "tokens_seen", "learning_rate", "tokens_per_second", "coders")
+    __slots__ = ("step", "tokens_seen", "learning_rate", "tokens_per_second", "coders", "coder_tokens_per_second")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKENS_SEEN_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     CODERS_FIELD_NUMBER: _ClassVar[int]
+    CODER_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     step: int
     tokens_seen: int
     learning_rate: float
     tokens_per_second: float
     coders: _containers.RepeatedCompositeFieldContainer[CoderProgress]
-    def __init__(self, step: _Optional[int] = ..., tokens_seen: _Optional[int] = ..., learning_rate: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., coders: _Optional[_Iterable[_Union[CoderProgress, _Mapping]]] = ...) -> None: ...
+    coder_tokens_per_second: float
+    def __init__(self, step: _Optional[int] = ..., tokens_seen: _Optional[int] = ..., learning_rate: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., coders: _Optional[_Iterable[_Union[CoderProgress, _Mapping]]] = ..., coder_tokens_per_second: _Optional[float] = ...) -> None: ...
 
 class CancelTrainingJobRequest(_message.Message):
     __slots__ = ("id",)
@@ -361,6 +417,42 @@ class FinalizeTrainingJobRequest(_message.Message):
     id: str
     checkpoint: str
     def __init__(self, id: _Optional[str] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+
+class PruneCheckpointsRequest(_message.Message):
+    __slots__ = ("id", "retention", "validate_only")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
+    VALIDATE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    retention: CheckpointRetention
+    validate_only: bool
+    def __init__(self, id: _Optional[str] = ..., retention: _Optional[_Union[CheckpointRetention, _Mapping]] = ..., validate_only: _Optional[bool] = ...) -> None: ...
+
+class PruneCheckpointsResponse(_message.Message):
+    __slots__ = ("kept", "deleted", "freed_bytes")
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    DELETED_FIELD_NUMBER: _ClassVar[int]
+    FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    kept: _containers.RepeatedCompositeFieldContainer[Checkpoint]
+    deleted: _containers.RepeatedCompositeFieldContainer[Checkpoint]
+    freed_bytes: int
+    def __init__(self, kept: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., deleted: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., freed_bytes: _Optional[int] = ...) -> None: ...
+
+class GetTrainingConfigRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class CloneTrainingJobRequest(_message.Message):
+    __slots__ = ("id", "request_id", "validate_only")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    VALIDATE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    request_id: str
+    validate_only: bool
+    def __init__(self, id: _Optional[str] = ..., request_id: _Optional[str] = ..., validate_only: _Optional[bool] = ...) -> None: ...
 
 class Transcoder(_message.Message):
     __slots__ = ("id", "name", "model_id", "layer", "source_hook_point", "target_hook_point", "job_id", "d_in", "d_out", "dict_size", "group_sizes", "prefix_widths", "top_k", "activation", "artifact_uri", "size_bytes", "base_digest", "tokens_seen", "train_fvu", "created_by", "created_at")

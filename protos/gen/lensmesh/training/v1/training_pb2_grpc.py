@@ -77,6 +77,21 @@ class TrainingServiceStub:
                 request_serializer=lensmesh_dot_training_dot_v1_dot_training__pb2.FinalizeTrainingJobRequest.SerializeToString,
                 response_deserializer=lensmesh_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
                 _registered_method=True)
+        self.PruneCheckpoints = channel.unary_unary(
+                '/lensmesh.training.v1.TrainingService/PruneCheckpoints',
+                request_serializer=lensmesh_dot_training_dot_v1_dot_training__pb2.PruneCheckpointsRequest.SerializeToString,
+                response_deserializer=lensmesh_dot_training_dot_v1_dot_training__pb2.PruneCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.GetTrainingConfig = channel.unary_unary(
+                '/lensmesh.training.v1.TrainingService/GetTrainingConfig',
+                request_serializer=lensmesh_dot_training_dot_v1_dot_training__pb2.GetTrainingConfigRequest.SerializeToString,
+                response_deserializer=lensmesh_dot_training_dot_v1_dot_training__pb2.CreateTrainingJobRequest.FromString,
+                _registered_method=True)
+        self.CloneTrainingJob = channel.unary_unary(
+                '/lensmesh.training.v1.TrainingService/CloneTrainingJob',
+                request_serializer=lensmesh_dot_training_dot_v1_dot_training__pb2.CloneTrainingJobRequest.SerializeToString,
+                response_deserializer=lensmesh_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
+                _registered_method=True)
         self.GetTranscoder = channel.unary_unary(
                 '/lensmesh.training.v1.TrainingService/GetTranscoder',
                 request_serializer=lensmesh_dot_training_dot_v1_dot_training__pb2.GetTranscoderRequest.SerializeToString,
@@ -169,6 +184,27 @@ class TrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PruneCheckpoints(self, request, context):
+        """Deletes checkpoints that a policy does not keep; `validate_only` shows which.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTrainingConfig(self, request, context):
+        """The configuration of a training with nothing left open, as `POST /api/training-jobs` takes it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloneTrainingJob(self, request, context):
+        """Queues a training with the configuration of another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetTranscoder(self, request, context):
         """One transcoder.
         """
@@ -252,6 +288,21 @@ def add_TrainingServiceServicer_to_server(servicer, server):
             'FinalizeTrainingJob': grpc.unary_unary_rpc_method_handler(
                     servicer.FinalizeTrainingJob,
                     request_deserializer=lensmesh_dot_training_dot_v1_dot_training__pb2.FinalizeTrainingJobRequest.FromString,
+                    response_serializer=lensmesh_dot_training_dot_v1_dot_training__pb2.TrainingJob.SerializeToString,
+            ),
+            'PruneCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.PruneCheckpoints,
+                    request_deserializer=lensmesh_dot_training_dot_v1_dot_training__pb2.PruneCheckpointsRequest.FromString,
+                    response_serializer=lensmesh_dot_training_dot_v1_dot_training__pb2.PruneCheckpointsResponse.SerializeToString,
+            ),
+            'GetTrainingConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTrainingConfig,
+                    request_deserializer=lensmesh_dot_training_dot_v1_dot_training__pb2.GetTrainingConfigRequest.FromString,
+                    response_serializer=lensmesh_dot_training_dot_v1_dot_training__pb2.CreateTrainingJobRequest.SerializeToString,
+            ),
+            'CloneTrainingJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloneTrainingJob,
+                    request_deserializer=lensmesh_dot_training_dot_v1_dot_training__pb2.CloneTrainingJobRequest.FromString,
                     response_serializer=lensmesh_dot_training_dot_v1_dot_training__pb2.TrainingJob.SerializeToString,
             ),
             'GetTranscoder': grpc.unary_unary_rpc_method_handler(
@@ -501,6 +552,87 @@ class TrainingService:
             target,
             '/lensmesh.training.v1.TrainingService/FinalizeTrainingJob',
             lensmesh_dot_training_dot_v1_dot_training__pb2.FinalizeTrainingJobRequest.SerializeToString,
+            lensmesh_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PruneCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lensmesh.training.v1.TrainingService/PruneCheckpoints',
+            lensmesh_dot_training_dot_v1_dot_training__pb2.PruneCheckpointsRequest.SerializeToString,
+            lensmesh_dot_training_dot_v1_dot_training__pb2.PruneCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTrainingConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lensmesh.training.v1.TrainingService/GetTrainingConfig',
+            lensmesh_dot_training_dot_v1_dot_training__pb2.GetTrainingConfigRequest.SerializeToString,
+            lensmesh_dot_training_dot_v1_dot_training__pb2.CreateTrainingJobRequest.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloneTrainingJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lensmesh.training.v1.TrainingService/CloneTrainingJob',
+            lensmesh_dot_training_dot_v1_dot_training__pb2.CloneTrainingJobRequest.SerializeToString,
             lensmesh_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
             options,
             channel_credentials,

@@ -1,0 +1,116 @@
+"""What a stopped or failed training leaves: its checkpoints by policy, its transcoders, its configuration."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+from lensmesh.training.v1 import training_pb2 as pb
+
+from services.kit.database import Database
+from services.kit.events import EventLog
+from tests import models
+from tests.support import eventually
+from tests.wire.extraction_support import DATASET
+from tests.wire.training_support import BATCH, STEPS, Mesh, meshing
+
+
+@pytest.fixture
+async def mesh(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Mesh]:
+    monkeypatch.setenv("LENSMESH_TRAINING_CHECKPOINT_TOKENS", str(2 * BATCH))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    async with meshing(database, tmp_path / "state") as mesh:
+        mesh.registry.texts = {DATASET: [f"{models.TEXTS[n % 5]} {n} " * (1 + n % 3) for n in range(60)]}
+        yield mesh
+
+
+async def finalised(mesh: Mesh, job_id: str, checkpoint: pb.Checkpoint) -> None:
+    await mesh.stub.FinalizeTrainingJob(pb.FinalizeTrainingJobRequest(id=job_id, checkpoint=checkpoint.id))
+    done = await mesh.reached(job_id, pb.TRAINING_STATUS_COMPLETED, pb.TRAINING_STATUS_FAILED)
+    assert done.status == pb.TRAINING_STATUS_COMPLETED, done
+    made = await mesh.transcoder(done.transcoder_ids[0])
+    assert made.tokens_seen == checkpoint.tokens_seen < done.num_tokens
+
+
+async def test_out_of_memory_says_so_frees_the_ledger_and_leaves_checkpoints_to_finalise(
+    mesh: Mesh, pids: list[int]
+) -> None:
+    wanted = {"layers": [1], "dict_size": 4096, "batch_size": 512, "num_tokens": 60 * 512}
+    async with mesh.working():
+        job = await mesh.create(**wanted)
+        await eventually(lambda: mesh.has_checkpoint(job.id), timeout=60)
+        child = psutil.Process(pids[-1])
+        child.rlimit(resource.RLIMIT_AS, (child.memory_info().vms, child.memory_info().vms))
+        child.resume()
+        failed = await mesh.reached(job.id, pb.TRAINING_STATUS_FAILED, pb.TRAINING_STATUS_COMPLETED)
+        assert (failed.error_code, failed.error_message) == ("DEVICE_OOM", "the device ran out of memory")
+        assert mesh.registry.ledger == {}
+        assert mesh.registry.reserved[job.id] > 4 * 4 * 4096 * 2 * models.WIDTH
+        await finalised(mesh, job.id, failed.checkpoints[0])
+
+
+async def test_a_paused_training_is_pruned_as_its_preview_said_and_finalised(mesh: Mesh) -> None:
+    retention = {"last": 1, "best": 0, "every_tokens": 4 * BATCH}
+    async with mesh.working():
+        job = await mesh.create(layers=[1], num_tokens=200 * STEPS * BATCH, retention=retention)
+        assert job.retention == pb.CheckpointRetention(**retention)
+
+        async def several() -> bool:
+            return len((await mesh.get(job.id)).checkpoints) >= 4
+
+        await eventually(several, timeout=60)
+        await mesh.stub.PauseTrainingJob(pb.PauseTrainingJobRequest(id=job.id))
+        paused = await mesh.reached(job.id, pb.TRAINING_STATUS_PAUSED)
+        windows = [one.tokens_seen // (4 * BATCH) for one in paused.checkpoints[:-1]]
+        assert len(windows) == len(set(windows)) >= 3  # one of every four batches' tokens, and the newest
+
+        own = await mesh.stub.PruneCheckpoints(pb.PruneCheckpointsRequest(id=job.id, validate_only=True))
+        assert (list(own.kept), list(own.deleted), own.freed_bytes) == (list(paused.checkpoints), [], 0)
+        policy = pb.CheckpointRetention(last=1, best=1)
+        asked = pb.PruneCheckpointsRequest(id=job.id, retention=policy, validate_only=True)
+        preview = await mesh.stub.PruneCheckpoints(asked)
+        newest = paused.checkpoints[-1]
+        best = min(paused.checkpoints, key=lambda one: (one.fvu, -one.step))
+        assert {one.id for one in preview.kept} == {newest.id, best.id}
+        assert preview.freed_bytes == sum(one.size_bytes for one in preview.deleted) > 0
+        assert (await mesh.get(job.id)).checkpoints == paused.checkpoints
+        folders = len(list((mesh.context.artifacts.root / "checkpoint").iterdir()))
+        asked.validate_only = False
+        assert await mesh.stub.PruneCheckpoints(asked) == preview
+        assert (await mesh.get(job.id)).checkpoints == preview.kept
+        assert len(list((mesh.context.artifacts.root / "checkpoint").iterdir())) == folders - len(preview.deleted)
+        await finalised(mesh, job.id, preview.kept[0])
+
+
+async def test_a_configuration_is_exported_imported_and_cloned(mesh: Mesh) -> None:
+    job = await mesh.create(
+        source_site="resid_mid",
+        activation=pb.ACTIVATION_BATCH_TOPK,
+        group_sizes=[64, 192],
+        prefix_weights=[3.0, 1.0],
+        aux_k=0,
+        learning_rate=1e-3,
+        lr_schedule=pb.LR_SCHEDULE_COSINE,
+        seed=7,
+        devices=2,
+        variants=[{"source_site": "mlp_in", "top_k": 4, "skip": True}],
+        retention={"last": 2, "best": 2, "every_tokens": 100},
+    )
+    assert (job.config.legacy, [one.legacy for one in job.variants]) == (True, [False])
+    config = await mesh.stub.GetTrainingConfig(pb.GetTrainingConfigRequest(id=job.id))
+    imported = await mesh.stub.CreateTrainingJob(config)
+    cloned = await mesh.stub.CloneTrainingJob(pb.CloneTrainingJobRequest(id=job.id, request_id="c1"))
+    again = await mesh.stub.CloneTrainingJob(pb.CloneTrainingJobRequest(id=job.id, request_id="c1"))
+    preview = await mesh.stub.CloneTrainingJob(pb.CloneTrainingJobRequest(id=job.id, validate_only=True))
+    assert again == cloned
+    assert len({job.id, imported.id, cloned.id}) == 3
+    assert preview.id == ""
+    for one in (imported, cloned, preview):
+        for name in ("config", "variants", "layers", "devices", "retention", "num_tokens"):
+            assert getattr(one, name) == getattr(job, name), name
+    assert await mesh.stub.GetTrainingConfig(pb.GetTrainingConfigRequest(id=cloned.id)) == config
+    found = await EventLog(mesh.context.database).after([f"training:{cloned.id}"], {})
+    assert [event.event for event in found] == ["training:queued"]
