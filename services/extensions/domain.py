@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
 JOB_KIND = "extension_training"
+MERGE_KIND = "extension_merge"
+MODEL_ARTIFACT = "model"
 ARTIFACT_KIND = "extension"
 CHECKPOINT_KIND = "extension_checkpoint"
 
@@ -68,6 +70,8 @@ class BaseModel:
     parameter_count: int
     digest: str
     """Content digest of its files."""
+    name: str = ""
+    quantization: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +147,17 @@ class Training:
     """State to resume from."""
     loss_before: float | None = None
     """Held-out loss of the weights it began with, once it is measured."""
-    result: Mapping[str, float] | None = None
+    result: Mapping[str, Any] | None = None
     """What it made, when it had finished before it was claimed again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharer:
+    """Another extension that computes with the same layers."""
+
+    extension: Extension
+    judged_by: NewTraining | None
+    """Its last training, whose held-out rows judge it; None when it was never trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +187,15 @@ class TrainedExtension:
     seconds: float
     best_step: int
     """Step whose weights these are; fewer than `steps` when early stopping went back to the best."""
+    shared: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What the training of shared layers did to the others' own held-out losses: loss_before and loss_after by id."""
+    model_id: str = ""
+    """The new model, when the base was trained too."""
 
-    def as_dict(self) -> dict[str, float]:
-        """The figures by name."""
-        return asdict(self)
+    def as_dict(self) -> dict[str, Any]:
+        """The figures by name; what does not apply is left out."""
+        figures = asdict(self)
+        return {name: value for name, value in figures.items() if name not in ("shared", "model_id") or value}
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,10 @@ from services.extensions.domain import (
     Prompt,
     Switch,
 )
+from services.extensions.exchanging import require_mergeable
 from services.extensions.measuring import attached, compare, examples_for, row_length
 from services.extensions.ports import Bases, Catalogue, Datasets, Store
+from services.extensions.training import settings_of
 from services.kit import errors
 from services.kit.paging import Page
 from services.kit.requests import RequestKey
@@ -60,6 +62,8 @@ class Operations:
         """
         _require_parts(new)
         model = await self._catalogue.model(new.model_id)
+        if not new.freeze_base:
+            require_mergeable(new.layers, model.quantization)
         shared = await self._shared(new)
         async with AsyncExitStack() as stack:
             folder = await stack.enter_async_context(self._store.reading(shared.artifact_uri)) if shared else None
@@ -141,12 +145,20 @@ class Operations:
         """Queue a training; its job's id.
 
         Raises:
-            errors.Invalid: neither or both of steps and epochs are given.
-            errors.NotFound: there is no such extension.
+            errors.Invalid: neither or both of steps and epochs are given, a setting is out of range, or the dataset has
+                no targets and the model needs them.
+            errors.NotFound: there is no such extension or dataset.
             errors.Conflict: it is being trained already.
         """
         if bool(training.steps) == bool(training.epochs):
             raise errors.Invalid.of("steps", "give either steps or epochs")
+        settings_of(training, 1, "fp32")
+        model = await self._catalogue.model((await self._store.get(training.extension_id)).model_id)
+        named = {"dataset_id": training.dataset_id, "held_out_dataset_id": training.held_out_dataset_id}
+        for field, dataset_id in named.items():
+            paired = not dataset_id or await self._datasets.paired(dataset_id)
+            if not paired and model.config.get("is_encoder_decoder"):
+                raise errors.Invalid.of(field, "has no targets; register it with a prompt_field and a target_field")
         return await self._store.enqueue(training, key)
 
     async def activate(self, extension_id: str) -> Switch:
@@ -300,5 +312,3 @@ def _require_parts(new: NewExtension) -> None:
         raise errors.Invalid.of("layer", "does not belong to an extension of kind lora")
     if new.lora is not None and new.kind == "layer":
         raise errors.Invalid.of("lora", "does not belong to an extension of kind layer")
-    if not new.freeze_base:
-        raise errors.Unsupported("only freeze_base true is supported: the base is never trained")

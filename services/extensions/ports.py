@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,6 +15,7 @@ from services.extensions.domain import (
     Generated,
     NewTraining,
     Prompt,
+    Sharer,
     Switch,
     TrainedExtension,
     Training,
@@ -65,6 +66,17 @@ class Store(Protocol):
             Conflict: it is being trained already, or the request id came before with another request.
         """
 
+    async def sharers(self, extension: Extension) -> Sequence[Sharer]:
+        """The other extensions that compute with the same layers."""
+
+    async def enqueue_merge(self, extension_id: str, name: str, key: RequestKey) -> str:
+        """Queue a merge into a model of this name; its job's id.
+
+        Raises:
+            NotFound: there is no such extension.
+            Conflict: it is being trained, or the request id came before with another request.
+        """
+
     def reading(self, artifact_uri: str) -> AbstractAsyncContextManager[Path]:
         """The files of an artifact, kept while the block reads them.
 
@@ -105,8 +117,41 @@ class Run(Protocol):
     async def save(self, write: Callable[[Path], None]) -> None:
         """Keep a state to resume from, instead of the former one."""
 
-    async def finish(self, result: TrainedExtension, write: Callable[[Path], None]) -> None:
-        """Publish the trained weights as the extension's newest version."""
+    async def publish(self, write: Callable[[Path], None]) -> str:
+        """Keep a model's files; their digest, which is where the registry finds them."""
+
+    async def finish(
+        self, result: TrainedExtension, write: Callable[[Path], None] | None, sharers: Sequence[Sharer] = ()
+    ) -> None:
+        """Publish the trained weights as the extension's newest version, and its layers as those of the sharers.
+
+        Without `write` the weights are in a new model, and the extension stays as it was.
+        """
+
+
+class MergeRun(Protocol):
+    """One claim of a merge."""
+
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+
+    @property
+    def name(self) -> str:
+        """What the new model shall be called."""
+
+    async def extension(self) -> Extension:
+        """What to merge.
+
+        Raises:
+            NotFound: it was deleted.
+        """
+
+    async def waiting(self, reason: str | None) -> None:
+        """Say what the run waits for."""
+
+    async def publish(self, write: Callable[[Path], None]) -> str:
+        """Keep a model's files; their digest, which is where the registry finds them."""
 
 
 class Catalogue(Protocol):
@@ -119,6 +164,9 @@ class Catalogue(Protocol):
             NotFound: there is none.
             Conflict: its files were never read, so nothing is known about it.
         """
+
+    async def register(self, name: str, digest: str, request_id: str) -> str:
+        """Register a model whose files were published; its id, the same for the same request id."""
 
     async def active_extensions(self, model_ids: set[str]) -> set[str]:
         """Extensions that are the active lens of one of these bases."""
@@ -174,6 +222,13 @@ class Bases(Protocol):
 
 class Datasets(Protocol):
     """Reads registered text."""
+
+    async def paired(self, dataset_id: str) -> bool:
+        """Whether its rows are registered as prompts and targets.
+
+        Raises:
+            NotFound: there is no such dataset.
+        """
 
     async def documents(self, field: str, dataset_id: str, tokenizer: Any, vocab_size: int) -> Documents:
         """The usable rows of a dataset, tokenised.

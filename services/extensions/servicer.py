@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import grpc
+from google.api import httpbody_pb2
 from google.protobuf import empty_pb2, json_format
 from google.protobuf.message import Message
 from lensmesh.common.v1 import types_pb2
@@ -25,6 +26,7 @@ from services.extensions.domain import (
     Prompt,
     Switch,
 )
+from services.extensions.exchanging import Exchange
 from services.extensions.operations import Operations
 from services.kit.idempotency import request_key
 from services.kit.paging import asked
@@ -37,8 +39,9 @@ _SERVICE = "lensmesh.extensions.v1.ExtensionService"
 class ExtensionServicer(extensions_pb2_grpc.ExtensionServiceServicer):
     """Translates; the operations decide."""
 
-    def __init__(self, operations: Operations) -> None:
+    def __init__(self, operations: Operations, exchange: Exchange) -> None:
         self._operations = operations
+        self._exchange = exchange
 
     async def CreateExtension(
         self, request: pb.CreateExtensionRequest, context: grpc.aio.ServicerContext
@@ -86,6 +89,31 @@ class ExtensionServicer(extensions_pb2_grpc.ExtensionServiceServicer):
             _training(request), key=request_key(f"{_SERVICE}/TrainExtension", request)
         )
         return pb.TrainExtensionResponse(job_id=job_id, id=request.id)
+
+    async def MergeExtension(
+        self, request: pb.MergeExtensionRequest, context: grpc.aio.ServicerContext
+    ) -> pb.MergeExtensionResponse:
+        """See the proto."""
+        key = request_key(f"{_SERVICE}/MergeExtension", request)
+        return pb.MergeExtensionResponse(
+            job_id=await self._exchange.merge(request.id, request.name, key=key), id=request.id
+        )
+
+    async def ExportExtension(
+        self, request: pb.ExportExtensionRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[httpbody_pb2.HttpBody]:
+        """See the proto."""
+        async with aclosing(self._exchange.take_out(request.id)) as parts:
+            async for part in parts:
+                yield httpbody_pb2.HttpBody(content_type="application/zip", data=part)
+
+    async def ImportExtension(
+        self, request: pb.ImportExtensionRequest, context: grpc.aio.ServicerContext
+    ) -> pb.Extension:
+        """See the proto."""
+        key = request_key(f"{_SERVICE}/ImportExtension", request)
+        wanted = (request.model_id, request.task_name, request.identifier)
+        return _extension(await self._exchange.bring_in(*wanted, key))
 
     async def ActivateExtension(
         self, request: pb.ActivateExtensionRequest, context: grpc.aio.ServicerContext

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
+
+import torch
 
 from services.extensions import errors as translated
 from services.extensions.compute import checkpoint
 from services.extensions.compute.config import ExtensionConfig
 from services.extensions.compute.examples import Examples
 from services.extensions.compute.memory import training_bytes
+from services.extensions.compute.merge import KEY as COPY_KEY
+from services.extensions.compute.merge import Merged, copy_to_train, merge
 from services.extensions.compute.settings import Precision, Schedule, TrainSettings, default_precision
 from services.extensions.compute.train import StepReport, Trainer
-from services.extensions.domain import NewTraining, TrainedExtension, Training
+from services.extensions.domain import Extension, NewTraining, Sharer, TrainedExtension, Training
+from services.extensions.exchanging import model_files
 from services.extensions.measuring import attached, examples_for, loss, row_length
-from services.extensions.ports import Base, Bases, Datasets, Ledger, Run, Store
+from services.extensions.ports import Base, Bases, Catalogue, Datasets, Ledger, Run, Store
 from services.kit import errors
+from services.residency.lenses.extension import Extensions
 from services.residency.lenses.extension_files import read_manifest, retrained
+from services.residency.lenses.lora import KEY_PREFIX
 
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_LEARNING_RATE = 2e-4
@@ -44,16 +51,24 @@ class TrainingJob:
     """Handles jobs of kind `extension_training`."""
 
     def __init__(
-        self, store: Store, ledger: Ledger, bases: Bases, datasets: Datasets, *, checkpoint_seconds: float
+        self,
+        store: Store,
+        ledger: Ledger,
+        bases: Bases,
+        datasets: Datasets,
+        catalogue: Catalogue,
+        *,
+        checkpoint_seconds: float,
     ) -> None:
         """Use these ports; a state to resume from is saved every `checkpoint_seconds`."""
         self._store = store
         self._ledger = ledger
         self._bases = bases
         self._datasets = datasets
+        self._catalogue = catalogue
         self._checkpoint_seconds = checkpoint_seconds
 
-    async def run(self, run: Run) -> dict[str, float]:
+    async def run(self, run: Run) -> dict[str, Any]:
         """Train to the end; when the job is stopped, the state is saved first.
 
         Returns:
@@ -77,12 +92,52 @@ class TrainingJob:
             examples, held_out = await self._examples(training.wanted, base)
             precision = await base.run(default_precision, base.model)
             settings = settings_of(training.wanted, len(examples), precision)
-            async with self._reserved(run.job_id, base, key, examples, settings):
-                trainer = await base.run(_trainer, base, key, examples, settings, folder)
-                result = await self._train(run, _Session(base, key, trainer, held_out), training)
-                write = await base.run(_files, folder, base, key, result)
-            await run.finish(result, write)
+            whole = not training.extension.freeze_base
+            async with self._reserved(run.job_id, base, key, (examples, settings), whole=whole):
+                subject: tuple[Base, str] = await base.run(_copied, base, folder) if whole else (base, key)
+                trainer = await base.run(_trainer, *subject, examples, settings, folder)
+                session = _Session(*subject, trainer, held_out)
+                result = await self._train(run, session, training)
+                if whole:
+                    result = await self._registered(run, session, training, result)
+                    await run.finish(result, None)
+                else:
+                    sharers = await self._sharers(training.extension, session)
+                    result = replace(result, shared=await self._judged(sharers, session))
+                    await run.finish(result, await base.run(_files, folder, base, key, result), sharers)
         return result.as_dict()
+
+    async def _registered(
+        self, run: Run, session: _Session, training: Training, result: TrainedExtension
+    ) -> TrainedExtension:
+        """The trained copy as a model of its own."""
+        base, extension = session.base, training.extension
+        merged = await base.run(_merged, base, session.key)
+        digest = await run.publish(model_files(merged.model, base.tokenizer))
+        name = f"{(await self._catalogue.model(extension.model_id)).name} {extension.task_name}"
+        return replace(result, model_id=await self._catalogue.register(name, digest, run.job_id))
+
+    async def _sharers(self, extension: Extension, session: _Session) -> Sequence[Sharer]:
+        """Extensions that get the layers that were trained; none when none were."""
+        trained = session.base.attached[session.key].trainable
+        if all(name.startswith(KEY_PREFIX) for name in trained):
+            return ()
+        return await self._store.sharers(extension)
+
+    async def _judged(self, sharers: Sequence[Sharer], session: _Session) -> dict[str, dict[str, float]]:
+        """What the trained layers do to the others' held-out losses."""
+        losses: dict[str, dict[str, float]] = {}
+        base = session.base
+        for sharer in sharers:
+            if sharer.judged_by is None:
+                continue
+            _, held_out = await self._examples(sharer.judged_by, base)
+            async with self._store.reading(sharer.extension.artifact_uri) as folder, attached(base, folder) as other:
+                before, _ = await loss(base, other, held_out)
+                await base.run(_take_layers, base, session.key, other)
+                after, _ = await loss(base, other, held_out)
+            losses[sharer.extension.id] = {"loss_before": before, "loss_after": after}
+        return losses
 
     async def _examples(self, wanted: NewTraining, base: Base) -> tuple[Examples, Examples]:
         vocabulary, length = base.model.config.vocab_size, row_length(base, wanted.max_length)
@@ -99,9 +154,12 @@ class TrainingJob:
 
     @asynccontextmanager
     async def _reserved(
-        self, owner: str, base: Base, key: str, examples: Examples, settings: TrainSettings
+        self, owner: str, base: Base, key: str, work: tuple[Examples, TrainSettings], *, whole: bool
     ) -> AsyncIterator[None]:
-        await self._ledger.reserve(owner, training_bytes(base.model.config, base.attached[key], examples, settings))
+        extension = base.attached[key]
+        if whole:
+            extension = replace(extension, parameters={**extension.parameters, **dict(base.model.named_parameters())})
+        await self._ledger.reserve(owner, training_bytes(base.model.config, extension, *work))
         try:
             yield
         finally:
@@ -199,6 +257,36 @@ def figures(report: StepReport, steps: int, loss_before: float) -> dict[str, Any
     }
 
 
+@dataclass(slots=True)
+class _Copy:
+    """A private copy of a base, trained as a whole on the base's device thread."""
+
+    model: Any
+    tokenizer: Any
+    digest: str
+    attached: Extensions
+    run: Callable[..., Any]
+
+
+def _copied(base: Base, folder: Path) -> tuple[Base, str]:
+    with translated.stored():
+        model, extensions = copy_to_train(base.model, folder)
+    return _Copy(model, base.tokenizer, base.digest, extensions, base.run), COPY_KEY
+
+
+def _merged(base: Base, key: str) -> Merged:
+    with translated.stored():
+        return merge(base.model, base.attached, key)
+
+
+def _take_layers(base: Base, source: str, target: str) -> None:
+    trained = base.attached[source].parameters
+    with torch.no_grad():
+        for name, parameter in base.attached[target].parameters.items():
+            if not name.startswith(KEY_PREFIX):
+                parameter.copy_(trained[name])
+
+
 def _trainer(base: Base, key: str, examples: Examples, settings: TrainSettings, folder: Path) -> Trainer:
     with translated.requests():
         config = ExtensionConfig.from_dict(read_manifest(folder).config)
@@ -216,5 +304,5 @@ def _step(trainer: Trainer) -> StepReport:
 
 
 def _files(folder: Path, base: Base, key: str, result: TrainedExtension) -> Callable[[Path], None]:
-    learnt = {name: value for name, value in result.as_dict().items() if name != "seconds"}
+    learnt = {name: value for name, value in result.as_dict().items() if name not in ("seconds", "shared")}
     return retrained(folder, base.attached[key], learnt)

@@ -101,13 +101,18 @@ class Host:
     guests: Guests
 
     @property
+    def model_roots(self) -> list[Path]:
+        """Where local models lie; last the models that were made here, whose identifier is their digest."""
+        return [*self.settings.model_roots, self.artifacts.root / "model"]
+
+    @property
     def hub_dir(self) -> Path:
         """Where downloaded hub models are kept."""
         return self.settings.state_dir / "hub"
 
     async def inspect(self, source: sources.Source) -> sources.Contents:
         """Config, headers and digest of a model's files."""
-        return await self.pool.read(sources.inspect, source, self.settings.model_roots, self.hub_dir)
+        return await self.pool.read(sources.inspect, source, self.model_roots, self.hub_dir)
 
     async def estimate(self, source: sources.Source, quantization: str) -> estimate.Estimate:
         """What a load would need."""
@@ -132,7 +137,7 @@ class Host:
 
         async def work() -> Resident:
             try:
-                directory = await self.pool.read(sources.fetch, source, self.settings.model_roots, self.hub_dir)
+                directory = await self.pool.read(sources.fetch, source, self.model_roots, self.hub_dir)
                 if source.kind == "huggingface":
                     await self.pool.read(self.disk_cache.trim)
                 return await self.pool.load(

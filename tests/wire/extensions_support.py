@@ -58,18 +58,34 @@ class Registry(
     address: str = ""
     host: Any = None
     resident: bool = False
+    family: str = "gpt2"
+    targets: bool = False
+    registered: dict[str, Any] = field(default_factory=dict)
 
     async def GetModel(self, request: Any, context: Any) -> Any:
         if request.id != MODEL:
             raise errors.NotFound(reason="MODEL_NOT_FOUND")
-        model = models_pb2.Model(id=MODEL, model_type="gpt2", parameter_count=self.parameter_count)
+        model = models_pb2.Model(
+            id=MODEL, name="tiny", model_type=self.family, parameter_count=self.parameter_count,
+            quantization=types_pb2.QUANTIZATION_NONE,
+        )  # fmt: skip
         model.config.update(self.config)
         return model
+
+    async def CreateModel(self, request: Any, context: Any) -> Any:
+        self.registered[request.model_identifier] = request
+        return models_pb2.Model(id=f"m_{request.model_identifier[:8]}", name=request.name)
 
     async def GetDataset(self, request: Any, context: Any) -> Any:
         if request.id not in self.texts:
             raise errors.NotFound
-        return datasets_pb2.Dataset(id=request.id, source=datasets_pb2.DATASET_SOURCE_INLINE)
+        return datasets_pb2.Dataset(
+            id=request.id,
+            source=datasets_pb2.DATASET_SOURCE_INLINE if not self.targets else datasets_pb2.DATASET_SOURCE_LOCAL,
+            identifier="pairs.jsonl" if self.targets else "",
+            prompt_field="question" if self.targets else "",
+            target_field="answer" if self.targets else "",
+        )
 
     async def ReadInlineTexts(self, request: Any, context: Any) -> Any:
         for text in self.texts[request.id]:
@@ -82,7 +98,9 @@ class Registry(
         return devices_pb2.RegisterHostResponse(heartbeat_seconds=5)
 
     async def EnsureResident(self, request: Any, context: Any) -> Any:
-        load = residency_pb2.LoadRequest(model_id=MODEL, source=local("gpt2"), quantization=types_pb2.QUANTIZATION_NONE)
+        load = residency_pb2.LoadRequest(
+            model_id=MODEL, source=local(self.family), quantization=types_pb2.QUANTIZATION_NONE
+        )
         async for _ in self.host.Load(load):
             pass
         self.resident = True
@@ -144,10 +162,12 @@ class Mesh:
 @asynccontextmanager
 async def meshing(database: Database, state: Path, model_root: Path, **settings: Any) -> AsyncIterator[Mesh]:
     """Registry, residency and extensions; the stub calls as the mesh itself."""
-    shared = Settings(state_dir=state, model_roots=[model_root])
+    family = settings.pop("family", "gpt2")
+    shared = Settings(state_dir=state, model_roots=[model_root], dataset_roots=[model_root])
     shared.service_token_path.parent.mkdir(parents=True, exist_ok=True)
     shared.service_token_path.write_text("t" * 40)
-    registry = Registry(json.loads((model_root / "gpt2" / "config.json").read_text()), parameter_count=123_456)
+    config = json.loads((model_root / family / "config.json").read_text())
+    registry = Registry(config, parameter_count=123_456, family=family)
     parts = [
         (models_pb2_grpc.add_ModelServiceServicer_to_server, registry, "lensmesh.registry.v1.ModelService"),
         (datasets_pb2_grpc.add_DatasetServiceServicer_to_server, registry, "lensmesh.registry.v1.DatasetService"),

@@ -29,6 +29,11 @@ class RegisteredDatasets:
         self._catalogue = catalogue
         self._roots = roots
 
+    async def paired(self, dataset_id: str) -> bool:
+        """By the fields that were named at its registration."""
+        dataset = await self._catalogue.dataset(dataset_id)
+        return bool(dataset.prompt_field and dataset.target_field)
+
     async def documents(self, field: str, dataset_id: str, tokenizer: Any, vocab_size: int) -> Documents:
         """All usable rows; read and tokenised beside the event loop."""
         record = await self._catalogue.readable(await self._catalogue.dataset(dataset_id))

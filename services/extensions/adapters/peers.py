@@ -11,6 +11,8 @@ from lensmesh.registry.v1 import (
     devices_pb2,
     groups_pb2,
     groups_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
 )
 from lensmesh.residency.v1 import residency_pb2
 
@@ -34,6 +36,7 @@ class Peers:
             hosts: where models are.
         """
         self._catalogue = catalogue
+        self._models = models_pb2_grpc.ModelServiceStub(registry)
         self._groups = groups_pb2_grpc.GroupServiceStub(registry)
         self._hosts = hosts
 
@@ -48,7 +51,17 @@ class Peers:
             config=json_format.MessageToDict(model.config),
             parameter_count=model.parameter_count,
             digest=model.digest,
+            name=model.name,
+            quantization=types_pb2.Quantization.Name(model.quantization).removeprefix("QUANTIZATION_").lower(),
         )
+
+    async def register(self, name: str, digest: str, request_id: str) -> str:
+        """As a local model: below the store's own root its identifier is the digest."""
+        request = models_pb2.CreateModelRequest(
+            name=name, source=types_pb2.MODEL_SOURCE_LOCAL, model_identifier=digest, request_id=request_id
+        )
+        with translated_calls():
+            return (await self._models.CreateModel(request, timeout=LOAD_SECONDS)).id
 
     async def active_extensions(self, model_ids: set[str]) -> set[str]:
         """What is active on the hosts; a lens of a group stands for its extension there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,11 +14,13 @@ import asyncpg
 from services.extensions.domain import (
     ARTIFACT_KIND,
     JOB_KIND,
+    MERGE_KIND,
     Extension,
     Filter,
     Layer,
     Lora,
     NewTraining,
+    Sharer,
     Training,
 )
 from services.kit import errors, paging
@@ -109,6 +111,10 @@ class PostgresStore:
             if request.answer is None:
                 await lock(conn, extension_id)
                 await _require_idle(conn, extension_id)
+                if (other := await conn.fetchval(QUERIES["training_of_family"], extension_id)) is not None:
+                    raise errors.Conflict(
+                        f"an extension with the same layers is being trained by {other}", metadata={"job_id": other}
+                    )
                 job = await self._jobs.enqueue(
                     conn,
                     kind=JOB_KIND,
@@ -119,6 +125,32 @@ class PostgresStore:
                 )
                 await conn.execute(QUERIES["insert_training"], extension_id, job.id)
                 await conn.execute(QUERIES["set_job"], extension_id, job.id)
+                request.answer = {"job_id": job.id}
+        return request.answer["job_id"]
+
+    async def sharers(self, extension: Extension) -> Sequence[Sharer]:
+        """Of the same first owner."""
+        async with self._database.connection() as conn:
+            rows = await conn.fetch(QUERIES["sharers"], extension.id)
+            return [
+                Sharer(await _get(conn, row["id"]), NewTraining(**row["payload"]) if row["payload"] else None)
+                for row in rows
+            ]
+
+    async def enqueue_merge(self, extension_id: str, name: str, key: RequestKey) -> str:
+        """Queue the job."""
+        async with self._database.transaction() as conn, idempotent(conn, key) as request:
+            if request.answer is None:
+                await lock(conn, extension_id)
+                await _require_idle(conn, extension_id)
+                job = await self._jobs.enqueue(
+                    conn,
+                    kind=MERGE_KIND,
+                    payload={"name": name},
+                    created_by=key.caller,
+                    resource_id=extension_id,
+                    event_prefix=EVENT_PREFIX,
+                )
                 request.answer = {"job_id": job.id}
         return request.answer["job_id"]
 

@@ -10,7 +10,7 @@ INSERT INTO extension_versions (extension_id, version, artifact_uri, digest, siz
 SELECT e.*, v.artifact_uri, v.digest, v.size_bytes, j.error_code, j.error_message,
        CASE WHEN j.state IN ('queued', 'running', 'paused', 'finalizing') THEN 'training'
             WHEN j.state = 'failed' THEN 'failed'
-            WHEN e.version > 1 THEN 'trained'
+            WHEN e.trained_steps > 0 THEN 'trained'
             ELSE 'created' END AS status
 FROM extensions e
 JOIN extension_versions v ON v.extension_id = e.id AND v.version = e.version
@@ -21,7 +21,7 @@ WHERE e.id = $1
 SELECT e.*, v.artifact_uri, v.digest, v.size_bytes, j.error_code, j.error_message,
        CASE WHEN j.state IN ('queued', 'running', 'paused', 'finalizing') THEN 'training'
             WHEN j.state = 'failed' THEN 'failed'
-            WHEN e.version > 1 THEN 'trained'
+            WHEN e.trained_steps > 0 THEN 'trained'
             ELSE 'created' END AS status
 FROM extensions e
 JOIN extension_versions v ON v.extension_id = e.id AND v.version = e.version
@@ -65,6 +65,28 @@ UPDATE extension_trainings SET result = $2 WHERE job_id = $1
 -- finish --
 UPDATE extensions SET version = version + 1, trained_steps = trained_steps + $2, loss_before = $3, loss_after = $4
 WHERE id = $1
+RETURNING version
+
+-- finish_whole --
+UPDATE extensions SET trained_steps = trained_steps + $2, loss_before = $3, loss_after = $4 WHERE id = $1
+
+-- sharers --
+SELECT e.id, (SELECT j.payload FROM extension_trainings t JOIN jobs j ON j.id = t.job_id
+              WHERE t.extension_id = e.id AND t.result IS NOT NULL ORDER BY j.finished_at DESC LIMIT 1) AS payload
+FROM extensions e
+WHERE e.id <> $1 AND coalesce(nullif(e.shared_layer_of, ''), e.id)
+    = (SELECT coalesce(nullif(o.shared_layer_of, ''), o.id) FROM extensions o WHERE o.id = $1)
+ORDER BY e.id
+
+-- training_of_family --
+SELECT j.id FROM extensions e JOIN jobs j ON j.id = e.job_id
+WHERE e.id <> $1 AND j.state IN ('queued', 'running', 'paused', 'finalizing')
+    AND coalesce(nullif(e.shared_layer_of, ''), e.id)
+      = (SELECT coalesce(nullif(o.shared_layer_of, ''), o.id) FROM extensions o WHERE o.id = $1)
+LIMIT 1
+
+-- over_layers --
+UPDATE extensions SET version = version + 1, loss_after = coalesce($2, loss_after) WHERE id = $1
 RETURNING version
 
 -- artifacts_of --

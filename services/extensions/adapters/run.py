@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 
+import asyncpg
+
 from services.extensions.adapters.postgres import EVENT_PREFIX, QUERIES, PostgresStore, lock
-from services.extensions.domain import ARTIFACT_KIND, CHECKPOINT_KIND, TrainedExtension, Training
+from services.extensions.domain import (
+    ARTIFACT_KIND,
+    CHECKPOINT_KIND,
+    MODEL_ARTIFACT,
+    Extension,
+    Sharer,
+    TrainedExtension,
+    Training,
+)
 from services.kit.jobs import Claim
+from services.residency.lenses.extension_files import INSERTED_FILE, over_layers
 
 
 class ClaimedRun:
@@ -64,21 +76,92 @@ class ClaimedRun:
         if former is not None and former != artifact.uri:
             await self._store.discard([former])
 
-    async def finish(self, result: TrainedExtension, write: Callable[[Path], None]) -> None:
-        """Publish the next version; the state to resume from is needed no more."""
-        with self._store.artifacts.staging(ARTIFACT_KIND) as folder:
-            await asyncio.to_thread(write, folder)
+    async def publish(self, write: Callable[[Path], None]) -> str:
+        """An artifact of kind `model`, under the claim's fence."""
+        return await published_model(self._store, self._claim, write)
+
+    async def finish(
+        self, result: TrainedExtension, write: Callable[[Path], None] | None, sharers: Sequence[Sharer] = ()
+    ) -> None:
+        """Publish the next versions; the state to resume from is needed no more."""
+        extension_id = self._claim.job.resource_id
+        learnt = (result.steps, result.loss_before, result.loss_after)
+        async with AsyncExitStack() as stack:
+            staged = {} if write is None else await self._staged(stack, extension_id, write, sharers)
             async with self._claim.commit() as conn:
-                extension_id = self._claim.job.resource_id
-                await lock(conn, extension_id)
-                artifact = await self._store.artifacts.publish(conn, ARTIFACT_KIND, folder, {"job_id": self.job_id})
-                version = await conn.fetchval(
-                    QUERIES["finish"], extension_id, result.steps, result.loss_before, result.loss_after
-                )
-                row = (extension_id, version, artifact.uri, artifact.digest, artifact.size_bytes)
-                await conn.execute(QUERIES["insert_version"], *row)
+                for identifier in sorted({extension_id, *staged}):
+                    await lock(conn, identifier)
+                if write is None:
+                    await conn.execute(QUERIES["finish_whole"], extension_id, *learnt)
+                for identifier, folder in staged.items():
+                    if identifier == extension_id:
+                        version = await conn.fetchval(QUERIES["finish"], extension_id, *learnt)
+                    else:
+                        changed = result.shared.get(identifier, {}).get("loss_after")
+                        version = await conn.fetchval(QUERIES["over_layers"], identifier, changed)
+                    await self._add_version(conn, identifier, version, folder)
                 former = await conn.fetchval(QUERIES["set_checkpoint"], self.job_id, None)
                 await conn.execute(QUERIES["set_result"], self.job_id, result.as_dict())
         self._claim.finish_data(result.as_dict())
         if former is not None:
             await self._store.discard([former])
+
+    async def _staged(
+        self, stack: AsyncExitStack, extension_id: str, write: Callable[[Path], None], sharers: Sequence[Sharer]
+    ) -> dict[str, Path]:
+        """Folders of the extension and of those that share its layers, not published yet."""
+        artifacts = self._store.artifacts
+        own = stack.enter_context(artifacts.staging(ARTIFACT_KIND))
+        await asyncio.to_thread(write, own)
+        staged = {extension_id: own}
+        for sharer in sharers:
+            folder = await stack.enter_async_context(self._store.reading(sharer.extension.artifact_uri))
+            staged[sharer.extension.id] = stack.enter_context(artifacts.staging(ARTIFACT_KIND))
+            rewrite = await asyncio.to_thread(over_layers, folder, own / INSERTED_FILE)
+            await asyncio.to_thread(rewrite, staged[sharer.extension.id])
+        return staged
+
+    async def _add_version(self, conn: asyncpg.Connection, extension_id: str, version: int, folder: Path) -> None:
+        meta = {"job_id": self.job_id}
+        artifact = await self._store.artifacts.publish(conn, ARTIFACT_KIND, folder, meta)
+        row = (extension_id, version, artifact.uri, artifact.digest, artifact.size_bytes)
+        await conn.execute(QUERIES["insert_version"], *row)
+
+
+class ClaimedMerge:
+    """Implements the port `MergeRun` on one claim."""
+
+    def __init__(self, claim: Claim, store: PostgresStore) -> None:
+        self._claim = claim
+        self._store = store
+
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+        return self._claim.job.id
+
+    @property
+    def name(self) -> str:
+        """From the request."""
+        return str(self._claim.job.payload["name"])
+
+    async def extension(self) -> Extension:
+        """Its row, with the newest version."""
+        return await self._store.get(self._claim.job.resource_id)
+
+    async def waiting(self, reason: str | None) -> None:
+        """Shown as `waiting_for`."""
+        await self._claim.waiting(reason)
+
+    async def publish(self, write: Callable[[Path], None]) -> str:
+        """An artifact of kind `model`, under the claim's fence."""
+        return await published_model(self._store, self._claim, write)
+
+
+async def published_model(store: PostgresStore, claim: Claim, write: Callable[[Path], None]) -> str:
+    """Keep a model that a job made; its digest."""
+    with store.artifacts.staging(MODEL_ARTIFACT) as folder:
+        await asyncio.to_thread(write, folder)
+        async with claim.commit() as conn:
+            artifact = await store.artifacts.publish(conn, MODEL_ARTIFACT, folder, {"job_id": claim.job.id})
+    return artifact.digest

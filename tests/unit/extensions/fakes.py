@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from services.extensions.domain import (
     Generated,
     NewTraining,
     Prompt,
+    Sharer,
     Switch,
     TrainedExtension,
     Training,
@@ -75,6 +76,12 @@ class FakeStore:
         self.queued.append(training)
         return "job_1"
 
+    async def sharers(self, extension: Extension) -> list[Sharer]:
+        return []
+
+    async def enqueue_merge(self, extension_id: str, name: str, key: RequestKey) -> str:
+        return "job_2"
+
     @asynccontextmanager
     async def reading(self, artifact_uri: str) -> AsyncIterator[Path]:
         yield self.path(artifact_uri)
@@ -88,11 +95,15 @@ class FakeCatalogue:
     lenses: list[str] = field(default_factory=list)
     reserved: dict[str, int] = field(default_factory=dict)
     most_reserved: int = 0
+    quantization: str = "none"
 
     async def model(self, model_id: str) -> BaseModel:
         model = tiny("gpt2", 2)
         count = sum(parameter.numel() for parameter in model.parameters())
-        return BaseModel(model_id, "gpt2", model.config.to_dict(), count, "digest-of-tiny")
+        return BaseModel(model_id, "gpt2", model.config.to_dict(), count, "digest-of-tiny", "tiny", self.quantization)
+
+    async def register(self, name: str, digest: str, request_id: str) -> str:
+        return f"m_{digest}"
 
     async def active_extensions(self, model_ids: set[str]) -> set[str]:
         return self.active if MODEL in model_ids else set()
@@ -156,6 +167,9 @@ class FakeDatasets:
 
     known: dict[str, Documents] = field(default_factory=dict)
 
+    async def paired(self, dataset_id: str) -> bool:
+        return bool(self.known[dataset_id].pairs) if dataset_id in self.known else False
+
     async def documents(self, field: str, dataset_id: str, tokenizer: Any, vocab_size: int) -> Documents:
         if dataset_id not in self.known:
             raise errors.NotFound
@@ -210,5 +224,13 @@ class FakeRun:
         self.saves += 1
         self.state = replace(self.state, checkpoint_uri=self.store.put(write))
 
-    async def finish(self, result: TrainedExtension, write: Callable[[Path], None]) -> None:
+    async def publish(self, write: Callable[[Path], None]) -> str:
+        return self.store.put(write).rpartition("/")[2]
+
+    async def finish(
+        self, result: TrainedExtension, write: Callable[[Path], None] | None, sharers: Sequence[Sharer] = ()
+    ) -> None:
+        if write is None:
+            self.state = replace(self.state, result=result.as_dict())
+            return
         self.state = replace(self.state, result=result.as_dict(), artifact_uri=self.store.put(write))

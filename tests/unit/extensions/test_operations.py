@@ -116,9 +116,11 @@ async def test_wrong_fields_are_named_and_nothing_is_created(
     assert service.store.folders == 0
 
 
-async def test_freeing_the_base_is_refused(service: Service) -> None:
-    with pytest.raises(errors.Unsupported):
+async def test_freeing_a_quantised_base_is_refused(service: Service) -> None:
+    service.catalogue.quantization = "int8"
+    with pytest.raises(errors.Conflict, match="int8"):
         await service.create(replace(NEW, freeze_base=False))
+    assert service.store.rows == {}
 
 
 async def test_extensions_say_whether_they_are_active(service: Service) -> None:

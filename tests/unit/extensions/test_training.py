@@ -38,7 +38,9 @@ class Bench:
         self.job = self.with_checkpoints_every(1e9)
 
     def with_checkpoints_every(self, seconds: float) -> TrainingJob:
-        return TrainingJob(self.store, self.catalogue, self.bases, self.datasets, checkpoint_seconds=seconds)
+        return TrainingJob(
+            self.store, self.catalogue, self.bases, self.datasets, self.catalogue, checkpoint_seconds=seconds
+        )
 
     async def claimed(self, wanted: NewTraining = WANTED, **options: object) -> FakeRun:
         operations = Operations(self.store, self.catalogue, self.bases, self.datasets)

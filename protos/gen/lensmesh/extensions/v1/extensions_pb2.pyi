@@ -3,6 +3,7 @@ import datetime
 from buf.validate import validate_pb2 as _validate_pb2
 from google.api import annotations_pb2 as _annotations_pb2
 from google.api import field_behavior_pb2 as _field_behavior_pb2
+from google.api import httpbody_pb2 as _httpbody_pb2
 from google.protobuf import empty_pb2 as _empty_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from lensmesh.common.v1 import types_pb2 as _types_pb2
@@ -343,6 +344,42 @@ class GenerateWithExtensionRequest(_message.Message):
     temperature: float
     seed: int
     def __init__(self, id: _Optional[str] = ..., prompt: _Optional[str] = ..., max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class MergeExtensionRequest(_message.Message):
+    __slots__ = ("id", "name", "request_id")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    name: str
+    request_id: str
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class MergeExtensionResponse(_message.Message):
+    __slots__ = ("job_id", "id")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    id: str
+    def __init__(self, job_id: _Optional[str] = ..., id: _Optional[str] = ...) -> None: ...
+
+class ExportExtensionRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class ImportExtensionRequest(_message.Message):
+    __slots__ = ("model_id", "task_name", "identifier", "request_id")
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    TASK_NAME_FIELD_NUMBER: _ClassVar[int]
+    IDENTIFIER_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    model_id: str
+    task_name: str
+    identifier: str
+    request_id: str
+    def __init__(self, model_id: _Optional[str] = ..., task_name: _Optional[str] = ..., identifier: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class EvaluateExtensionRequest(_message.Message):
     __slots__ = ("id", "dataset_id", "sample_count", "max_length")

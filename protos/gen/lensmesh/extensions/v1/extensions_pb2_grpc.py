@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from lensmesh.common.v1 import types_pb2 as lensmesh_dot_common_dot_v1_dot_types__pb2
 from lensmesh.extensions.v1 import extensions_pb2 as lensmesh_dot_extensions_dot_v1_dot_extensions__pb2
@@ -61,6 +62,21 @@ class ExtensionServiceStub:
                 '/lensmesh.extensions.v1.ExtensionService/TrainExtension',
                 request_serializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.TrainExtensionRequest.SerializeToString,
                 response_deserializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.TrainExtensionResponse.FromString,
+                _registered_method=True)
+        self.MergeExtension = channel.unary_unary(
+                '/lensmesh.extensions.v1.ExtensionService/MergeExtension',
+                request_serializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.MergeExtensionRequest.SerializeToString,
+                response_deserializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.MergeExtensionResponse.FromString,
+                _registered_method=True)
+        self.ExportExtension = channel.unary_stream(
+                '/lensmesh.extensions.v1.ExtensionService/ExportExtension',
+                request_serializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.ExportExtensionRequest.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+                _registered_method=True)
+        self.ImportExtension = channel.unary_unary(
+                '/lensmesh.extensions.v1.ExtensionService/ImportExtension',
+                request_serializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.ImportExtensionRequest.SerializeToString,
+                response_deserializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.Extension.FromString,
                 _registered_method=True)
         self.ActivateExtension = channel.unary_unary(
                 '/lensmesh.extensions.v1.ExtensionService/ActivateExtension',
@@ -128,6 +144,27 @@ class ExtensionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MergeExtension(self, request, context):
+        """Queues a merge into a copy of the base, which is registered as a new model; refused on a quantised base.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportExtension(self, request, context):
+        """Its files as a zip archive; unpacked, plain PEFT loads the adapter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportExtension(self, request, context):
+        """Makes an extension of a PEFT adapter below a model root.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ActivateExtension(self, request, context):
         """Makes it the active lens of its base.
         """
@@ -190,6 +227,21 @@ def add_ExtensionServiceServicer_to_server(servicer, server):
                     servicer.TrainExtension,
                     request_deserializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.TrainExtensionRequest.FromString,
                     response_serializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.TrainExtensionResponse.SerializeToString,
+            ),
+            'MergeExtension': grpc.unary_unary_rpc_method_handler(
+                    servicer.MergeExtension,
+                    request_deserializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.MergeExtensionRequest.FromString,
+                    response_serializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.MergeExtensionResponse.SerializeToString,
+            ),
+            'ExportExtension': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportExtension,
+                    request_deserializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.ExportExtensionRequest.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+            ),
+            'ImportExtension': grpc.unary_unary_rpc_method_handler(
+                    servicer.ImportExtension,
+                    request_deserializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.ImportExtensionRequest.FromString,
+                    response_serializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.Extension.SerializeToString,
             ),
             'ActivateExtension': grpc.unary_unary_rpc_method_handler(
                     servicer.ActivateExtension,
@@ -353,6 +405,87 @@ class ExtensionService:
             '/lensmesh.extensions.v1.ExtensionService/TrainExtension',
             lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.TrainExtensionRequest.SerializeToString,
             lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.TrainExtensionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MergeExtension(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lensmesh.extensions.v1.ExtensionService/MergeExtension',
+            lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.MergeExtensionRequest.SerializeToString,
+            lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.MergeExtensionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportExtension(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lensmesh.extensions.v1.ExtensionService/ExportExtension',
+            lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.ExportExtensionRequest.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportExtension(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lensmesh.extensions.v1.ExtensionService/ImportExtension',
+            lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.ImportExtensionRequest.SerializeToString,
+            lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.Extension.FromString,
             options,
             channel_credentials,
             insecure,
