@@ -24,11 +24,13 @@ from services.residency.guests import Guests
 from services.residency.lease import Lease
 from services.residency.lenses import Lens, Reading, Spec
 from services.residency.lenses import load as load_lens
+from services.residency.lenses.mixed import mixable
 from services.residency.memory import give_back
 from services.residency.metrics import ResidencyMetrics
 from services.residency.perplexity import Perplexity, batch_loss, perplexity
 from services.residency.pool import Pool
 from services.residency.resident import Resident
+from services.residency.together import Together
 
 UNFINISHED = "\ufffd"
 """What a tokenizer writes for bytes that are no whole character yet."""
@@ -264,30 +266,54 @@ class Host:
                 told, shown = len(work.tokens), max(shown, whole)
                 yield part
 
+    async def generate_together(self, wanted: Sequence[Wanted]) -> list[Generation]:
+        """Continue several prompts on one model in the same forward passes, each with its own extension or none.
+
+        Raises:
+            errors.Invalid: they are of several models, have interventions, an extension is more than LoRA, or a prompt
+                does not fit the model.
+        """
+        start = time.perf_counter()
+        if len({each.model_id for each in wanted}) > 1 or any(each.interventions for each in wanted):
+            raise errors.Invalid.of("requests", "must be of one model and without interventions")
+        async with AsyncExitStack() as stack:
+            begun = [await self._begun(stack, each) for each in wanted]
+            lease = begun[0][0]
+            keys = [each.extension for each, _ in begun]
+            if not all(mixable(lease.attached[key]) for key in keys if key is not None):
+                raise errors.Invalid.of("requests.extension", "must be LoRA or rsLoRA alone to share a forward")
+            together = Together(lease.record.base, [work for _, work in begun], keys)
+            while not together.done:
+                await self.pool.run(together.turn)
+        seconds = time.perf_counter() - start
+        return [Generation(work.tokens, decoded_text(lease, work.tokens), seconds) for work in together.works]
+
     async def _continued(self, wanted: Wanted, tokens: int) -> AsyncGenerator[tuple[Lease, Continuation], None]:
         """A continuation after each turn of so many tokens."""
         async with AsyncExitStack() as stack:
-            key = await self._with_extension(stack, wanted.model_id, wanted.extension)
-            lease = await stack.enter_async_context(self.pool.lease(wanted.model_id, key))
-            ids = await self.pool.run(
-                reading.token_ids, wanted.prompt, (), lease.tokenizer, lease.facts, field="prompt"
-            )
-            room = lease.facts.context_length - (0 if lease.facts.encoder_decoder else len(ids))
-            if room < 1:
-                raise errors.Invalid.of("prompt", f"fills the model's context of {lease.facts.context_length} tokens")
+            lease, work = await self._begun(stack, wanted)
             family = lease.family if wanted.interventions else None
-            work = Continuation(
-                base=lease.record.base,
-                prompt=ids,
-                max_new_tokens=min(wanted.max_new_tokens, room),
-                temperature=wanted.temperature,
-                seed=wanted.seed,
-                splices=[change.splice() for change in wanted.interventions],
-                end_ids=end_ids(lease),
-            )
             while not work.done:
                 await lease.run(work.turn, family, tokens)
                 yield lease, work
+
+    async def _begun(self, stack: AsyncExitStack, wanted: Wanted) -> tuple[Lease, Continuation]:
+        """A continuation of which nothing is made yet, and the model until the stack is closed."""
+        key = await self._with_extension(stack, wanted.model_id, wanted.extension)
+        lease = await stack.enter_async_context(self.pool.lease(wanted.model_id, key))
+        ids = await self.pool.run(reading.token_ids, wanted.prompt, (), lease.tokenizer, lease.facts, field="prompt")
+        room = lease.facts.context_length - (0 if lease.facts.encoder_decoder else len(ids))
+        if room < 1:
+            raise errors.Invalid.of("prompt", f"fills the model's context of {lease.facts.context_length} tokens")
+        return lease, Continuation(
+            base=lease.record.base,
+            prompt=ids,
+            max_new_tokens=min(wanted.max_new_tokens, room),
+            temperature=wanted.temperature,
+            seed=wanted.seed,
+            splices=[change.splice() for change in wanted.interventions],
+            end_ids=end_ids(lease),
+        )
 
     async def _with_extension(
         self, stack: AsyncExitStack, model_id: str, extension: tuple[Spec, str] | None

@@ -123,6 +123,13 @@ class ModelHostServicer(residency_pb2_grpc.ModelHostServiceServicer):
             async for part in parts:
                 yield messages.generated(part)
 
+    async def GenerateTogether(
+        self, request: residency_pb2.GenerateTogetherRequest, context: Any
+    ) -> residency_pb2.GenerateTogetherResponse:
+        """Continue several prompts in the same forward passes."""
+        made = await self._host.generate_together([self._wanted(each) for each in request.requests])
+        return residency_pb2.GenerateTogetherResponse(texts=[messages.generated(each) for each in made])
+
     def _wanted(self, request: residency_pb2.GenerateRequest) -> Wanted:
         lenses = self._pool.get(request.model_id).lenses
         coders = {key: item.lens.splicing for key, item in lenses.items() if isinstance(item.lens, FeatureLens)}

@@ -235,6 +235,18 @@ class GenerateRequest(_message.Message):
     seed: int
     def __init__(self, model_id: _Optional[str] = ..., prompt: _Optional[str] = ..., max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., extension: _Optional[_Union[_types_pb2.LensSpec, _Mapping]] = ..., interventions: _Optional[_Iterable[_Union[_types_pb2.InterventionSpec, _Mapping]]] = ..., seed: _Optional[int] = ...) -> None: ...
 
+class GenerateTogetherRequest(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[GenerateRequest]
+    def __init__(self, requests: _Optional[_Iterable[_Union[GenerateRequest, _Mapping]]] = ...) -> None: ...
+
+class GenerateTogetherResponse(_message.Message):
+    __slots__ = ("texts",)
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    texts: _containers.RepeatedCompositeFieldContainer[_types_pb2.GeneratedText]
+    def __init__(self, texts: _Optional[_Iterable[_Union[_types_pb2.GeneratedText, _Mapping]]] = ...) -> None: ...
+
 class MeasurePerplexityRequest(_message.Message):
     __slots__ = ("model_id", "dataset_id", "sample_count", "max_length")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]

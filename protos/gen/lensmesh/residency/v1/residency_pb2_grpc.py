@@ -102,6 +102,11 @@ class ModelHostServiceStub:
                 request_serializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.FromString,
                 _registered_method=True)
+        self.GenerateTogether = channel.unary_unary(
+                '/lensmesh.residency.v1.ModelHostService/GenerateTogether',
+                request_serializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.GenerateTogetherRequest.SerializeToString,
+                response_deserializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.GenerateTogetherResponse.FromString,
+                _registered_method=True)
         self.MeasurePerplexity = channel.unary_unary(
                 '/lensmesh.residency.v1.ModelHostService/MeasurePerplexity',
                 request_serializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.MeasurePerplexityRequest.SerializeToString,
@@ -219,6 +224,13 @@ class ModelHostServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateTogether(self, request, context):
+        """Continues several prompts at once, each with a LoRA extension of its own or none; up to rounding as each alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def MeasurePerplexity(self, request, context):
         """Measures perplexity.
         """
@@ -314,6 +326,11 @@ def add_ModelHostServiceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.GenerateRequest.FromString,
                     response_serializer=lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.SerializeToString,
+            ),
+            'GenerateTogether': grpc.unary_unary_rpc_method_handler(
+                    servicer.GenerateTogether,
+                    request_deserializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.GenerateTogetherRequest.FromString,
+                    response_serializer=lensmesh_dot_residency_dot_v1_dot_residency__pb2.GenerateTogetherResponse.SerializeToString,
             ),
             'MeasurePerplexity': grpc.unary_unary_rpc_method_handler(
                     servicer.MeasurePerplexity,
@@ -688,6 +705,33 @@ class ModelHostService:
             '/lensmesh.residency.v1.ModelHostService/GenerateStream',
             lensmesh_dot_residency_dot_v1_dot_residency__pb2.GenerateRequest.SerializeToString,
             lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateTogether(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lensmesh.residency.v1.ModelHostService/GenerateTogether',
+            lensmesh_dot_residency_dot_v1_dot_residency__pb2.GenerateTogetherRequest.SerializeToString,
+            lensmesh_dot_residency_dot_v1_dot_residency__pb2.GenerateTogetherResponse.FromString,
             options,
             channel_credentials,
             insecure,
