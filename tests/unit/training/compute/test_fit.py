@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from services.training.compute import (
     NonFiniteLoss,
     TrainConfig,
     Trainer,
+    Transcoder,
     coders_of,
     compute_fvu,
     fit,
@@ -120,6 +122,27 @@ def test_scaling_the_data_changes_nothing_but_the_units() -> None:
     plain, _ = fit(x, y, config())
     scaled, _ = fit(x * 8, y / 4, config())  # powers of two: exact
     assert torch.allclose(scaled(x * 8) * 4, plain(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu"])
+def test_scales_are_folded_in_once_and_saved_bit_for_bit(tmp_path: Path, activation: str) -> None:
+    x, y = planted(1024)
+    trainer = Trainer(InMemory({"a": (x, y)}), plans(activation=activation, skip=True))
+    list(trainer.run())
+    coder, transcoder = trainer.coders[0], trainer.transcoders()["a"]
+    source, target, trained = coder.scale.source, coder.scale.target, coder.parameters
+    assert abs(target - 1) > 0.5  # otherwise nothing is folded
+    assert torch.equal(transcoder.W_enc, (trained["W_enc"] * source).T)
+    assert torch.equal(transcoder.b_enc, trained["b_enc"])
+    assert torch.equal(transcoder.W_dec, trained["W_dec"] / target)
+    assert torch.equal(transcoder.b_dec, trained["b_dec"] / target)
+    assert transcoder.W_skip is not None
+    assert torch.equal(transcoder.W_skip, trained["W_skip"] * (source / target))
+    transcoder.save(tmp_path / "saved")
+    loaded = Transcoder.load(tmp_path / "saved")
+    for name, tensor in transcoder.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert torch.equal(loaded(x), transcoder(x))
 
 
 def test_the_seed_decides() -> None:
@@ -265,5 +288,6 @@ def test_learning_rate_rises_holds_and_falls() -> None:
 
 def test_bfloat16_products_train_float32_weights() -> None:
     transcoder, reports = fit(*planted(4096), config(dtype="bfloat16", num_tokens=128 * 200))
-    assert transcoder.W_enc.dtype == torch.float32
+    assert transcoder.W_enc.dtype == transcoder.threshold.dtype == torch.float32
+    assert not torch.equal(transcoder.W_enc, transcoder.W_enc.bfloat16().float())
     assert reports[-1].fvu < 0.3 < reports[0].fvu
