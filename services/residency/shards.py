@@ -347,7 +347,17 @@ class ShardReader:
                     yield RowBatch({name: torch.cat([part[name] for part in parts]) for name in names}, cursor)
                     parts, missing = [], batch_size
 
+    def drawn_from(self, seed: int, start: int) -> list[int]:
+        """Numbers of the shards that `iter_rows` draws the row after the cursor `start` from."""
+        return next(self._draws(seed, start))[1]
+
     def _mixes(self, names: Sequence[str], seed: int, start: int) -> Iterator[_Mix]:
+        for number, chosen, skip in self._draws(seed, start):
+            sources = [self._rows(index, names, seed, number) for index in chosen]
+            yield _Mix(sources, (seed, number, chosen[0]), skip)
+
+    def _draws(self, seed: int, start: int) -> Iterator[tuple[int, list[int], int]]:
+        """Number of the pass, shards that are mixed, and how many of their rows are passed over."""
         shards = self.manifest.shards
         first_pass, skip = divmod(start, self.manifest.tokens)
         for number in itertools.count(first_pass):
@@ -355,8 +365,7 @@ class ShardReader:
             for chosen in (order[low : low + MIXED_SHARDS] for low in range(0, len(order), MIXED_SHARDS)):
                 rows = sum(shards[index].rows for index in chosen)
                 if skip < rows:
-                    sources = [self._rows(index, names, seed, number) for index in chosen]
-                    yield _Mix(sources, (seed, number, chosen[0]), skip)
+                    yield number, chosen, skip
                 skip = max(0, skip - rows)
 
     def _rows(self, index: int, names: Sequence[str], seed: int, number: int) -> _ShardRows:

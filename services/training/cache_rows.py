@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from services.residency.shards import ShardReader
 from services.training.compute.batches import Pairs
@@ -43,3 +46,19 @@ class CacheRows:
         points = list(dict.fromkeys(point for pair in self._pairs.values() for point in pair))
         for batch in self._reader.iter_rows(points, batch_size, seed, start):
             yield {name: (batch.rows[x], batch.rows[y]) for name, (x, y) in self._pairs.items()}
+
+    def facts_of(self, pair: str, rows: int, seed: int, start: int) -> dict[str, Any]:
+        """Figures of the `rows` rows after `start`, and the first row that is not finite: its shard and place there."""
+        names = self._pairs[pair]
+        facts: dict[str, Any] = {"rows": rows, "position": start}
+        for side, tensor in zip(("x", "y"), next(self.batches(rows, seed, start))[pair], strict=True):
+            finite = tensor[tensor.isfinite()].float()
+            facts[f"non_finite_{side}"] = tensor.numel() - finite.numel()
+            if finite.numel():
+                facts |= {f"min_{side}": float(finite.min()), f"max_{side}": float(finite.max())}
+        for index in self._reader.drawn_from(seed, start):
+            found = self._reader.shard(index, names)
+            bad = torch.cat([found[name].flatten(0, -2) for name in names], 1).isfinite().all(1).logical_not().nonzero()
+            if len(bad):
+                return facts | {"shard": self._reader.manifest.shards[index].name, "shard_row": int(bad[0])}
+        return facts

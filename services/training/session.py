@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from services.training import state_files
 from services.training.cache_rows import CacheRows
 from services.training.compute.coder import Coder, NonFiniteLoss
 from services.training.compute.config import TrainConfig
+from services.training.compute.initial import SAMPLE_ROWS
 from services.training.compute.ranks import Ranks
 from services.training.compute.report import StepReport
 from services.training.compute.trainer import CoderPlan, State, Trainer, coders_of
@@ -36,7 +38,8 @@ def run(start: Start, commands: queue.SimpleQueue[Command], send: Callable[[Mess
         _Session(start, commands, send, ranks).run()
     except NonFiniteLoss as error:
         if ranks.rank == 0:  # it happens to all of them
-            send(Gone("NON_FINITE_LOSS", str(error), {"coder": error.coder, "step": error.step, **error.facts}))
+            facts = {"coder": error.coder, "step": error.step, **error.facts}
+            send(Gone("NON_FINITE_LOSS", str(error), {name: _json(value) for name, value in facts.items()}))
     except CorruptCache as error:
         send(Gone("CHECKSUM_MISMATCH", str(error), {"file": error.file, "problem": error.problem}))
     except ValueError as error:
@@ -78,7 +81,18 @@ class _Session:
     def _train(self, state: State | None) -> None:
         pairs = {coder.pair: (coder.source, coder.target) for coder in self._plan.coders}
         plans = {coder.name: CoderPlan(coder.pair, TrainConfig(**coder.config)) for coder in self._plan.coders}
-        trainer = Trainer(CacheRows(Path(self._start.cache), pairs), plans, self._start.device, state, self._ranks)
+        source, config = CacheRows(Path(self._start.cache), pairs), next(iter(plans.values())).config
+        rows = min(source.rows, SAMPLE_ROWS)
+        try:
+            trainer = Trainer(source, plans, self._start.device, state, self._ranks)
+            rows = trainer.batch_size
+            self._steps(trainer)
+        except NonFiniteLoss as error:
+            position = error.step * config.batch_size
+            error.facts |= source.facts_of(plans[error.coder].pair, rows, config.seed, position)
+            raise
+
+    def _steps(self, trainer: Trainer) -> None:
         self._told_step = trainer.step_count
         for reports in trainer.run():
             if self._ranks.rank:
@@ -124,3 +138,8 @@ class _Session:
             transcoder.save(command.folders[coder.name])
             widths[coder.name] = (transcoder.d_in, transcoder.d_out)
         self._send(Written(widths))
+
+
+def _json(value: object) -> object:
+    """JSON has no word for a number that is not finite."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import resource
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from lensmesh.training.v1 import training_pb2 as pb
+from safetensors.torch import load_file, save_file
 
 from services.kit.database import Database
 from services.kit.events import EventLog
+from services.residency.shards import MANIFEST, Manifest, file_digest
+from services.training.cache_rows import CacheRows
 from tests import models
 from tests.support import eventually
 from tests.wire.extraction_support import DATASET
@@ -50,6 +54,46 @@ async def test_out_of_memory_says_so_frees_the_ledger_and_leaves_checkpoints_to_
         assert mesh.registry.ledger == {}
         assert mesh.registry.reserved[job.id] > 4 * 4 * 4096 * 2 * models.WIDTH
         await finalised(mesh, job.id, failed.checkpoints[0])
+
+
+def break_row(folder: Path, row: int) -> str:
+    """Make one number of a cache's first shard infinite, as if it had been extracted so; the shard's name."""
+    manifest = Manifest.from_json((folder / MANIFEST).read_text())
+    shard = manifest.shards[0]
+    tensors = load_file(folder / shard.name)
+    tensors["blocks.1.hook_mlp_out"][row, 3] = float("inf")
+    save_file(tensors, folder / shard.name)
+    digest, size = file_digest(folder / shard.name), (folder / shard.name).stat().st_size
+    shards = (replace(shard, digest=digest, size_bytes=size), *manifest.shards[1:])
+    (folder / MANIFEST).write_text(replace(manifest, shards=shards).to_json())
+    return shard.name
+
+
+async def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint_and_names_the_row(mesh: Mesh) -> None:
+    async with mesh.working():
+        cache_id = (await mesh.cache()).cache_id
+        folder = await mesh.cache_folder(cache_id)
+        wanted = {"layers": [1], "source": {"cache_id": cache_id}, "num_tokens": 200 * STEPS * BATCH}
+        job = await mesh.create(**wanted)
+        await eventually(lambda: mesh.has_checkpoint(job.id), timeout=60)
+        await mesh.stub.PauseTrainingJob(pb.PauseTrainingJobRequest(id=job.id))
+        paused = await mesh.reached(job.id, pb.TRAINING_STATUS_PAUSED)
+        shard = break_row(folder, 5)
+        await mesh.stub.ResumeTrainingJob(pb.ResumeTrainingJobRequest(id=job.id))
+        failed = await mesh.reached(job.id, pb.TRAINING_STATUS_FAILED, pb.TRAINING_STATUS_COMPLETED)
+        assert failed.error_code == "NON_FINITE_LOSS"
+        assert mesh.registry.ledger == {}
+        last = failed.checkpoints[-1]
+        assert last.step >= paused.checkpoints[-1].step
+        found = await EventLog(mesh.context.database).after([f"training:{job.id}"], {})
+        facts = found[-1].data["details"]
+        assert (found[-1].event, facts["shard"], int(facts["shard_row"])) == ("training:failed", shard, 5)
+        assert (int(facts["rows"]), int(facts["non_finite_x"]), int(facts["non_finite_y"])) == (BATCH, 0, 1)
+        rows = CacheRows(folder, {"pair": ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out")})
+        x, _ = next(rows.batches(BATCH, 0, int(facts["position"])))["pair"]
+        assert int(facts["position"]) == BATCH * int(facts["step"]) >= last.tokens_seen
+        assert (float(facts["min_x"]), float(facts["max_x"])) == (x.min(), x.max())
+        await finalised(mesh, job.id, last)
 
 
 async def test_a_paused_training_is_pruned_as_its_preview_said_and_finalised(mesh: Mesh) -> None:

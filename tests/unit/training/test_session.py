@@ -54,6 +54,9 @@ class Rows(InMemory):
             }
         )
 
+    def facts_of(self, pair: str, rows: int, seed: int, start: int) -> dict[str, Any]:
+        return {"read": [pair, rows, start]}
+
     def batches(self, batch_size: int, seed: int, start: int) -> Iterator[Any]:
         for number, batch in enumerate(super().batches(batch_size, seed, start), start // batch_size):
             if self.broken_at is not None and number >= self.broken_at:
@@ -159,6 +162,8 @@ def test_a_loss_that_is_not_finite_is_told_with_the_batchs_facts(rows: type[Rows
     assert isinstance(gone, Gone)
     assert gone.reason == "NON_FINITE_LOSS"
     assert (gone.facts["step"], gone.facts["coder"], gone.facts["finite_y"]) == (step, "layer-1", False)
+    assert gone.facts["read"] == (["in.1 out.1", BATCH, step * BATCH] if step else ["in.1 out.1", 200, 0])
+    assert gone.facts.get("l2_loss", "nan") == "nan"  # which a database can store
 
 
 @pytest.mark.parametrize(
