@@ -189,6 +189,8 @@ class Residency:
     pinned: bool = False
     lens_bytes: int = 0
     lens_ids: tuple[str, ...] = ()
+    needed_by: tuple[str, ...] = ()
+    """Models with lenses there that read this one's activations."""
     address: str = ""
     device: str = ""
     """As torch names it."""

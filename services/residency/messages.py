@@ -177,6 +177,7 @@ def lens_spec(message: types_pb2.LensSpec) -> Spec:
         kind=kind_name(message.kind),
         base_digest=message.base_digest,
         layer=message.layer if message.HasField("layer") else None,
+        source_model_id=message.activation_source_model_id,
     )
 
 

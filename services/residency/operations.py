@@ -22,14 +22,14 @@ from services.residency.disk_cache import DiskCache
 from services.residency.generation import TURN, Continuation, Intervention
 from services.residency.guests import Guests
 from services.residency.lease import Lease
-from services.residency.lenses import Lens, Reading, Spec
+from services.residency.lenses import Reading, Spec
 from services.residency.lenses import load as load_lens
 from services.residency.lenses.mixed import mixable
 from services.residency.memory import give_back
 from services.residency.metrics import ResidencyMetrics
 from services.residency.perplexity import Perplexity, batch_loss, perplexity
 from services.residency.pool import Pool
-from services.residency.resident import Resident
+from services.residency.resident import Attached, Resident
 from services.residency.together import Together
 
 UNFINISHED = "\ufffd"
@@ -205,17 +205,21 @@ class Host:
             errors.Invalid: the text or the prefix does not fit.
         """
         start = time.perf_counter()
-        async with self.pool.lease(model_id) as lease:
+        async with AsyncExitStack() as stack:
+            lease = await stack.enter_async_context(self.pool.lease(model_id))
             attached = lease.record.lenses
             missing = [lens_id for lens_id in lens_ids if lens_id not in attached]
             if missing:
                 raise errors.NotFound("the lens is not attached", metadata={"lens_id": missing[0]})
+            ids = await self.pool.run(reading.token_ids, text, token_ids, lease.tokenizer, lease.facts)
             chosen = [attached[lens_id] for lens_id in lens_ids]
-            ids, found = await self._read(
-                lease, [item.lens for item in chosen], text, token_ids, top_k=top_k, prefix=prefix
-            )
-        readings = [(item.spec, each) for item, each in zip(chosen, found, strict=True)]
-        return Analysis(ids, readings, time.perf_counter() - start)
+            found: dict[str, Reading] = {}
+            for source in {item.spec.source_model_id or model_id for item in chosen}:
+                read = [item for item in chosen if (item.spec.source_model_id or model_id) == source]
+                held = lease if source == model_id else await stack.enter_async_context(self.pool.lease(source))
+                for item, each in zip(read, await self._read(held, read, ids, top_k, prefix), strict=True):
+                    found[item.spec.lens_id] = each
+        return Analysis(ids, [(item.spec, found[item.spec.lens_id]) for item in chosen], time.perf_counter() - start)
 
     async def encode(
         self, model_id: str, artifact_uri: str, text: str, token_ids: Sequence[int], *, top_k: int, prefix: int
@@ -225,17 +229,18 @@ class Host:
         async with self.pool.lease(model_id) as lease, self._files(artifact_uri) as folder:
             spec = Spec(lens_id="", kind="transcoder", folder=folder)
             lens = await self.pool.run(load_lens, spec, lease.record.base)
-            ids, found = await self._read(lease, [lens], text, token_ids, top_k=top_k, prefix=prefix)
+            ids = await self.pool.run(reading.token_ids, text, token_ids, lease.tokenizer, lease.facts)
+            found = await self._read(lease, [Attached(spec, lens, "")], ids, top_k, prefix)
         return Analysis(ids, [(spec, found[0])], time.perf_counter() - start)
 
     async def _read(
-        self, lease: Lease, lenses: list[Lens], text: str, given: Sequence[int], *, top_k: int, prefix: int
-    ) -> tuple[list[int], list[Reading]]:
-        ids = await self.pool.run(reading.token_ids, text, given, lease.tokenizer, lease.facts)
-        base = lease.record.base
+        self, lease: Lease, attached: Sequence[Attached], ids: list[int], top_k: int, prefix: int
+    ) -> list[Reading]:
+        """What lenses read in the activations of the leased model."""
+        base, lenses = lease.record.base, [item.lens for item in attached]
         inputs = reading.on_device(ids, base)
         activations = await self.pool.run(reading.activations, base, lenses, inputs)
-        return ids, [await self.pool.run(lens.read, activations, inputs, top_k, prefix) for lens in lenses]
+        return [await self.pool.run(lens.read, activations, inputs, top_k, prefix) for lens in lenses]
 
     async def generate(self, wanted: Wanted) -> Generation:
         """Continue a prompt up to the end token, `max_new_tokens` or the end of the context.

@@ -361,7 +361,11 @@ class Pool:
                 if resident.lenses[spec.lens_id].spec == spec:
                     return resident.lenses[spec.lens_id]
                 await self._take_off(resident, spec.lens_id)
-            lens = await self.run(load_lens, spec, resident.base)
+            if spec.source_model_id not in ("", model_id):
+                async with self.lease(spec.source_model_id) as source:
+                    lens = await self.run(load_lens, spec, resident.base, source.record.base)
+            else:
+                lens = await self.run(load_lens, spec, resident.base)
             try:
                 self._require(lens.nbytes)
                 print_ = await self.run(_fingerprint, resident, spec.lens_id) if lens.altering else ""

@@ -176,3 +176,59 @@ async def test_a_switch_that_fits_nowhere_is_refused_and_nothing_moves(mesh: Mes
     failure = await refused(switch(mesh, a))
     assert (failure.code, failure.reason) == ("RESOURCE_EXHAUSTED", "INSUFFICIENT_MEMORY")
     assert not host.names("Load")
+
+
+async def reading(mesh: Mesh, name: str, source_id: str) -> tuple[pb.Group, str]:
+    """A group whose lens reads the activations of another model."""
+    model = await mesh.create(name)
+    made = await mesh.groups.CreateGroup(pb.CreateGroupRequest(name=name, model_id=model.id))
+    kind = types.LENS_KIND_TRANSCODER
+    request = pb.AttachLensRequest(
+        group_id=made.id, kind=kind, transcoder_id=name, activation_source_model_id=source_id
+    )
+    return made, (await mesh.groups.AttachLens(request)).id
+
+
+async def test_groups_share_a_source_and_it_moves_only_when_neither_needs_it(mesh: Mesh) -> None:
+    host = await add_host(mesh, budget=345 * MB, park=400 * MB)
+    host.sizes |= {"d": 200 * MB}
+    source = await mesh.create("c")
+    a, b = await reading(mesh, "a", source.id), await reading(mesh, "b", source.id)
+    await switched(mesh, a)
+    assert set(host.held) == {a[0].model_id, source.id}
+    (attached,) = host.names("AttachLens")
+    assert attached.lens.activation_source_model_id == source.id
+    await switched(mesh, b)
+    assert [request.model_id for request in host.names("Load")].count(source.id) == 1
+    assert not host.names("Park")
+    large = await mesh.create("d")
+    plan = (await mesh.load(large.id, validate_only=True)).plan
+    assert leaving(plan) == [(a[0].model_id, "memory", True), (b[0].model_id, "memory", True)]
+    await mesh.load(large.id)
+    await mesh.reaches(large.id, READY)
+    assert not host.held[source.id].parked
+    await switched(mesh, a)
+    here = await status(mesh, a)
+    assert (here.residency, here.fully_loaded) == (pb.RESIDENCY_DEVICE, True)
+
+
+async def test_a_switch_plans_for_the_source_and_brings_it(mesh: Mesh) -> None:
+    host = await add_host(mesh, budget=225 * MB, park=400 * MB)
+    source = await mesh.create("c")
+    a, b = await group(mesh, "a"), await reading(mesh, "b", source.id)
+    await switched(mesh, a)
+    plan = (await switch(mesh, b, validate_only=True)).plan
+    assert leaving(plan) == [(a[0].model_id, "memory", True)]
+    await switched(mesh, b)
+    assert [request.model_id for request in host.names("Park")] == [a[0].model_id]
+    assert {name for name, held in host.held.items() if not held.parked} == {b[0].model_id, source.id}
+    assert (await status(mesh, b)).fully_loaded
+
+
+async def test_an_extension_reads_no_activations(mesh: Mesh) -> None:
+    await add_host(mesh)
+    a, source = await group(mesh, "a"), await mesh.create("c")
+    request = pb.AttachLensRequest(
+        group_id=a[0].id, kind=types.LENS_KIND_EXTENSION, extension_id="x_1", activation_source_model_id=source.id
+    )
+    assert (await refused(mesh.groups.AttachLens(request))).fields == ["activation_source_model_id"]

@@ -187,6 +187,30 @@ async def test_lenses_are_attached_switched_and_read(host):
     assert host.pool.used_bytes == state.used_bytes - freed.freed_bytes
 
 
+async def test_a_lens_reads_another_models_activations_and_both_are_leased(host, tmp_path):
+    """Its reading is what the same lens reads when that model is its own base."""
+    models.copied(tmp_path / "models" / "tuned", "gpt2", seed=1)
+    await host.load("m", "gpt2")
+    await host.load("s", "tuned/gpt2")
+    uri = await publish(host, "transcoder", transcoder().save)
+
+    async def read(model_id, lens_id, **more):
+        lens = types_pb2.LensSpec(
+            lens_id=lens_id, kind=types_pb2.LENS_KIND_TRANSCODER, artifact_uri=uri, layer=2, **more
+        )
+        await host.stub.AttachLens(residency_pb2.AttachLensRequest(model_id=model_id, lens=lens))
+        request = residency_pb2.AnalyzeRequest(model_id=model_id, lens_ids=[lens_id], text=TEXT, top_k=5)
+        tokens = (await host.stub.Analyze(request)).readings[0].tokens
+        return [[(feature.feature, feature.activation) for feature in token.features] for token in tokens]
+
+    own, other = await read("m", "own"), await read("m", "other", activation_source_model_id="s")
+    assert other == await read("s", "there")
+    assert other != own
+    await host.stub.Unload(residency_pb2.UnloadRequest(model_id="s"))
+    request = residency_pb2.AnalyzeRequest(model_id="m", lens_ids=["other"], text=TEXT, top_k=5)
+    assert (await refused(host.stub.Analyze(request)))[1] == "WRONG_STATE"
+
+
 def transcoder_bytes() -> int:
     return sum(t.numel() * t.element_size() for t in transcoder().state_dict().values())
 

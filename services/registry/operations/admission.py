@@ -32,6 +32,8 @@ class Order:
     """user, service, preload or restore."""
     leaves: tuple[str, ...] = field(default=())
     """Hosts that give the model up once it is on the new one (a move)."""
+    sources: tuple[tuple[str, int], ...] = field(default=())
+    """Models, with their bytes, that shall have room beside it: its lenses read their activations."""
 
     def payload(self, model_id: str) -> dict[str, Any]:
         """As plain JSON."""
@@ -41,7 +43,8 @@ class Order:
     def of(cls, payload: Mapping[str, Any]) -> Order:
         """Read it back."""
         order = payload["order"]
-        return cls(**{**order, "need": Need(**order["need"]), "leaves": tuple(order["leaves"])})
+        tuples = {"leaves": tuple(order["leaves"]), "sources": tuple((name, size) for name, size in order["sources"])}
+        return cls(**{**order, "need": Need(**order["need"]), **tuples})
 
 
 async def count_load(registry: Registry, tx: Transaction, caller: Caller) -> None:
@@ -101,6 +104,7 @@ def plan_order(order: Order, hosts: Sequence[Host], limit: int, model_id: str) -
         limit=limit,
         seconds=order.seconds,
         copy_of=(model_id, order.quantization),
+        sources=order.sources,
     )
     if plan.best is None:
         raise does_not_fit(plan, limit)

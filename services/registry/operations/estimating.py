@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from services.kit.errors import Invalid, Unavailable
@@ -77,7 +78,13 @@ async def need_of(registry: Registry, source: Source, quantization: str, *, mode
     return need, seconds or (need.weights + need.quantization_state) / float(speed or ASSUMED_BYTES_PER_SECOND)
 
 
-async def estimate_model(registry: Registry, model_id: str, quantization: str | None, device: str) -> LoadPlan:
+async def estimate_model(
+    registry: Registry,
+    model_id: str,
+    quantization: str | None,
+    device: str,
+    sources: Sequence[tuple[str, int]] = (),
+) -> LoadPlan:
     """What a load would need, where it fits and what would be evicted. Changes nothing.
 
     Raises:
@@ -87,7 +94,7 @@ async def estimate_model(registry: Registry, model_id: str, quantization: str | 
     model = await inspected(registry, model_id)
     need, seconds = await need_of(registry, model.files, quantization or model.quantization, model_id=model_id)
     copy_of = (model_id, quantization or model.quantization)
-    return await plan(registry, need, device=device, seconds=seconds, copy_of=copy_of)
+    return await plan(registry, need, device=device, seconds=seconds, copy_of=copy_of, sources=sources)
 
 
 async def plan(
@@ -98,6 +105,7 @@ async def plan(
     seconds: float,
     fall_back: bool = False,
     copy_of: tuple[str, str] = ("", ""),
+    sources: Sequence[tuple[str, int]] = (),
 ) -> LoadPlan:
     """Placements of a need over the live hosts; see `plan_load`.
 
@@ -109,4 +117,13 @@ async def plan(
     if not any(host.answers_to(device) for host in hosts):
         raise no_host(device)
     limit = registry.limits.max_resident_models
-    return plan_load(need, hosts, device=device, fall_back=fall_back, limit=limit, seconds=seconds, copy_of=copy_of)
+    return plan_load(
+        need,
+        hosts,
+        device=device,
+        fall_back=fall_back,
+        limit=limit,
+        seconds=seconds,
+        copy_of=copy_of,
+        sources=sources,
+    )

@@ -20,6 +20,7 @@ from services.registry.domain import (
     insufficient_memory,
     not_resident,
 )
+from services.registry.operations.loading import ensure_resident
 from services.registry.operations.registry import Registry
 from services.registry.operations.unloading import unload_copies
 from services.registry.ports import Switched, Transaction
@@ -60,7 +61,7 @@ async def attach_lens(registry: Registry, caller: Caller, group_id: str, new: Ne
     async with registry.store.transaction() as tx, tx.once(request) as once:
         if once.answer is not None:
             return (await tx.groups.get(group_id)).lens(once.answer["id"])
-        lens = await tx.groups.add_lens(_row(caller, group_id, new, artifact))
+        lens = await tx.groups.add_lens(_row(caller, group_id, group.model_id, new, artifact))
         once.answer = {"id": lens.id}
         copy = await _serving(tx, group.model_id)
     if copy is not None:
@@ -184,12 +185,14 @@ async def _bring_extension(
 
 
 async def bring(registry: Registry, lens: Lens, copy: Residency) -> int:
-    """Bring a lens to a copy of its base; its bytes there.
+    """Bring a lens to a copy of its base, and the model whose activations it reads to the same device; its bytes.
 
     Raises:
         Exhausted: `INSUFFICIENT_MEMORY`.
         LensmeshError: the host refused it; it is nowhere then.
     """
+    if lens.activation_source_model_id:
+        await ensure_resident(registry, copy.host_id, lens.activation_source_model_id)
     artifact = LensArtifact(
         lens.artifact_uri or "",
         lens.base_digest or "",
@@ -202,7 +205,10 @@ async def bring(registry: Registry, lens: Lens, copy: Residency) -> int:
 
 
 async def restore_lenses(registry: Registry, model_id: str, host_id: str) -> None:
-    """After a load: attach the lenses of the base's groups, activate the altering one; a failure stays its own."""
+    """After a load: attach the lenses of the base's groups, activate the altering one; a failure stays its own.
+
+    Lenses that read a model which is not there wait until they are used.
+    """
     async with registry.store.transaction() as tx:
         copy = await _serving(tx, model_id)
         groups = await tx.groups.of_model(model_id)
@@ -216,6 +222,11 @@ async def restore_lenses(registry: Registry, model_id: str, host_id: str) -> Non
 async def _restore(registry: Registry, group: Group, lens: Lens, copy: Residency) -> None:
     code: str | None = None
     message: str | None = None
+    if lens.activation_source_model_id:
+        async with registry.store.transaction() as tx:
+            sources = await tx.placement.of_model(lens.activation_source_model_id)
+        if not any(source.host_id == copy.host_id and source.state == "resident" for source in sources):
+            return
     try:
         await bring(registry, lens, copy)
         if lens.alters and group.active_lens_id == lens.id:
@@ -309,6 +320,8 @@ def _check_fields(new: NewLens) -> None:
             raise Invalid.of(name, f"must be given for kind {new.kind}")
         if name != wanted and value:
             raise Invalid.of(name, f"is not a field of kind {new.kind}")
+    if new.kind == "extension" and new.activation_source_model_id:
+        raise Invalid.of("activation_source_model_id", "is not a field of kind extension, which reads no activations")
 
 
 async def _artifact(registry: Registry, new: NewLens) -> LensArtifact | None:
@@ -319,7 +332,10 @@ async def _artifact(registry: Registry, new: NewLens) -> LensArtifact | None:
     return None
 
 
-def _row(caller: Caller, group_id: str, new: NewLens, artifact: LensArtifact | None) -> dict[str, object]:
+def _row(
+    caller: Caller, group_id: str, model_id: str, new: NewLens, artifact: LensArtifact | None
+) -> dict[str, object]:
+    source = new.activation_source_model_id or None
     return {
         "id": new_id("lens"),
         "group_id": group_id,
@@ -327,7 +343,7 @@ def _row(caller: Caller, group_id: str, new: NewLens, artifact: LensArtifact | N
         "transcoder_id": new.transcoder_id or None,
         "extension_id": new.extension_id or None,
         "artifact_uri": (artifact.uri if artifact else new.artifact_uri) or None,
-        "activation_source_model_id": new.activation_source_model_id or None,
+        "activation_source_model_id": source if source != model_id else None,
         "base_digest": (artifact.base_digest if artifact else "") or None,
         "layer": artifact.layer if artifact else None,
         "size_bytes": artifact.size_bytes if artifact else 0,

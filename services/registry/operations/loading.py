@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from services.kit.errors import Conflict, LensmeshError, Unavailable
@@ -12,6 +13,9 @@ from services.registry.operations.estimating import estimate_model, inspected, n
 from services.registry.operations.registry import Registry, no_host
 from services.registry.operations.unloading import unload_copies
 from services.registry.ports import Transaction
+
+Sources = Sequence[tuple[str, int]]
+"""Models whose activations lenses read, with their bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +103,8 @@ async def move_model(registry: Registry, caller: Caller, model_id: str, device: 
         return Started(model_id, "loading", job, f"It moves to {found.best and found.best.device}", found)
 
 
-async def ensure_resident(registry: Registry, host_id: str, model_id: str) -> Residency:
-    """Where a model is in one host process, after loading it there if need be.
+async def ensure_resident(registry: Registry, host_id: str, model_id: str, sources: Sources = ()) -> Residency:
+    """Where a model is in one host process, after loading it there if need be, with room for `sources` beside it.
 
     Raises:
         NotFound: no such model or host.
@@ -122,11 +126,11 @@ async def ensure_resident(registry: Registry, host_id: str, model_id: str) -> Re
             started = (here.job_id or "") if here.state == "loading" else ""
             await registry.endings.wait(here.job_id or model_id, 1.0 if here.state == "loading" else 0.2)
             continue
-        started = await _load_on(registry, host_id, model_id)
+        started = await _load_on(registry, host_id, model_id, sources)
 
 
-async def bring_base(registry: Registry, model_id: str) -> Residency:
-    """The copy of a model that serves, after loading one where it fits best.
+async def bring_base(registry: Registry, model_id: str, sources: Sources = ()) -> Residency:
+    """The copy of a model that serves, after loading one where it fits best, with room for `sources` beside it.
 
     Raises:
         Exhausted: it fits nowhere.
@@ -136,11 +140,11 @@ async def bring_base(registry: Registry, model_id: str) -> Residency:
         copies = await tx.placement.of_model(model_id)
     placed = next((copy.host_id for copy in copies if copy.state in ("resident", "loading")), None)
     if placed is None:
-        found = await estimate_model(registry, model_id, None, "")
+        found = await estimate_model(registry, model_id, None, "", sources)
         if found.best is None:
             raise does_not_fit(found, registry.limits.max_resident_models)
         placed = found.best.host.host_id
-    return await ensure_resident(registry, placed, model_id)
+    return await ensure_resident(registry, placed, model_id, sources)
 
 
 async def await_job(registry: Registry, job_id: str) -> None:
@@ -179,7 +183,7 @@ async def restore(registry: Registry, model_id: str) -> None:
             await tx.emit("model:failed", model_id, {"model_id": model_id, "status": "failed", **failure})
 
 
-async def _load_on(registry: Registry, host_id: str, model_id: str) -> str:
+async def _load_on(registry: Registry, host_id: str, model_id: str, sources: Sources) -> str:
     """Accept a load for one host process; the id of its job, of another's where one was faster."""
     model = await inspected(registry, model_id)
     need, seconds = await need_of(registry, model.files, model.quantization, model_id=model_id)
@@ -189,7 +193,15 @@ async def _load_on(registry: Registry, host_id: str, model_id: str) -> str:
         for residency in await tx.placement.of_model(model_id):
             if residency.host_id == host_id and residency.state not in ("parked", "lost"):
                 return residency.job_id or ""
-        order = Order(model.quantization, model.created_by, need, seconds, device=host.name, cause="service")
+        order = Order(
+            model.quantization,
+            model.created_by,
+            need,
+            seconds,
+            device=host.name,
+            cause="service",
+            sources=tuple(sources),
+        )
         job, _ = await accept(registry, tx, model, order)
         return job
 

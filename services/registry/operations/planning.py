@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from services.registry.domain import Eviction, Host, LoadPlan, Need, Placement, Residency
 
@@ -19,6 +19,7 @@ def plan_load(
     limit: int,
     seconds: float,
     copy_of: tuple[str, str] = ("", ""),
+    sources: Sequence[tuple[str, int]] = (),
 ) -> LoadPlan:
     """Every device in question, best first.
 
@@ -30,6 +31,7 @@ def plan_load(
         limit: most models on one device.
         seconds: expected duration.
         copy_of: model id and quantization: a device that has it parked moves it back.
+        sources: models, with their bytes, that shall be there beside it: its lenses read their activations.
     """
     wanted = [host for host in hosts if host.answers_to(device)]
     if not device and any(host.device != "cpu" for host in wanted):
@@ -37,7 +39,7 @@ def plan_load(
 
     def placed(host: Host) -> Placement:
         parked = next((r for r in host.residents if _is_parked(r) and (r.model_id, r.quantization) == copy_of), None)
-        return place(need.total, host, limit, parked)
+        return place(need.total, host, limit, parked, sources)
 
     placements = rank(placed(host) for host in wanted)
     if fall_back and not any(placement.fits for placement in placements):
@@ -47,7 +49,13 @@ def plan_load(
     return LoadPlan(need, tuple(placements), seconds)
 
 
-def place(required: int, host: Host, limit: int, parked: Residency | None = None) -> Placement:
+def place(
+    required: int,
+    host: Host,
+    limit: int,
+    parked: Residency | None = None,
+    sources: Sequence[tuple[str, int]] = (),
+) -> Placement:
     """Whether a model fits one device, and which idle models leave for that, least recently used first.
 
     Args:
@@ -55,18 +63,34 @@ def place(required: int, host: Host, limit: int, parked: Residency | None = None
         host: the device with its ledger.
         limit: most models on it.
         parked: the model where it is parked there; then its own bytes are what it needs.
+        sources: models, with their bytes, that shall be there, too.
     """
     required = required if parked is None else parked.bytes
-    idle = sorted((r for r in host.residents if may_leave(r)), key=lambda r: r.last_used_at)
+    here = {r.model_id: r for r in host.residents}
+    absent = [(name, size) for name, size in sources if name not in here or here[name].state != "resident"]
+    beside = sum(here[name].bytes if name in here and _is_parked(here[name]) else size for name, size in absent)
+    idle = _in_order_of_leaving(host.residents, {name for name, _ in sources})
     held = [r for r in host.residents if r.state in ("loading", "resident")]
     obtainable = host.free_bytes + sum(r.bytes for r in idle)
-    surplus = max(0, len(held) + 1 - limit)
-    fits = obtainable >= required and surplus <= len(idle)
-    missing = required - host.free_bytes
+    surplus = max(0, len(held) + 1 + len(absent) - limit)
+    fits = obtainable >= required + beside and surplus <= len(idle)
+    missing = required + beside - host.free_bytes
     chosen = _chosen(missing, surplus, idle) if fits else []
     cause = "memory" if missing > 0 else "resident_limit"
     evictions = _evictions(chosen, cause, host, parked)
     return Placement(host, fits, host.free_bytes, obtainable, evictions, required, restores=parked is not None)
+
+
+def _in_order_of_leaving(residents: Sequence[Residency], keep: Collection[str]) -> list[Residency]:
+    """Who may leave, least recently used first, a source of activations after the models there that read it."""
+    waiting = sorted((r for r in residents if may_leave(r) and r.model_id not in keep), key=lambda r: r.last_used_at)
+    staying = {r.model_id for r in residents if r.state in ("loading", "resident", "unloading", "parking")}
+    order: list[Residency] = []
+    while (free := next((r for r in waiting if not staying & set(r.needed_by)), None)) is not None:
+        waiting.remove(free)
+        staying.remove(free.model_id)
+        order.append(free)
+    return order
 
 
 def _chosen(missing: int, surplus: int, idle: Sequence[Residency]) -> list[Residency]:
@@ -78,6 +102,8 @@ def _chosen(missing: int, surplus: int, idle: Sequence[Residency]) -> list[Resid
         chosen.append(residency)
     for residency in reversed(chosen[:-1]):  # a later, larger one may have made an earlier one needless
         rest = [r for r in chosen if r is not residency]
+        if any(residency.model_id in r.needed_by for r in rest):
+            continue
         if sum(r.bytes for r in rest) >= missing and len(rest) >= surplus:
             chosen = rest
     return chosen

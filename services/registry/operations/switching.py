@@ -10,10 +10,10 @@ from services.kit.ids import new_id
 from services.registry.domain import Caller, Group, LoadPlan
 from services.registry.operations.admission import does_not_fit
 from services.registry.operations.estimating import estimate_model
-from services.registry.operations.lenses import switch_lens
-from services.registry.operations.loading import bring_base
+from services.registry.operations.lenses import restore_lenses, switch_lens
+from services.registry.operations.loading import Sources, bring_base, ensure_resident
 from services.registry.operations.registry import Registry
-from services.registry.ports import LoadLease, Switched
+from services.registry.ports import LoadLease, Switched, Transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,21 @@ async def run_switch(registry: Registry, lease: LoadLease) -> dict[str, Any]:
     """
     start = time.perf_counter()
     group_id, lens_id = lease.payload["group_id"], lease.payload["lens_id"]
-    copy = await lease.unless_stopped(bring_base(registry, lease.payload["model_id"]))
+    async with registry.store.transaction() as tx:
+        sources = await sources_of(tx, await tx.groups.get(group_id))
+    copy = await lease.unless_stopped(bring_base(registry, lease.payload["model_id"], sources))
+    for source, _ in sources:
+        await lease.unless_stopped(ensure_resident(registry, copy.host_id, source))
+    await restore_lenses(registry, copy.model_id, copy.host_id)
     switched = await switch_lens(registry, group_id, lens_id, began=start)
     return {"group_id": group_id, "lens_id": lens_id, "device": copy.device, "seconds": switched.seconds}
+
+
+async def sources_of(tx: Transaction, group: Group) -> Sources:
+    """The models beside the base whose activations the group's lenses read, with their bytes."""
+    named = dict.fromkeys(lens.activation_source_model_id for lens in group.lenses)
+    models = [await tx.models.get(name) for name in named if name]
+    return [(model.id, model.memory_usage_bytes or model.estimated_memory_bytes or 0) for model in models]
 
 
 async def _look(registry: Registry, group_id: str, lens_id: str | None) -> tuple[Group, bool]:
@@ -91,7 +103,9 @@ async def _look(registry: Registry, group_id: str, lens_id: str | None) -> tuple
 
 
 async def _plan(registry: Registry, group: Group) -> tuple[LoadPlan, float]:
-    plan = await estimate_model(registry, group.model_id, None, "")
+    async with registry.store.transaction() as tx:
+        sources = await sources_of(tx, group)
+    plan = await estimate_model(registry, group.model_id, None, "", sources)
     async with registry.store.transaction() as tx:
         measured = await tx.groups.switch_seconds(group.id, "cross")
     return plan, plan.estimated_seconds if measured is None else measured

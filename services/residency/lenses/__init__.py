@@ -59,6 +59,8 @@ class Spec:
     folder: Path | None = None
     base_digest: str = ""
     layer: int | None = None
+    source_model_id: str = ""
+    """Model whose activations it reads; its own base when empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +135,13 @@ KINDS: Mapping[str, str] = {
 """Kind to the module whose `load(spec, base)` makes it; a new kind is one module and one line."""
 
 
-def load(spec: Spec, base: Base) -> Lens:
+def load(spec: Spec, base: Base, source: Base | None = None) -> Lens:
     """Read a lens's files onto the base's device and check that it fits.
+
+    Args:
+        spec: what to attach.
+        base: the model it belongs to.
+        source: the model whose activations it reads, where that is another one.
 
     Raises:
         LensIncompatible: made for another base, layer or width.
@@ -143,6 +150,9 @@ def load(spec: Spec, base: Base) -> Lens:
     """
     if spec.base_digest and spec.base_digest != base.digest:
         raise LensIncompatible("base", spec.base_digest, base.digest)
-    if spec.layer is not None and not 0 <= spec.layer < base.facts.num_layers:
-        raise LensIncompatible("layer", spec.layer, f"{base.facts.num_layers} layers")
-    return import_module(KINDS[spec.kind]).load(spec, base)
+    if source is not None and source.facts.vocab_size != base.facts.vocab_size:
+        raise LensIncompatible("vocab_size", base.facts.vocab_size, source.facts.vocab_size)
+    read = base if source is None else source
+    if spec.layer is not None and not 0 <= spec.layer < read.facts.num_layers:
+        raise LensIncompatible("layer", spec.layer, f"{read.facts.num_layers} layers")
+    return import_module(KINDS[spec.kind]).load(spec, read)

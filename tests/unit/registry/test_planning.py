@@ -204,3 +204,24 @@ def test_a_parked_model_needs_its_own_bytes_and_comes_back_where_it_is() -> None
     assert (again.best.host, again.best.restores, again.best.required_bytes) == (near, True, 40)
     anew = plan_load(need, hosts, device="", fall_back=False, limit=3, seconds=1.0, copy_of=("m", "int8"))
     assert (anew.best.host, anew.best.restores, anew.best.required_bytes) == (far, False, 80)
+
+
+def test_a_source_leaves_only_after_the_models_that_read_it() -> None:
+    base = resident("base", 40, 1)
+    source = resident("source", 50, 9, needed_by=("base",))
+    on = host("h", 100, base, source, resident("idle", 10, 5))
+    assert evicted(10, on) == ["idle"]
+    assert evicted(50, on) == ["idle", "base"]
+    assert evicted(90, on) == ["base", "source"]
+    assert evicted(90, host("h", 100, resident("base", 40, 1, leases=1), source, resident("idle", 10, 5))) is None
+    parked = resident("base", 40, 1, state="parked")
+    assert evicted(90, host("h", 100, parked, source, used_bytes=50, park_bytes=90)) == ["source"]
+
+
+def test_room_for_the_sources_is_made_with_the_room_for_their_base() -> None:
+    on = host("h", 100, resident("idle", 30, 5), resident("here", 30, 9))
+    assert [e.model_id for e in place(50, on, 10, None, [("here", 30), ("absent", 20)]).evictions] == ["idle"]
+    assert not place(50, on, 10, None, [("here", 30), ("absent", 21)]).fits
+    parked = host("h", 100, resident("s", 20, 5, state="parked"), used_bytes=0)
+    assert place(80, parked, 10, None, [("s", 90)]).fits
+    assert not place(50, on, 2, None, [("here", 30), ("absent", 0)]).fits

@@ -175,4 +175,4 @@ class PostgresPlacement:
 
 
 def _residency(row: asyncpg.Record) -> Residency:
-    return columns.build(Residency, {**row, "lens_ids": tuple(row["lens_ids"])})
+    return columns.build(Residency, {**row, "lens_ids": tuple(row["lens_ids"]), "needed_by": tuple(row["needed_by"])})

@@ -40,7 +40,7 @@ DELETE FROM reservations WHERE holder_id = $1
 -- residencies --
 -- $1 a host, $2 a model, $3 a job; null is any. The copy that serves is the oldest one.
 SELECT r.*, m.pinned, h.address, h.device, h.incarnation, coalesce(l.bytes, 0)::bigint AS lens_bytes,
-       coalesce(l.ids, '{}') AS lens_ids
+       coalesce(l.ids, '{}') AS lens_ids, coalesce(s.ids, '{}') AS needed_by
 FROM residencies r
 JOIN hosts h USING (host_id)
 JOIN models m ON m.id = r.model_id
@@ -48,6 +48,10 @@ LEFT JOIN LATERAL (
     SELECT sum(charge_bytes) AS bytes, array_agg(lens_id::text ORDER BY lens_id) AS ids FROM lens_residencies
     WHERE model_id = r.model_id AND host_id = r.host_id
 ) l ON true
+LEFT JOIN LATERAL (
+    SELECT array_agg(DISTINCT p.model_id::text) AS ids FROM lens_residencies p JOIN lenses ON lenses.id = p.lens_id
+    WHERE lenses.activation_source_model_id = r.model_id AND p.host_id = r.host_id AND p.model_id <> r.model_id
+) s ON true
 WHERE ($1::text IS NULL OR r.host_id = $1) AND ($2::text IS NULL OR r.model_id = $2)
   AND ($3::text IS NULL OR r.job_id = $3)
 ORDER BY r.state <> 'resident', r.loaded_at, r.host_id, r.model_id
