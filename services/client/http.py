@@ -52,6 +52,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "DeleteTranscoder": ("DELETE", "/api/transcoders/{id}"),
     "ExportTranscoder": ("POST", "/api/transcoders/{id}/export"),
     "ReadExportedFile": ("GET", "/api/transcoder-exports/{digest}/files/{name}"),
+    "GetFeature": ("GET", "/api/transcoders/{id}/features/{feature}"),
     "ImportTranscoder": ("POST", "/api/transcoders/import"),
     "CompareTranscoders": ("POST", "/api/transcoders/compare"),
     "GetEvaluations": ("GET", "/api/evaluations"),

@@ -12,7 +12,9 @@ from services.client.progress import wait_for_job
 
 transcoders = typer.Typer(help="Trained transcoders and other tools' files of them.", no_args_is_help=True)
 
-Format = Annotated[str, typer.Option("--format", help="sae_lens, sparsify, circuit_tracer or gemma_scope.")]
+Format = Annotated[
+    str, typer.Option("--format", help="sae_lens, sparsify, circuit_tracer, gemma_scope; to export also neuronpedia.")
+]
 COMPARED = ("transcoder_id", "fvu", "fvu_standard_error", "l0", "dead_fraction", "ce_recovered", "kl", "tokens")
 
 
@@ -55,6 +57,13 @@ def export_transcoder(
         if to_folder is not None:
             _download(to, made, to_folder)
         to.show(made)
+
+
+@transcoders.command("feature")
+def show_feature(transcoder_id: str, feature: int, as_json: Json = False) -> None:
+    """One latent: its strongest contexts, its effect on the logits, its neighbours; evaluate with --samples first."""
+    with session(as_json) as to:
+        to.show(to.api.call("GetFeature", id=transcoder_id, feature=feature))
 
 
 @transcoders.command("import")

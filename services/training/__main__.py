@@ -77,7 +77,7 @@ async def compose(context: Context) -> Part:
             return await training.run(run)
 
     async def evaluate(claim: Claim) -> dict[str, Any]:
-        return await evaluation.run(ClaimedEvaluation(claim))
+        return await evaluation.run(ClaimedEvaluation(claim, context.artifacts))
 
     operations = Operations(store, peers, extraction, device=context.device, retention=settings.training_retention)
     exchange = Exchange(

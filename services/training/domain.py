@@ -14,6 +14,7 @@ EVALUATION_PREFIX = "evaluation"
 ARTIFACT_KIND = "transcoder"
 CHECKPOINT_KIND = "checkpoint"
 EXPORT_KIND = "transcoder-export"
+SAMPLES_KIND = "feature-samples"
 
 LEGACY_SITE = "resid_mid"
 """The stream before the norm, which spec/002 read first; the MLP never sees it."""
@@ -262,6 +263,7 @@ class WantedEvaluation:
     max_length: int = 0
     mode: str = "auto"
     prefix: int = 0
+    samples_per_feature: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -19,6 +21,7 @@ from services.residency.lenses.transcoder import Transcoder as Weights
 from services.training.cache_rows import CacheRows
 from services.training.compute import ConfigError, Export, export, load_foreign
 from services.training.domain import BaseModel, NewTranscoder, Training, Transcoder
+from services.training.feature_files import FeatureSample, Samples, write_dashboards
 from services.training.job_ports import Extractions, Files, LeasedModel, Models
 from services.training.ports import Catalogue
 
@@ -91,6 +94,13 @@ class Store(Protocol):
             errors.NotFound: there is none.
         """
 
+    def reading_samples(self, transcoder_id: str) -> AbstractAsyncContextManager[Path]:
+        """The newest feature samples of a transcoder.
+
+        Raises:
+            errors.NotFound: there are none.
+        """
+
     async def add_imported(self, new: NewTranscoder, folder: Path, key: RequestKey) -> Transcoder:
         """Make a folder a transcoder, or answer what the same request got before.
 
@@ -137,6 +147,8 @@ class Exchange:
             errors.Invalid: the format cannot hold it, or the prefix does not exist; the field is named.
         """
         transcoder = await self._store.transcoder(transcoder_id)
+        if prefix > len(transcoder.group_sizes):
+            raise errors.Invalid.of("prefix", f"the transcoder has {len(transcoder.group_sizes)} groups")
         async with self._files.reading(transcoder.artifact_uri) as folder:
             weights = await asyncio.to_thread(Weights.load, folder)
         gain = await self._gain(transcoder, weights) if format_ == "gemma_scope" else None
@@ -160,6 +172,34 @@ class Exchange:
             files = [(path.name, path.stat().st_size) for path in sorted(staged.iterdir())]
             uri = await self._store.publish_export(transcoder_id, staged)
         return done, Published(uri, files)
+
+    async def dashboards(self, transcoder_id: str) -> Published:
+        """Write the newest feature samples as feature dashboards.
+
+        Raises:
+            errors.NotFound: there is no such transcoder, or it has no samples.
+        """
+        await self._store.transcoder(transcoder_id)
+        async with self._store.reading_samples(transcoder_id) as folder:
+            with self._store.staging() as staged:
+                await asyncio.to_thread(lambda: write_dashboards(Samples(folder), staged))
+                files = [(path.name, path.stat().st_size) for path in sorted(staged.iterdir())]
+                return Published(await self._store.publish_export(transcoder_id, staged), files)
+
+    async def feature(self, transcoder_id: str, feature: int) -> tuple[FeatureSample, int, int]:
+        """One latent's sample, its first prefix from 1, and the tokens that were looked at.
+
+        Raises:
+            errors.NotFound: there is no such transcoder, or it has no samples.
+            errors.Invalid: `feature`: the dictionary is smaller.
+        """
+        transcoder = await self._store.transcoder(transcoder_id)
+        if feature >= transcoder.dict_size:
+            raise errors.Invalid.of("feature", f"the transcoder has {transcoder.dict_size} latents")
+        prefix = bisect_right(list(accumulate(transcoder.group_sizes)), feature) + 1
+        async with self._store.reading_samples(transcoder_id) as folder:
+            samples = await asyncio.to_thread(Samples, folder)
+            return await asyncio.to_thread(samples.of, feature), prefix, samples.facts["rows"]
 
     @asynccontextmanager
     async def read(self, digest: str, name: str, offset: int, length: int) -> AsyncIterator[FileBytes]:

@@ -216,5 +216,8 @@ class Judging(Protocol):
     async def progress(self, percent: float, figures: Mapping[str, Any]) -> None:
         """Row and event."""
 
-    async def publish(self, figures: Mapping[str, Any]) -> None:
-        """Keep what was found."""
+    def staging(self) -> AbstractContextManager[Path]:
+        """An empty directory that can be published."""
+
+    async def publish(self, figures: Mapping[str, Any], samples: Path | None = None) -> None:
+        """Keep what was found, and a folder of feature samples of the transcoder with it."""

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from services.kit import errors
+from services.residency.families import base_model, submodule
 from services.residency.lenses.transcoder import Transcoder as Weights
+from services.training import feature_files
 from services.training.compute.evaluation import Evaluation
+from services.training.compute.features import FeatureSampler, logit_effects, nearest_rows
 from services.training.domain import Transcoder, WantedEvaluation
 from services.training.job_ports import Batch, Files, HeldOut, Judging, LeasedModel, Models
 from services.training.requests import batches_for
@@ -40,20 +46,33 @@ class EvaluationJob:
         ):
             _check(transcoder, model)
             weights = await model.run(Weights.load, folder, model.device)
-            figures = await self._judged(run, wanted, weights, model)
-        await run.publish(figures)
+            figures, sampler = await self._judged(run, wanted, weights, model)
+            if sampler is None:
+                await run.publish(figures)
+            else:
+                with run.staging() as staged:
+                    facts = {"model_id": transcoder.model_id, "layer": transcoder.layer, "transcoder_id": transcoder.id}
+                    facts["dataset_id"] = wanted.dataset_id
+                    await model.run(_write_samples, staged, sampler, weights, model, facts)
+                    await run.publish(figures, staged)
         return {"transcoder_id": transcoder.id, **figures}
 
     async def _judged(
         self, run: Judging, wanted: WantedEvaluation, weights: Weights, model: LeasedModel
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], FeatureSampler | None]:
         """In the mode that was asked for; `auto` takes the next smaller one when memory runs out."""
         modes = modes_of(wanted.mode, model.device)
         for mode in modes:
             most = wanted.num_batches or batches_for(mode, model.weight_bytes)
             try:
                 batches = await self._held_out.batches(wanted, model, most)
-                return {"mode": mode, **await _measured(run, wanted, weights, model, batches)}
+                sampler = None
+                if wanted.samples_per_feature:
+                    sampler = FeatureSampler(weights.dict_size, wanted.samples_per_feature, model.device)
+                return {
+                    "mode": mode,
+                    **await _measured(run, wanted, weights, model, batches=batches, sampler=sampler),
+                }, sampler
             except errors.Exhausted as error:
                 if error.reason != "DEVICE_OOM" or mode == modes[-1]:
                     raise
@@ -61,10 +80,16 @@ class EvaluationJob:
 
 
 async def _measured(
-    run: Judging, wanted: WantedEvaluation, weights: Weights, model: LeasedModel, batches: list[Batch]
+    run: Judging,
+    wanted: WantedEvaluation,
+    weights: Weights,
+    model: LeasedModel,
+    *,
+    batches: list[Batch],
+    sampler: FeatureSampler | None,
 ) -> dict[str, Any]:
     begin = told = time.monotonic()
-    evaluation = Evaluation(model.model, model.family, weights, wanted.prefix or None)
+    evaluation = Evaluation(model.model, model.family, weights, wanted.prefix or None, sampler)
     steps = [(evaluation.read, batch) for batch in batches] + [(evaluation.score, batch[:2]) for batch in batches]
     for done, (step, batch) in enumerate(steps, start=1):
         await run.checkpoint()
@@ -85,6 +110,31 @@ async def _measured(
         "prefix": len(per_prefix),
         "seconds": time.monotonic() - begin,
     }
+
+
+def _write_samples(
+    folder: Path,
+    sampler: FeatureSampler,
+    weights: Weights,
+    model: LeasedModel,
+    facts: dict[str, Any],
+) -> None:
+    """Contexts, and what only the weights tell: effects on the logits and neighbours; texts of all tokens in them."""
+    base = base_model(model.model)
+    norm = submodule(base, model.family.final_norm).weight.detach() + model.family.gain_offset
+    logit_ids, logits = logit_effects(weights, submodule(base, model.family.unembedding).weight.detach(), norm)
+    nearest, cosines = nearest_rows(weights)
+    contexts = sampler.contexts
+    tensors = {"latent": contexts.latent, "tokens": contexts.tokens, "values": contexts.values}
+    tensors |= {"counts": sampler.counts, "logit_ids": logit_ids, "logits": logits}
+    used = torch.cat([contexts.tokens.flatten(), logit_ids.flatten()]).unique().tolist()
+    texts = {str(token): _text_of(model.tokenizer, token) for token in used if token >= 0}
+    facts |= {"strings": texts, "rows": sampler.rows, "sequences": sampler.sequences, "length": sampler.length}
+    feature_files.write(folder, {**tensors, "nearest": nearest, "cosines": cosines}, facts)
+
+
+def _text_of(tokenizer: Any, token: int) -> str:
+    return str(token) if tokenizer is None else tokenizer.decode([token])
 
 
 def modes_of(mode: str, device: str) -> tuple[str, ...]:

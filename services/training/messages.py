@@ -115,6 +115,7 @@ def wanted_evaluation(request: pb.EvaluateTranscoderRequest) -> WantedEvaluation
         max_length=request.max_length,
         mode=MODES[request.mode],
         prefix=request.prefix,
+        samples_per_feature=request.samples_per_feature,
     )
 
 

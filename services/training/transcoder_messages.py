@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Literal
 
 from lensmesh.training.v1 import training_pb2
 from lensmesh.training.v1 import transcoders_pb2 as pb
 
+from services.kit import errors
 from services.training.compute import Export
 from services.training.compute.formats import HeldOut
 from services.training.domain import Queued, WantedEvaluation
 from services.training.exchange import Published, WantedImport
+from services.training.feature_files import FeatureSample
 from services.training.messages import MODES
 
 FORMATS = {
@@ -27,7 +30,13 @@ _SOURCES: dict[int, Literal["huggingface", "local"]] = {
 
 
 def wanted_import(request: pb.ImportTranscoderRequest) -> WantedImport:
-    """What a request asks for."""
+    """What a request asks for.
+
+    Raises:
+        errors.Invalid: feature dashboards are no transcoder.
+    """
+    if request.format not in FORMATS:
+        raise errors.Invalid.of("format", "feature dashboards hold no weights")
     return WantedImport(
         model_id=request.model_id,
         format=FORMATS[request.format],
@@ -81,6 +90,32 @@ def exported(request: pb.ExportTranscoderRequest, done: Export, published: Publi
         calibrated_l0=done.calibrated_l0,
         original=_held_out(done.original),
         converted=_held_out(done.converted),
+    )
+
+
+def dashboards(request: pb.ExportTranscoderRequest, published: Published) -> pb.TranscoderExport:
+    """Feature dashboards that were written."""
+    return pb.TranscoderExport(
+        transcoder_id=request.id,
+        format=request.format,
+        artifact_uri=published.uri,
+        digest=published.uri.rpartition("/")[2],
+        files=[pb.ExportedFile(name=name, size_bytes=size) for name, size in published.files],
+    )
+
+
+def feature(request: pb.GetFeatureRequest, sample: FeatureSample, prefix: int, tokens: int) -> pb.Feature:
+    """One latent."""
+    return pb.Feature(
+        transcoder_id=request.id,
+        feature=sample.feature,
+        prefix=prefix,
+        density=sample.density,
+        tokens=tokens,
+        contexts=[pb.FeatureContext(**asdict(context)) for context in sample.contexts],
+        top_logits=[pb.LogitEffect(token_id=t, token=text, value=v) for t, text, v in sample.top_logits],
+        bottom_logits=[pb.LogitEffect(token_id=t, token=text, value=v) for t, text, v in sample.bottom_logits],
+        nearest=[pb.NearbyFeature(feature=other, cosine=cosine) for other, cosine in sample.nearest],
     )
 
 

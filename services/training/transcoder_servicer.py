@@ -27,6 +27,8 @@ class TranscoderServicer(transcoders_pb2_grpc.TranscoderServiceServicer):
 
     async def ExportTranscoder(self, request: pb.ExportTranscoderRequest, context: Any) -> pb.TranscoderExport:
         """Write a transcoder as another tool's files."""
+        if request.format == pb.TRANSCODER_FORMAT_NEURONPEDIA:
+            return own.dashboards(request, await self._exchange.dashboards(request.id))
         format_ = own.FORMATS[request.format]
         done, published = await self._exchange.export(
             request.id, format_, prefix=request.prefix, cache_id=request.cache_id, rows=request.rows
@@ -41,6 +43,10 @@ class TranscoderServicer(transcoders_pb2_grpc.TranscoderServiceServicer):
             await context.send_initial_metadata((("x-total-size", str(part.total)),))
             async for chunk in part.chunks:
                 yield httpbody_pb2.HttpBody(content_type=_CONTENT_TYPE, data=chunk)
+
+    async def GetFeature(self, request: pb.GetFeatureRequest, context: Any) -> pb.Feature:
+        """One latent."""
+        return own.feature(request, *await self._exchange.feature(request.id, request.feature))
 
     async def ImportTranscoder(self, request: pb.ImportTranscoderRequest, context: Any) -> training_pb2.Transcoder:
         """Make a transcoder of another tool's files."""

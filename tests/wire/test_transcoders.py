@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -52,6 +53,10 @@ async def export(mesh: Mesh, transcoder_id: str, name: str, **fields: Any) -> tp
     return await mesh.transcoders.ExportTranscoder(
         tpb.ExportTranscoderRequest(id=transcoder_id, format=format_, **fields)
     )
+
+
+async def feature(mesh: Mesh, transcoder_id: str, number: int) -> tpb.Feature:
+    return await mesh.transcoders.GetFeature(tpb.GetFeatureRequest(id=transcoder_id, feature=number))
 
 
 async def held_out(mesh: Mesh, cache_id: str, transcoder: Transcoder, half: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +128,39 @@ async def test_exports_are_downloaded_judged_imported_and_deleted(mesh: Mesh, tm
     assert found[0].ce_spliced == pytest.approx(found[1].ce_spliced)
     assert found[2].fvu > found[0].fvu  # another activation
 
+    assert (await refused(feature(mesh, own, 1)))[0] == grpc.StatusCode.NOT_FOUND  # nothing was sampled yet
+    async with mesh.working():
+        request = pb.EvaluateTranscoderRequest(id=own, dataset_id=HELD_OUT, num_batches=4, samples_per_feature=3)
+        job_id = (await mesh.stub.EvaluateTranscoder(request)).job_id
+
+        async def sampled() -> Any:
+            found = (await mesh.stub.ListEvaluations(pb.ListEvaluationsRequest(id=own))).evaluations
+            return next((one for one in found if one.job_id == job_id), None)
+
+        evaluation = await eventually(sampled, timeout=60)
+    dashboards = await export(mesh, own, "neuronpedia")
+    folder = await downloaded(mesh, dashboards, tmp_path / "dashboards")
+    batch = json.loads((folder / "batch-0.json").read_text())
+    shown = max(batch["features"], key=lambda one: one["frac_nonzero"])
+    busiest = await feature(mesh, own, shown["feature_index"])
+    assert busiest.tokens == evaluation.tokens
+    assert busiest.density == shown["frac_nonzero"]
+    ends = list((await mesh.transcoder(own)).prefix_widths)
+    assert ends[busiest.prefix - 1] > busiest.feature
+    assert busiest.prefix == 1 or ends[busiest.prefix - 2] <= busiest.feature
+    assert len(busiest.contexts) == len(shown["activations"]) == 3
+    everything = "".join(texts(24, 1000))
+    for context in busiest.contexts:
+        assert context.values[context.peak] == max(context.values) > 0
+        assert "".join(token for token in context.tokens if token[:1] != "<") in everything
+    assert len(busiest.top_logits) == len(busiest.bottom_logits) == 10
+    assert busiest.top_logits[0].value > busiest.bottom_logits[0].value
+    assert len(busiest.nearest) == 5
+    assert (await refused(feature(mesh, own, 256)))[2] == ["feature"]
+
     await mesh.stub.DeleteTranscoder(pb.DeleteTranscoderRequest(id=own))
+    left = {path.relative_to(mesh.context.artifacts.root) for path in mesh.context.artifacts.root.glob("*/*")}
+    assert {path.name for path in left if path.parts[0] in ("feature-samples", "transcoder-export")} == set()
     gone = tpb.ReadExportedFileRequest(digest=half.digest, name="cfg.json")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         _ = [part async for part in mesh.transcoders.ReadExportedFile(gone)]

@@ -15,7 +15,7 @@ from services.kit.ids import new_id
 from services.kit.requests import RequestKey
 from services.residency.sources import Source, SourceNotFound, SourceUnavailable, fetch_folder
 from services.training.adapters.postgres import QUERIES, PostgresStore
-from services.training.domain import ARTIFACT_KIND, EXPORT_KIND, NewTranscoder, Training, Transcoder
+from services.training.domain import ARTIFACT_KIND, EXPORT_KIND, SAMPLES_KIND, NewTranscoder, Training, Transcoder
 from services.training.exchange import WantedImport
 
 
@@ -49,6 +49,19 @@ class ExchangeStore:
     async def reading_export(self, digest: str) -> AsyncIterator[Path]:
         """Under a lease."""
         async with self._store.artifacts.reading(self._database, f"artifact://{EXPORT_KIND}/{digest}") as folder:
+            yield folder
+
+    @asynccontextmanager
+    async def reading_samples(self, transcoder_id: str) -> AsyncIterator[Path]:
+        """Under a lease."""
+        async with self._database.connection() as conn:
+            uri = await conn.fetchval(QUERIES["newest_samples"], transcoder_id, SAMPLES_KIND)
+        if uri is None:
+            raise errors.NotFound(
+                f"{transcoder_id} has no feature samples: evaluate it with samples_per_feature",
+                metadata={"id": transcoder_id},
+            )
+        async with self._store.artifacts.reading(self._database, uri) as folder:
             yield folder
 
     async def add_imported(self, new: NewTranscoder, folder: Path, key: RequestKey) -> Transcoder:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from services.kit import errors
+from services.kit.artifacts import ArtifactStore
 from services.kit.jobs import Claim
 from services.training.adapters.postgres import QUERIES, transcoder_of
-from services.training.domain import EVALUATION_PREFIX, Transcoder, WantedEvaluation
+from services.training.domain import EVALUATION_PREFIX, SAMPLES_KIND, Transcoder, WantedEvaluation
 
 T = TypeVar("T")
 
@@ -16,8 +20,9 @@ T = TypeVar("T")
 class ClaimedEvaluation:
     """Implements the port `Judging`."""
 
-    def __init__(self, claim: Claim) -> None:
-        self._claim = claim
+    def __init__(self, claim: Claim, artifacts: ArtifactStore) -> None:
+        self._claim, self._artifacts = claim, artifacts
+        self._transcoder_id = ""
 
     async def begin(self) -> tuple[WantedEvaluation, Transcoder]:
         """The evaluation's row and its transcoder's."""
@@ -25,6 +30,7 @@ class ClaimedEvaluation:
             row = await conn.fetchrow(QUERIES["evaluation_of_job"], self._claim.job.id)
             if row is None:
                 raise errors.NotFound("The transcoder was deleted", metadata={"id": self._claim.job.resource_id})
+            self._transcoder_id = row["transcoder_id"]
             return WantedEvaluation(**row["options"]), await transcoder_of(conn, row["transcoder_id"])
 
     async def unless_stopped(self, work: Awaitable[T]) -> T:
@@ -43,8 +49,16 @@ class ClaimedEvaluation:
         """Row and event."""
         await self._claim.progress(percent, dict(figures), f"{EVALUATION_PREFIX}:progress", dict(figures))
 
-    async def publish(self, figures: Mapping[str, Any]) -> None:
-        """The row's figures; they stand in the last event too."""
+    def staging(self) -> AbstractContextManager[Path]:
+        """In the artifact store's own file system."""
+        return self._artifacts.staging(SAMPLES_KIND)
+
+    async def publish(self, figures: Mapping[str, Any], samples: Path | None = None) -> None:
+        """The row's figures, and the samples' artifact; the figures stand in the last event too."""
+        sealed = None if samples is None else await asyncio.to_thread(self._artifacts.seal, samples)
         async with self._claim.commit() as conn:
+            if samples is not None:
+                meta = {"transcoder_id": self._transcoder_id}
+                await self._artifacts.publish(conn, SAMPLES_KIND, samples, meta, sealed)
             await conn.execute(QUERIES["finish_evaluation"], self._claim.job.id, dict(figures))
         self._claim.finish_data(dict(figures))

@@ -87,8 +87,12 @@ SELECT count(*) FROM transcoders WHERE ($1 = '' OR model_id = $1) AND ($2::integ
 DELETE FROM transcoders WHERE id = $1
 
 -- derived --
--- What was made of a transcoder: exports; its own files are not among them.
+-- What was made of a transcoder: exports, feature samples; its own files are not among them.
 SELECT uri FROM artifacts WHERE meta ->> 'transcoder_id' = $1 AND uri <> $2
+
+-- newest_samples --
+SELECT uri FROM artifacts WHERE kind = $2 AND meta ->> 'transcoder_id' = $1 AND state = 'ready'
+ORDER BY used_at DESC LIMIT 1
 
 -- insert_evaluation --
 INSERT INTO evaluations (id, job_id, transcoder_id, dataset_id, options, created_by) VALUES ($1, $2, $3, $4, $5, $6)

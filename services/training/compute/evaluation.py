@@ -12,6 +12,7 @@ from services.residency.families import Family
 from services.residency.hooks import capture_hooks
 from services.residency.lenses.transcoder import Transcoder
 from services.residency.splice import Splice, logits, mean, next_token_loss, reconstruction, spliced, zeros
+from services.training.compute.features import FeatureSampler
 from services.training.compute.metrics import FvuAccumulator
 
 DENSITY_BINS = 9
@@ -56,7 +57,14 @@ class Evaluation:
     over the whole set, hence the two passes.
     """
 
-    def __init__(self, model: nn.Module, family: Family, transcoder: Transcoder, groups: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        transcoder: Transcoder,
+        groups: int | None = None,
+        sampler: FeatureSampler | None = None,
+    ) -> None:
         """Prepare.
 
         Args:
@@ -64,11 +72,13 @@ class Evaluation:
             family: its family.
             transcoder: on the model's device; its `info` names `source_hook_point` and `target_hook_point`.
             groups: use only that many groups of the dictionary.
+            sampler: is shown every batch that `read` takes.
 
         Raises:
             ValueError: `prefix`: there are not that many groups.
         """
         transcoder.width(groups)
+        self._sampler = sampler
         self._model, self._family, self._transcoder, self._groups = model, family, transcoder, groups
         self._source = transcoder.reads
         self._target = str(transcoder.info["target_hook_point"])
@@ -90,6 +100,8 @@ class Evaluation:
         if self._groups is not None:
             codes = codes.prefix(self._transcoder.width(self._groups))
         self._fires += codes.counts()
+        if self._sampler is not None:
+            self._sampler.add(codes, ids, mask, counted)
         own = FvuAccumulator(self._used)
         for total in (self._fvu, own):
             total.add(y, y_hats[: self._used])

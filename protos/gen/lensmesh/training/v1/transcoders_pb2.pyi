@@ -20,6 +20,7 @@ class TranscoderFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TRANSCODER_FORMAT_SPARSIFY: _ClassVar[TranscoderFormat]
     TRANSCODER_FORMAT_CIRCUIT_TRACER: _ClassVar[TranscoderFormat]
     TRANSCODER_FORMAT_GEMMA_SCOPE: _ClassVar[TranscoderFormat]
+    TRANSCODER_FORMAT_NEURONPEDIA: _ClassVar[TranscoderFormat]
 
 class TranscoderSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -31,6 +32,7 @@ TRANSCODER_FORMAT_SAE_LENS: TranscoderFormat
 TRANSCODER_FORMAT_SPARSIFY: TranscoderFormat
 TRANSCODER_FORMAT_CIRCUIT_TRACER: TranscoderFormat
 TRANSCODER_FORMAT_GEMMA_SCOPE: TranscoderFormat
+TRANSCODER_FORMAT_NEURONPEDIA: TranscoderFormat
 TRANSCODER_SOURCE_UNSPECIFIED: TranscoderSource
 TRANSCODER_SOURCE_LOCAL: TranscoderSource
 TRANSCODER_SOURCE_HUGGINGFACE: TranscoderSource
@@ -170,3 +172,63 @@ class GetEvaluationsResponse(_message.Message):
     EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
     evaluations: _containers.RepeatedCompositeFieldContainer[_training_pb2.Evaluation]
     def __init__(self, evaluations: _Optional[_Iterable[_Union[_training_pb2.Evaluation, _Mapping]]] = ...) -> None: ...
+
+class GetFeatureRequest(_message.Message):
+    __slots__ = ("id", "feature")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    feature: int
+    def __init__(self, id: _Optional[str] = ..., feature: _Optional[int] = ...) -> None: ...
+
+class FeatureContext(_message.Message):
+    __slots__ = ("tokens", "token_ids", "values", "peak")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    PEAK_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedScalarFieldContainer[str]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    peak: int
+    def __init__(self, tokens: _Optional[_Iterable[str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., values: _Optional[_Iterable[float]] = ..., peak: _Optional[int] = ...) -> None: ...
+
+class LogitEffect(_message.Message):
+    __slots__ = ("token_id", "token", "value")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    token: str
+    value: float
+    def __init__(self, token_id: _Optional[int] = ..., token: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+
+class NearbyFeature(_message.Message):
+    __slots__ = ("feature", "cosine")
+    FEATURE_FIELD_NUMBER: _ClassVar[int]
+    COSINE_FIELD_NUMBER: _ClassVar[int]
+    feature: int
+    cosine: float
+    def __init__(self, feature: _Optional[int] = ..., cosine: _Optional[float] = ...) -> None: ...
+
+class Feature(_message.Message):
+    __slots__ = ("transcoder_id", "feature", "prefix", "density", "tokens", "contexts", "top_logits", "bottom_logits", "nearest")
+    TRANSCODER_ID_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXTS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    BOTTOM_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    NEAREST_FIELD_NUMBER: _ClassVar[int]
+    transcoder_id: str
+    feature: int
+    prefix: int
+    density: float
+    tokens: int
+    contexts: _containers.RepeatedCompositeFieldContainer[FeatureContext]
+    top_logits: _containers.RepeatedCompositeFieldContainer[LogitEffect]
+    bottom_logits: _containers.RepeatedCompositeFieldContainer[LogitEffect]
+    nearest: _containers.RepeatedCompositeFieldContainer[NearbyFeature]
+    def __init__(self, transcoder_id: _Optional[str] = ..., feature: _Optional[int] = ..., prefix: _Optional[int] = ..., density: _Optional[float] = ..., tokens: _Optional[int] = ..., contexts: _Optional[_Iterable[_Union[FeatureContext, _Mapping]]] = ..., top_logits: _Optional[_Iterable[_Union[LogitEffect, _Mapping]]] = ..., bottom_logits: _Optional[_Iterable[_Union[LogitEffect, _Mapping]]] = ..., nearest: _Optional[_Iterable[_Union[NearbyFeature, _Mapping]]] = ...) -> None: ...

@@ -52,6 +52,11 @@ class TranscoderServiceStub:
                 request_serializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.ImportTranscoderRequest.SerializeToString,
                 response_deserializer=lensmesh_dot_training_dot_v1_dot_training__pb2.Transcoder.FromString,
                 _registered_method=True)
+        self.GetFeature = channel.unary_unary(
+                '/lensmesh.training.v1.TranscoderService/GetFeature',
+                request_serializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.GetFeatureRequest.SerializeToString,
+                response_deserializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.Feature.FromString,
+                _registered_method=True)
         self.CompareTranscoders = channel.unary_unary(
                 '/lensmesh.training.v1.TranscoderService/CompareTranscoders',
                 request_serializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.CompareTranscodersRequest.SerializeToString,
@@ -89,6 +94,13 @@ class TranscoderServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetFeature(self, request, context):
+        """One latent: where it is strongest, what it writes, which others write alike.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CompareTranscoders(self, request, context):
         """Queues one evaluation for each of several transcoders, on the same text.
         """
@@ -120,6 +132,11 @@ def add_TranscoderServiceServicer_to_server(servicer, server):
                     servicer.ImportTranscoder,
                     request_deserializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.ImportTranscoderRequest.FromString,
                     response_serializer=lensmesh_dot_training_dot_v1_dot_training__pb2.Transcoder.SerializeToString,
+            ),
+            'GetFeature': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetFeature,
+                    request_deserializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.GetFeatureRequest.FromString,
+                    response_serializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.Feature.SerializeToString,
             ),
             'CompareTranscoders': grpc.unary_unary_rpc_method_handler(
                     servicer.CompareTranscoders,
@@ -214,6 +231,33 @@ class TranscoderService:
             '/lensmesh.training.v1.TranscoderService/ImportTranscoder',
             lensmesh_dot_training_dot_v1_dot_transcoders__pb2.ImportTranscoderRequest.SerializeToString,
             lensmesh_dot_training_dot_v1_dot_training__pb2.Transcoder.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetFeature(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lensmesh.training.v1.TranscoderService/GetFeature',
+            lensmesh_dot_training_dot_v1_dot_transcoders__pb2.GetFeatureRequest.SerializeToString,
+            lensmesh_dot_training_dot_v1_dot_transcoders__pb2.Feature.FromString,
             options,
             channel_credentials,
             insecure,
