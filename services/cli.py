@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from services.client import catalogue, train, transcoders, work
+from services.client import catalogue, compare, train, transcoders, work
 from services.client.connection import default_state
 from services.client.output import Json, fail, print_json
 
@@ -27,6 +27,7 @@ app.add_typer(catalogue.datasets, name="datasets")
 app.add_typer(catalogue.jobs, name="jobs")
 app.add_typer(transcoders.transcoders, name="transcoders")
 app.add_typer(work.groups, name="groups")
+work.extensions.command("compare")(compare.compare)
 app.add_typer(work.extensions, name="extensions")
 app.command("devices")(catalogue.list_devices)
 app.command("extract")(work.extract)
