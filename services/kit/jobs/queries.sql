@@ -31,9 +31,19 @@ SELECT pg_advisory_xact_lock(hashtextextended('lensmesh_jobs_limit:' || $1, 0))
 SELECT kind, count(*) AS jobs FROM jobs WHERE kind = ANY ($1) AND state IN ('running', 'finalizing') GROUP BY kind
 
 -- claim --
-WITH next AS (
-    SELECT id FROM jobs
+-- A job of a kind in $5 is left to a worker that lives, has room and runs fewer of that kind: devices work side by side.
+WITH busy AS (
+    SELECT owner, kind, count(*) AS jobs FROM jobs WHERE state IN ('running', 'finalizing') GROUP BY owner, kind
+), next AS (
+    SELECT id FROM jobs j
     WHERE state = 'queued' AND kind = ANY ($1) AND (device IS NULL OR device = $2) AND run_at <= clock_timestamp()
+      AND NOT (kind = ANY ($5) AND EXISTS (
+          SELECT FROM job_workers w
+          WHERE j.kind = ANY (w.kinds) AND (j.device IS NULL OR j.device = w.device)
+            AND w.seen_at > clock_timestamp() - $4::interval
+            AND (SELECT coalesce(sum(jobs), 0) FROM busy WHERE owner = w.incarnation) < w.slots
+            AND (SELECT coalesce(sum(jobs), 0) FROM busy b WHERE b.owner = w.incarnation AND b.kind = j.kind)
+              < (SELECT coalesce(sum(jobs), 0) FROM busy b WHERE b.owner = $3 AND b.kind = j.kind)))
     ORDER BY priority DESC, run_at, created_at, id
     FOR UPDATE SKIP LOCKED LIMIT 1
 )

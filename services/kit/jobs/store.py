@@ -205,7 +205,8 @@ class JobStore:
             kinds: what the worker can do.
             device: where it runs.
             owner: incarnation of the worker.
-            limits: per kind, how many jobs may be leased in the whole system; counted under a lock.
+            limits: per kind, how many jobs may be leased in the whole system; counted under a lock. Jobs of these kinds
+                are left to workers that run fewer of them.
 
         Returns:
             The job and None, or None and seconds (None: no job waits for its time).
@@ -214,7 +215,7 @@ class JobStore:
         limited = sorted(kinds & limits.keys())
         async with self.database.transaction() as conn:
             free = kinds - await self._full(conn, limited, limits) if limited else kinds
-            row = await conn.fetchrow(QUERIES["claim"], sorted(free), device, owner, self.lease)
+            row = await conn.fetchrow(QUERIES["claim"], sorted(free), device, owner, self.lease, limited)
             if row is None:
                 return None, await conn.fetchval(QUERIES["seconds_to_next"], sorted(kinds), device)
             job = job_of(row)

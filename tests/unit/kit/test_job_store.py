@@ -8,6 +8,7 @@ import pytest
 from services.kit import errors
 from services.kit.database import Database
 from services.kit.jobs import Job, JobStore
+from services.kit.jobs.transitions import QUERIES
 from tests.unit.kit.jobs_support import enqueue, events_of, lapse
 
 
@@ -237,3 +238,24 @@ async def test_a_retried_job_has_all_its_attempts_and_no_old_error(store: JobSto
         None,
         None,
     )
+
+
+async def test_a_limited_kind_is_left_to_a_worker_that_runs_fewer(store: JobStore, database: Database) -> None:
+    async def announce(
+        worker: str, *, slots: int = 2, device: str = "cpu", kinds: tuple[str, ...] = ("count",)
+    ) -> None:
+        await database.pool.execute(QUERIES["announce"], worker, device, list(kinds), {}, slots)
+
+    for worker in ("w1", "w2"):
+        await announce(worker)
+    await announce("no room", slots=0)
+    await announce("other kind", kind="other")
+    for _ in range(4):
+        await enqueue(store)
+    assert await _claim(store, "w1", count=9) is not None
+    assert await _claim(store, "w1", count=9) is None
+    assert await _claim(store, "w1") is not None  # where there is no limit the first one takes it
+    assert await _claim(store, "w2", count=9) is not None
+    lapsed = "UPDATE job_workers SET seen_at = seen_at - interval '1 minute' WHERE incarnation = 'w2'"
+    await database.pool.execute(lapsed)
+    assert await _claim(store, "w1", count=9) is not None  # nobody waits for the dead

@@ -1,0 +1,51 @@
+"""Trainings side by side: one per host while another host is idle, none taking the other's CPU threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+from lensmesh.training.v1 import training_pb2 as pb
+
+from services.kit.database import Database
+from tests import models
+from tests.support import eventually
+from tests.wire.extraction_support import DATASET
+from tests.wire.training_support import BATCH, STEPS, Mesh, meshing
+
+
+@pytest.fixture
+async def mesh(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Mesh]:
+    monkeypatch.setenv("LENSMESH_TRAINING_CHECKPOINT_TOKENS", str(10 * BATCH))
+    monkeypatch.setenv("LENSMESH_MAX_CONCURRENT_TRAININGS", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    async with meshing(database, tmp_path / "state") as mesh:
+        mesh.registry.texts = {DATASET: [f"{models.TEXTS[n % 5]} {n} " * (1 + n % 3) for n in range(60)]}
+        yield mesh
+
+
+async def test_an_idle_host_takes_the_second_training_and_each_gets_its_share_of_the_threads(mesh: Mesh) -> None:
+    async def owners() -> list[str]:
+        return sorted([(await mesh.context.jobs.get(job.id)).owner or "" for job in jobs])
+
+    async with mesh.working("host-1"):
+        source = {"cache_id": (await mesh.cache()).cache_id}
+        async with mesh.working("host-2"):
+            endless = {"layers": [1], "source": source, "num_tokens": 10_000 * STEPS * BATCH}
+            jobs = [await mesh.create(**endless) for _ in range(2)]
+            for job in jobs:
+                await eventually(lambda job=job: mesh.has_checkpoint(job.id), timeout=60)
+            assert await owners() == ["host-1", "host-2"]
+            running = [
+                process for process in psutil.Process().children() if "services.training.child" in process.cmdline()
+            ]
+            assert [process.environ()["OMP_NUM_THREADS"] for process in running] == ["2", "2"]
+            assert [(await mesh.get(job.id)).threads for job in jobs] == [2, 2]
+            assert len(mesh.registry.ledger) == 2
+            for job in jobs:
+                await mesh.stub.CancelTrainingJob(pb.CancelTrainingJobRequest(id=job.id))
+            await asyncio.gather(*(mesh.reached(job.id, pb.TRAINING_STATUS_CANCELLED) for job in jobs))
+    assert mesh.registry.ledger == {}
