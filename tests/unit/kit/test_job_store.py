@@ -241,10 +241,8 @@ async def test_a_retried_job_has_all_its_attempts_and_no_old_error(store: JobSto
 
 
 async def test_a_limited_kind_is_left_to_a_worker_that_runs_fewer(store: JobStore, database: Database) -> None:
-    async def announce(
-        worker: str, *, slots: int = 2, device: str = "cpu", kinds: tuple[str, ...] = ("count",)
-    ) -> None:
-        await database.pool.execute(QUERIES["announce"], worker, device, list(kinds), {}, slots)
+    async def announce(worker: str, *, slots: int = 2, kind: str = "count") -> None:
+        await database.pool.execute(QUERIES["announce"], worker, "cpu", [kind], {}, slots)
 
     for worker in ("w1", "w2"):
         await announce(worker)
