@@ -22,7 +22,7 @@ from services.residency.failures import insufficient_memory, translated
 from services.residency.families import facts, family_of
 from services.residency.fingerprint import fingerprint
 from services.residency.lease import Lease
-from services.residency.lenses import Base, Spec
+from services.residency.lenses import Base, Spec, needed
 from services.residency.lenses import load as load_lens
 from services.residency.lenses.extension import Extensions
 from services.residency.memory import give_back
@@ -361,6 +361,7 @@ class Pool:
                 if resident.lenses[spec.lens_id].spec == spec:
                     return resident.lenses[spec.lens_id]
                 await self._take_off(resident, spec.lens_id)
+            self._require(await self.run(needed, spec, resident.base))
             if spec.source_model_id not in ("", model_id):
                 async with self.lease(spec.source_model_id) as source:
                     lens = await self.run(load_lens, spec, resident.base, source.record.base)

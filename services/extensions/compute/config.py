@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -101,6 +101,12 @@ class ExtensionConfig:
                 initialization_scale=self.layer_initialization_scale,
             ),
         )
+
+    def over_layers_of(self, other: str) -> ExtensionConfig:
+        """The same over another extension's layers instead of its own."""
+        defaults = ExtensionConfig.__dataclass_fields__
+        own: dict[str, Any] = {name: defaults[name].default for name in _SINGLE_LAYER}
+        return replace(self, shared_layer_of=other, layers=(), **own)
 
     @property
     def adalora_target(self) -> int:

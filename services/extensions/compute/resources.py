@@ -1,14 +1,10 @@
-"""Where a base runs best and in which numbers, and what an extension will take there, before anything is loaded."""
+"""Where a base runs best, and in which numbers."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from services.residency.checkpoint import read_header
-from services.residency.lenses.extension_files import ADAPTER_FILE, INSERTED_FILE, LORA_FOLDER
 from services.residency.park import relocate
 
 OVERFLOWS_IN_FP16 = frozenset({"t5", "mt5", "umt5", "longt5"})
@@ -49,14 +45,3 @@ def place(model: PreTrainedModel, device: str) -> PreTrainedModel:
     if model.dtype != dtype:
         model.to(dtype)
     return model.to(device)
-
-
-def stored_bytes(folder: Path) -> int:
-    """Bytes that the weights of an extension's folder take in memory, from the headers of its files.
-
-    Raises:
-        CheckpointError: a header is damaged.
-        OSError: a file cannot be read.
-    """
-    files = (folder / INSERTED_FILE, folder / LORA_FOLDER / ADAPTER_FILE)
-    return sum(entry.nbytes for path in files if path.exists() for entry in read_header(path))

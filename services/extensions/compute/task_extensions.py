@@ -40,7 +40,7 @@ class TaskExtensions:
         self._layers: dict[str, Extension | None] = {}
 
     def _create(self, task_name: str, seed: int, shared_with: str | None = None) -> PreTrainedModel:
-        config = replace(self.config, shared_layer_of=shared_with or "")
+        config = self.config if shared_with is None else self.config.over_layers_of(shared_with)
         layers = self._layers[shared_with] if shared_with is not None else None
         with self.attached.using(None):
             require_task_name(task_name, (path for path, _ in self.model.named_modules()))

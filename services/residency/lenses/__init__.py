@@ -132,7 +132,18 @@ KINDS: Mapping[str, str] = {
     "extension": "services.residency.lenses.altering",
     "logit_lens": "services.residency.lenses.logit_lens",
 }
-"""Kind to the module whose `load(spec, base)` makes it; a new kind is one module and one line."""
+"""Kind to the module whose `load(spec, base)` makes it; a new kind is one module and one line. A module may have a
+`needed(spec, base)` too."""
+
+
+def needed(spec: Spec, base: Base) -> int:
+    """Device memory that a lens will add as far as its kind knows before it is read; `Lens.nbytes` knows afterwards.
+
+    Raises:
+        LensCorrupt: the files cannot be read.
+    """
+    kind = import_module(KINDS[spec.kind])
+    return kind.needed(spec, base) if hasattr(kind, "needed") else 0
 
 
 def load(spec: Spec, base: Base, source: Base | None = None) -> Lens:

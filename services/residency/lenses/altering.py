@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from torch import Tensor
 
@@ -49,6 +51,16 @@ class ExtensionLens:
         self._base.extensions.detach(self._lens_id)
 
 
+def needed(spec: Spec, base: Base) -> int:
+    """Device memory that the extension will add, before it is read.
+
+    Raises:
+        LensCorrupt: its files cannot be read.
+    """
+    with _usable():
+        return extension_files.stored_bytes(_folder(spec), base.extensions)
+
+
 def load(spec: Spec, base: Base) -> ExtensionLens:
     """Read an extension's files and attach it, inactive.
 
@@ -56,18 +68,28 @@ def load(spec: Spec, base: Base) -> ExtensionLens:
         LensIncompatible: it was made for another base.
         LensCorrupt: its files cannot be read.
     """
-    if spec.folder is None:
-        raise LensCorrupt("an extension has files")
-    with base.extensions.using(None):
-        try:
-            _require_base(extension_files.read_manifest(spec.folder), base)
-            extension = extension_files.attachable(spec.folder, base.model, among=base.extensions)
-        except ExtensionRefused as error:
-            raise LensCorrupt(f"the extension's files cannot be used: {error}") from error
-        except OSError as error:
-            raise LensCorrupt("the extension's files cannot be read") from error
+    with base.extensions.using(None), _usable():
+        _require_base(extension_files.read_manifest(_folder(spec)), base)
+        extension = extension_files.attachable(_folder(spec), base.model, among=base.extensions)
     base.extensions.attach(spec.lens_id, extension)
     return ExtensionLens(spec.lens_id, base)
+
+
+def _folder(spec: Spec) -> Path:
+    if spec.folder is None:
+        raise LensCorrupt("an extension has files")
+    return spec.folder
+
+
+@contextmanager
+def _usable() -> Iterator[None]:
+    """Raises LensCorrupt where the files of an extension cannot be used."""
+    try:
+        yield
+    except ExtensionRefused as error:
+        raise LensCorrupt(f"the extension's files cannot be used: {error}") from error
+    except OSError as error:
+        raise LensCorrupt("the extension's files cannot be read") from error
 
 
 def _require_base(manifest: extension_files.Manifest, base: Base) -> None:

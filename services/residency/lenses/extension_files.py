@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from transformers import PreTrainedModel
 
+from services.residency.checkpoint import CheckpointError, read_header
 from services.residency.lenses import lora
 from services.residency.lenses.extension import (
     Extension,
@@ -273,6 +274,25 @@ def assemble(
             raise ExtensionRefused("operations", f"{operation} is not understood") from error
     require_same_tensors(whole.parameters, weights)
     return whole
+
+
+def stored_bytes(folder: Path, among: Extensions) -> int:
+    """Device memory that the extension in a folder will add, from its files' headers; no weight is read.
+
+    Args:
+        folder: as `write` left it.
+        among: what is attached already; layers that are there are not added again.
+
+    Raises:
+        ExtensionRefused: a file is damaged.
+    """
+    adapter, inserted = folder / LORA_FOLDER / ADAPTER_FILE, folder / INSERTED_FILE
+    there = among.layers(read_manifest(folder).inserted_digest) is not None
+    try:
+        size = sum(4 * entry.numel for entry in read_header(adapter)) if adapter.exists() else 0  # float32 always
+        return size + (sum(entry.nbytes for entry in read_header(inserted)) if inserted.exists() and not there else 0)
+    except (OSError, CheckpointError) as error:
+        raise ExtensionRefused("weights", "are missing or damaged") from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

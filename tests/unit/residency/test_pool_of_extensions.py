@@ -12,9 +12,10 @@ import torch
 
 from services.extensions.compute.blueprint import Blueprint
 from services.extensions.compute.config import ExtensionConfig, LayerPlacement
+from services.kit import errors
 from services.residency.generation import Continuation
 from services.residency.lenses import Spec
-from services.residency.lenses.extension_files import attachable, retrained
+from services.residency.lenses.extension_files import attachable, retrained, stored_bytes
 from services.residency.pool import Pool
 from services.residency.quantize import resident_bytes
 from tests import models
@@ -113,3 +114,28 @@ async def test_detaching_gives_the_memory_back(pool, tmp_path):
     held = [weakref.ref(parameter) for parameter in pool.get("m").base.extensions["a"].parameters.values()]
     await pool.detach("m", "a")
     assert [ref for ref in held if ref() is not None] == []
+
+
+async def test_what_does_not_fit_is_refused_before_its_weights_are_read(pool, tmp_path):
+    first = folder(tmp_path / "first", 0, "hybrid")
+    second = folder(tmp_path / "second", 3, "hybrid", shared=first)
+    base = pool.get("m").base
+    assert base.model.dtype == torch.float32
+    size = stored_bytes(first, base.extensions)
+    assert size == attachable(first, base.model).nbytes
+    pool.budget_bytes = pool.used_bytes + size - 1
+    weights = first / "inserted.safetensors"
+    stored = weights.read_bytes()
+    weights.write_bytes(stored[:-4] + bytes(4))  # reading them would tell
+    with pytest.raises(errors.Exhausted) as refused:
+        await pool.attach("m", Spec("a", "extension", folder=first))
+    assert refused.value.reason == "INSUFFICIENT_MEMORY"
+    assert list(base.extensions) == []
+    weights.write_bytes(stored)
+    pool.budget_bytes += 1 + stored_bytes(second, base.extensions) - size
+    await pool.attach("m", Spec("b", "extension", folder=second))
+    shared = stored_bytes(first, base.extensions)
+    assert 0 < shared < size
+    pool.budget_bytes = pool.used_bytes + shared
+    await pool.attach("m", Spec("a", "extension", folder=first))
+    assert pool.used_bytes == pool.budget_bytes

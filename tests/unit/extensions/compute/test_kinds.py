@@ -263,7 +263,8 @@ def test_layers_that_cannot_be_shared_are_refused(how: str, tmp_path: Path) -> N
 
 
 def test_notebooks_share_layers_between_tasks_in_memory(tmp_path: Path) -> None:
-    extension = HybridExtension(tiny("gpt2", 2), ExtensionConfig(lora_r=4, save_path=tmp_path))
+    layers = (layer(scale=0.5, mlp_width=7),)
+    extension = HybridExtension(tiny("gpt2", 2), ExtensionConfig(lora_r=4, layers=layers, save_path=tmp_path))
     extension.create_hybrid_model("task-one")
     extension.create_hybrid_model("task-two", seed=1, shared_with="task-one")
     one, two = (extension.attached[name] for name in ("task-one", "task-two"))

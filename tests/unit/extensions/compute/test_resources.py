@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from services.extensions.compute.config import ExtensionConfig, LayerPlacement
-from services.extensions.compute.resources import automatic_device, automatic_dtype, place, stored_bytes
+from services.extensions.compute.config import ExtensionConfig
+from services.extensions.compute.resources import automatic_device, automatic_dtype, place
 from services.extensions.compute.task_extensions import HybridExtension
 from services.residency.loading import load_model
 from tests.models import batch, saved, tiny
@@ -54,11 +52,3 @@ def test_a_quantised_base_keeps_its_bits(quantization: str) -> None:
     with torch.inference_mode():
         before = model(batch()).logits
         assert torch.equal(place(model, "cpu")(batch()).logits, before)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "t5"])
-def test_bytes_are_known_from_the_files_headers(family: str, tmp_path: Path) -> None:
-    layers = (LayerPlacement(mlp_width=5),)
-    extension = HybridExtension(tiny(family, 2), ExtensionConfig(lora_r=2, layers=layers, save_path=tmp_path))
-    extension.create_hybrid_model("task-one")
-    assert stored_bytes(extension.save("task-one")) == extension.attached["task-one"].nbytes
