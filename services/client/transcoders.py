@@ -22,7 +22,17 @@ COMPARED = ("transcoder_id", "fvu", "fvu_standard_error", "l0", "dead_fraction",
 def list_transcoders(model: str = "", as_json: Json = False) -> None:
     """Transcoders, newest first."""
     with session(as_json) as to:
-        columns = ("id", "name", "layer", "source_hook_point", "dict_size", "top_k", "activation", "train_fvu")
+        columns = (
+            "id",
+            "name",
+            "layer",
+            "source_hook_point",
+            "legacy_source",
+            "dict_size",
+            "top_k",
+            "activation",
+            "train_fvu",
+        )
         to.rows(to.api.call("ListTranscoders", model_id=model), "transcoders", *columns)
 
 

@@ -79,7 +79,6 @@ async def compose(context: Context) -> Part:
     async def evaluate(claim: Claim) -> dict[str, Any]:
         return await evaluation.run(ClaimedEvaluation(claim, context.artifacts))
 
-    operations = Operations(store, peers, extraction, device=context.device, retention=settings.training_retention)
     exchange = Exchange(
         ExchangeStore(store, context.database),
         peers,

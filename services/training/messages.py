@@ -11,6 +11,7 @@ from lensmesh.training.v1 import training_pb2 as pb
 
 from services.kit import errors
 from services.kit.paging import Page, asked
+from services.residency.families import site_of
 from services.training.domain import (
     LEGACY_SITE,
     Checkpoint,
@@ -214,6 +215,7 @@ def transcoder(found: Transcoder) -> pb.Transcoder:
         base_digest=found.base_digest,
         tokens_seen=found.tokens_seen,
         train_fvu=found.train_fvu,
+        legacy_source=site_of(found.source_hook_point)[1] == "resid_mid",
         created_by=found.created_by,
         created_at=found.created_at,
     )

@@ -234,6 +234,17 @@ class Operations:
         await self._catalogue.require_dataset(wanted[0].dataset_id)
         return await self._store.queue_evaluations(wanted, key)
 
+    async def newest_density(self, transcoder_id: str) -> list[int]:
+        """Density histogram of a transcoder's newest evaluation.
+
+        Raises:
+            errors.NotFound: there is no such transcoder, or it was not evaluated.
+        """
+        page = await self.evaluations(Filter(transcoder_id=transcoder_id, limit=1))
+        if not page.items:
+            raise errors.NotFound(f"{transcoder_id} was not evaluated yet", metadata={"id": transcoder_id})
+        return page.items[0].figures["density_histogram"]
+
     async def evaluations_by_id(self, ids: Sequence[str]) -> list[Evaluation]:
         """Evaluations side by side: those that have ended well, in the order of the ids."""
         return await self._store.evaluations_by_id(ids)

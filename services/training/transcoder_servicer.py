@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from lensmesh.training.v1 import training_pb2, transcoders_pb2_grpc
 from lensmesh.training.v1 import transcoders_pb2 as pb
 
 from services.kit.idempotency import request_key
-from services.training import messages
+from services.training import messages, plots
 from services.training import transcoder_messages as own
 from services.training.exchange import Exchange
 from services.training.operations import Operations
@@ -47,6 +48,21 @@ class TranscoderServicer(transcoders_pb2_grpc.TranscoderServiceServicer):
     async def GetFeature(self, request: pb.GetFeatureRequest, context: Any) -> pb.Feature:
         """One latent."""
         return own.feature(request, *await self._exchange.feature(request.id, request.feature))
+
+    async def GetTrainingPlot(
+        self, request: pb.GetTrainingPlotRequest, context: Any
+    ) -> AsyncIterator[httpbody_pb2.HttpBody]:
+        """A picture of a training."""
+        points = await self._operations.history(request.id, 0)
+        drawn = await asyncio.to_thread(plots.loss if request.plot == "loss" else plots.fvu, points)
+        yield httpbody_pb2.HttpBody(content_type="image/png", data=drawn)
+
+    async def GetTranscoderPlot(
+        self, request: pb.GetTranscoderPlotRequest, context: Any
+    ) -> AsyncIterator[httpbody_pb2.HttpBody]:
+        """A picture of a transcoder's newest evaluation."""
+        histogram = await self._operations.newest_density(request.id)
+        yield httpbody_pb2.HttpBody(content_type="image/png", data=await asyncio.to_thread(plots.density, histogram))
 
     async def ImportTranscoder(self, request: pb.ImportTranscoderRequest, context: Any) -> training_pb2.Transcoder:
         """Make a transcoder of another tool's files."""

@@ -55,6 +55,11 @@ async def export(mesh: Mesh, transcoder_id: str, name: str, **fields: Any) -> tp
     )
 
 
+def assert_picture(parts: list[Any]) -> None:
+    assert [part.content_type for part in parts] == ["image/png"]
+    assert parts[0].data.startswith(b"\x89PNG")
+
+
 async def feature(mesh: Mesh, transcoder_id: str, number: int) -> tpb.Feature:
     return await mesh.transcoders.GetFeature(tpb.GetFeatureRequest(id=transcoder_id, feature=number))
 
@@ -157,6 +162,11 @@ async def test_exports_are_downloaded_judged_imported_and_deleted(mesh: Mesh, tm
     assert busiest.top_logits[0].value > busiest.bottom_logits[0].value
     assert len(busiest.nearest) == 5
     assert (await refused(feature(mesh, own, 256)))[2] == ["feature"]
+    for name in ("loss", "fvu"):
+        drawn = mesh.transcoders.GetTrainingPlot(tpb.GetTrainingPlotRequest(id=job.id, plot=name))
+        assert_picture([part async for part in drawn])
+    drawn = mesh.transcoders.GetTranscoderPlot(tpb.GetTranscoderPlotRequest(id=own, plot="density"))
+    assert_picture([part async for part in drawn])
 
     await mesh.stub.DeleteTranscoder(pb.DeleteTranscoderRequest(id=own))
     left = {path.relative_to(mesh.context.artifacts.root) for path in mesh.context.artifacts.root.glob("*/*")}

@@ -23,7 +23,8 @@ POST /api/training-jobs/j/cancel · POST /api/training-jobs/j/pause · POST /api
 POST /api/training-jobs/j/finalize · POST /api/training-jobs/j/checkpoints/prune · POST /api/training-jobs/j/clone
 GET /api/training-jobs/j/config · GET /api/transcoders · GET /api/transcoders/t · DELETE /api/transcoders/t
 POST /api/transcoders/t/export · POST /api/transcoders/import · POST /api/transcoders/compare
-GET /api/transcoders/t/features/3 · GET /api/transcoder-exports/d/files/f · GET /api/evaluations
+GET /api/transcoders/t/features/3 · GET /api/training-jobs/j/plots/fvu
+GET /api/transcoders/t/plots/density · GET /api/transcoder-exports/d/files/f · GET /api/evaluations
 POST /api/transcoders/t/evaluate · GET /api/transcoders/t/evaluations · POST /api/transcoders/t/encode
 POST /api/extensions · GET /api/extensions · GET /api/extensions/x · DELETE /api/extensions/x
 POST /api/extensions/x/train · POST /api/extensions/x/activate · POST /api/extensions/x/deactivate

@@ -455,7 +455,7 @@ class CloneTrainingJobRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., request_id: _Optional[str] = ..., validate_only: _Optional[bool] = ...) -> None: ...
 
 class Transcoder(_message.Message):
-    __slots__ = ("id", "name", "model_id", "layer", "source_hook_point", "target_hook_point", "job_id", "d_in", "d_out", "dict_size", "group_sizes", "prefix_widths", "top_k", "activation", "artifact_uri", "size_bytes", "base_digest", "tokens_seen", "train_fvu", "created_by", "created_at")
+    __slots__ = ("id", "name", "model_id", "layer", "source_hook_point", "target_hook_point", "job_id", "d_in", "d_out", "dict_size", "group_sizes", "prefix_widths", "top_k", "activation", "artifact_uri", "size_bytes", "base_digest", "tokens_seen", "train_fvu", "created_by", "created_at", "legacy_source")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
@@ -477,6 +477,7 @@ class Transcoder(_message.Message):
     TRAIN_FVU_FIELD_NUMBER: _ClassVar[int]
     CREATED_BY_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    LEGACY_SOURCE_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     model_id: str
@@ -498,7 +499,8 @@ class Transcoder(_message.Message):
     train_fvu: float
     created_by: str
     created_at: _timestamp_pb2.Timestamp
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., model_id: _Optional[str] = ..., layer: _Optional[int] = ..., source_hook_point: _Optional[str] = ..., target_hook_point: _Optional[str] = ..., job_id: _Optional[str] = ..., d_in: _Optional[int] = ..., d_out: _Optional[int] = ..., dict_size: _Optional[int] = ..., group_sizes: _Optional[_Iterable[int]] = ..., prefix_widths: _Optional[_Iterable[int]] = ..., top_k: _Optional[int] = ..., activation: _Optional[_Union[Activation, str]] = ..., artifact_uri: _Optional[str] = ..., size_bytes: _Optional[int] = ..., base_digest: _Optional[str] = ..., tokens_seen: _Optional[int] = ..., train_fvu: _Optional[float] = ..., created_by: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    legacy_source: bool
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., model_id: _Optional[str] = ..., layer: _Optional[int] = ..., source_hook_point: _Optional[str] = ..., target_hook_point: _Optional[str] = ..., job_id: _Optional[str] = ..., d_in: _Optional[int] = ..., d_out: _Optional[int] = ..., dict_size: _Optional[int] = ..., group_sizes: _Optional[_Iterable[int]] = ..., prefix_widths: _Optional[_Iterable[int]] = ..., top_k: _Optional[int] = ..., activation: _Optional[_Union[Activation, str]] = ..., artifact_uri: _Optional[str] = ..., size_bytes: _Optional[int] = ..., base_digest: _Optional[str] = ..., tokens_seen: _Optional[int] = ..., train_fvu: _Optional[float] = ..., created_by: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., legacy_source: _Optional[bool] = ...) -> None: ...
 
 class GetTranscoderRequest(_message.Message):
     __slots__ = ("id",)

@@ -232,3 +232,19 @@ class Feature(_message.Message):
     bottom_logits: _containers.RepeatedCompositeFieldContainer[LogitEffect]
     nearest: _containers.RepeatedCompositeFieldContainer[NearbyFeature]
     def __init__(self, transcoder_id: _Optional[str] = ..., feature: _Optional[int] = ..., prefix: _Optional[int] = ..., density: _Optional[float] = ..., tokens: _Optional[int] = ..., contexts: _Optional[_Iterable[_Union[FeatureContext, _Mapping]]] = ..., top_logits: _Optional[_Iterable[_Union[LogitEffect, _Mapping]]] = ..., bottom_logits: _Optional[_Iterable[_Union[LogitEffect, _Mapping]]] = ..., nearest: _Optional[_Iterable[_Union[NearbyFeature, _Mapping]]] = ...) -> None: ...
+
+class GetTrainingPlotRequest(_message.Message):
+    __slots__ = ("id", "plot")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PLOT_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    plot: str
+    def __init__(self, id: _Optional[str] = ..., plot: _Optional[str] = ...) -> None: ...
+
+class GetTranscoderPlotRequest(_message.Message):
+    __slots__ = ("id", "plot")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PLOT_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    plot: str
+    def __init__(self, id: _Optional[str] = ..., plot: _Optional[str] = ...) -> None: ...

@@ -57,6 +57,16 @@ class TranscoderServiceStub:
                 request_serializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.GetFeatureRequest.SerializeToString,
                 response_deserializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.Feature.FromString,
                 _registered_method=True)
+        self.GetTrainingPlot = channel.unary_stream(
+                '/lensmesh.training.v1.TranscoderService/GetTrainingPlot',
+                request_serializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.GetTrainingPlotRequest.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+                _registered_method=True)
+        self.GetTranscoderPlot = channel.unary_stream(
+                '/lensmesh.training.v1.TranscoderService/GetTranscoderPlot',
+                request_serializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.GetTranscoderPlotRequest.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+                _registered_method=True)
         self.CompareTranscoders = channel.unary_unary(
                 '/lensmesh.training.v1.TranscoderService/CompareTranscoders',
                 request_serializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.CompareTranscodersRequest.SerializeToString,
@@ -101,6 +111,20 @@ class TranscoderServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTrainingPlot(self, request, context):
+        """A picture of a training, PNG.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTranscoderPlot(self, request, context):
+        """A picture of a transcoder's newest evaluation, PNG.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CompareTranscoders(self, request, context):
         """Queues one evaluation for each of several transcoders, on the same text.
         """
@@ -137,6 +161,16 @@ def add_TranscoderServiceServicer_to_server(servicer, server):
                     servicer.GetFeature,
                     request_deserializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.GetFeatureRequest.FromString,
                     response_serializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.Feature.SerializeToString,
+            ),
+            'GetTrainingPlot': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetTrainingPlot,
+                    request_deserializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.GetTrainingPlotRequest.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+            ),
+            'GetTranscoderPlot': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetTranscoderPlot,
+                    request_deserializer=lensmesh_dot_training_dot_v1_dot_transcoders__pb2.GetTranscoderPlotRequest.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'CompareTranscoders': grpc.unary_unary_rpc_method_handler(
                     servicer.CompareTranscoders,
@@ -258,6 +292,60 @@ class TranscoderService:
             '/lensmesh.training.v1.TranscoderService/GetFeature',
             lensmesh_dot_training_dot_v1_dot_transcoders__pb2.GetFeatureRequest.SerializeToString,
             lensmesh_dot_training_dot_v1_dot_transcoders__pb2.Feature.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTrainingPlot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lensmesh.training.v1.TranscoderService/GetTrainingPlot',
+            lensmesh_dot_training_dot_v1_dot_transcoders__pb2.GetTrainingPlotRequest.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTranscoderPlot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lensmesh.training.v1.TranscoderService/GetTranscoderPlot',
+            lensmesh_dot_training_dot_v1_dot_transcoders__pb2.GetTranscoderPlotRequest.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
             insecure,
