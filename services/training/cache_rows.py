@@ -10,6 +10,7 @@ import torch
 
 from services.residency.shards import ShardReader
 from services.training.compute.batches import Pairs
+from services.training.compute.config import ConfigError
 
 
 class CacheRows:
@@ -25,11 +26,19 @@ class CacheRows:
         Raises:
             CorruptCache: the manifest is missing or not valid.
             KeyError: the cache does not hold a hook point.
+            ConfigError: its tensors have several dtypes.
         """
         self._reader = ShardReader(folder)
         self._pairs = pairs
         manifest = self._reader.manifest
         self._widths = {name: (manifest.width(x), manifest.width(y)) for name, (x, y) in pairs.items()}
+        dtypes = {str(tensor.dtype) for tensor in self._reader.shard(0, self._points).values()}
+        if len(dtypes) > 1:
+            raise ConfigError("source.cache_id", f"the cache mixes {', '.join(sorted(dtypes))}")
+
+    @property
+    def _points(self) -> list[str]:
+        return list(dict.fromkeys(point for pair in self._pairs.values() for point in pair))
 
     @property
     def rows(self) -> int:
@@ -43,8 +52,7 @@ class CacheRows:
 
     def batches(self, batch_size: int, seed: int, start: int) -> Iterator[Pairs]:
         """Rows mixed from several shards at a time."""
-        points = list(dict.fromkeys(point for pair in self._pairs.values() for point in pair))
-        for batch in self._reader.iter_rows(points, batch_size, seed, start):
+        for batch in self._reader.iter_rows(self._points, batch_size, seed, start):
             yield {name: (batch.rows[x], batch.rows[y]) for name, (x, y) in self._pairs.items()}
 
     def facts_of(self, pair: str, rows: int, seed: int, start: int) -> dict[str, Any]:

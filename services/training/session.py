@@ -15,7 +15,7 @@ from services.residency.shards import CorruptCache
 from services.training import state_files
 from services.training.cache_rows import CacheRows
 from services.training.compute.coder import Coder, NonFiniteLoss
-from services.training.compute.config import TrainConfig
+from services.training.compute.config import ConfigError, TrainConfig
 from services.training.compute.initial import SAMPLE_ROWS
 from services.training.compute.ranks import Ranks
 from services.training.compute.report import StepReport
@@ -42,6 +42,8 @@ def run(start: Start, commands: queue.SimpleQueue[Command], send: Callable[[Mess
             send(Gone("NON_FINITE_LOSS", str(error), {name: _json(value) for name, value in facts.items()}))
     except CorruptCache as error:
         send(Gone("CHECKSUM_MISMATCH", str(error), {"file": error.file, "problem": error.problem}))
+    except ConfigError as error:
+        send(Gone("VALIDATION_ERROR", str(error)))
     except ValueError as error:
         send(Gone("TRAINING_FAILED", str(error)))
     except (RuntimeError, OSError, MemoryError) as error:

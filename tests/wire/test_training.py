@@ -134,7 +134,15 @@ async def test_a_dataset_becomes_transcoders_of_two_layers(mesh: Mesh) -> None:
     assert [point.step for point in thinned.points] == [STEPS]
     value = mesh.context.metrics.get_sample_value
     assert (value("train_tokens_total"), value("train_nonfinite_total")) == (STEPS * BATCH, 0)
-    assert value("train_fvu") == pytest.approx(job.fvu)
+    assert value("train_coder_tokens_total") == 2 * STEPS * BATCH
+    for name, figure in (("fvu", job.fvu), ("l0", job.l0), ("gradient_norm", job.gradient_norm)):
+        assert value(f"train_{name}") == pytest.approx(figure)
+    assert 0 < job.l0 <= 8
+    assert [coder.l0_per_prefix[-1] for coder in job.coders] == [coder.l0 for coder in job.coders]
+    assert job.gradient_norm == pytest.approx(sum(coder.gradient_norm for coder in job.coders) / 2)
+    assert 0.3 < sum(coder.share for coder in job.coders) <= 1
+    assert job.coder_tokens_per_second == pytest.approx(2 * job.tokens_per_second)
+    assert [coder.name for coder in job.coders] == ["layer-1", "layer-3"]
     assert mesh.registry.ledger == {}
     assert mesh.registry.reserved[job.id] > 2 * 4 * 4 * 256 * 2 * models.WIDTH
     assert mesh.staged() == []

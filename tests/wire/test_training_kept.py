@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 from lensmesh.training.v1 import training_pb2 as pb
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from services.kit.database import Database
 from services.kit.events import EventLog
@@ -20,6 +22,8 @@ from tests import models
 from tests.support import eventually
 from tests.wire.extraction_support import DATASET
 from tests.wire.training_support import BATCH, STEPS, Mesh, meshing
+
+POINTS = ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out")
 
 
 @pytest.fixture
@@ -56,17 +60,45 @@ async def test_out_of_memory_says_so_frees_the_ledger_and_leaves_checkpoints_to_
         await finalised(mesh, job.id, failed.checkpoints[0])
 
 
-def break_row(folder: Path, row: int) -> str:
-    """Make one number of a cache's first shard infinite, as if it had been extracted so; the shard's name."""
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> str:
+    """Change tensors of a cache's first shard as if they had been extracted so; the shard's name."""
     manifest = Manifest.from_json((folder / MANIFEST).read_text())
     shard = manifest.shards[0]
     tensors = load_file(folder / shard.name)
-    tensors["blocks.1.hook_mlp_out"][row, 3] = float("inf")
+    change(tensors)
     save_file(tensors, folder / shard.name)
     digest, size = file_digest(folder / shard.name), (folder / shard.name).stat().st_size
     shards = (replace(shard, digest=digest, size_bytes=size), *manifest.shards[1:])
     (folder / MANIFEST).write_text(replace(manifest, shards=shards).to_json())
     return shard.name
+
+
+def break_row_5(tensors: dict[str, Tensor]) -> None:
+    tensors[POINTS[1]][5, 3] = float("inf")
+
+
+def halve_targets(tensors: dict[str, Tensor]) -> None:
+    tensors[POINTS[1]] = tensors[POINTS[1]].half()
+
+
+async def test_mixed_dtypes_and_the_cache_of_another_model_are_refused_by_name(mesh: Mesh) -> None:
+    async with mesh.working():
+        cache_id = (await mesh.cache()).cache_id
+        rewrite(await mesh.cache_folder(cache_id), halve_targets)
+        job = await mesh.create(layers=[1], source={"cache_id": cache_id})
+        failed = await mesh.reached(job.id, pb.TRAINING_STATUS_FAILED, pb.TRAINING_STATUS_COMPLETED)
+    said = "source.cache_id: the cache mixes torch.float16, torch.float32"
+    assert (failed.error_code, failed.error_message) == ("VALIDATION_ERROR", said)
+    assert (failed.step, mesh.registry.ledger) == (0, {})
+    async with mesh.context.database.connection() as conn:
+        await conn.execute(
+            "UPDATE activation_cache SET model_id = 'm_other',"
+            """ manifest = jsonb_set(manifest, '{model,digest}', '"other"')"""
+        )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await mesh.create(layers=[1], source={"cache_id": cache_id})
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == "source.cache_id: the cache is of model m_other"
 
 
 async def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint_and_names_the_row(mesh: Mesh) -> None:
@@ -78,7 +110,7 @@ async def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint_and_n
         await eventually(lambda: mesh.has_checkpoint(job.id), timeout=60)
         await mesh.stub.PauseTrainingJob(pb.PauseTrainingJobRequest(id=job.id))
         paused = await mesh.reached(job.id, pb.TRAINING_STATUS_PAUSED)
-        shard = break_row(folder, 5)
+        shard = rewrite(folder, break_row_5)
         await mesh.stub.ResumeTrainingJob(pb.ResumeTrainingJobRequest(id=job.id))
         failed = await mesh.reached(job.id, pb.TRAINING_STATUS_FAILED, pb.TRAINING_STATUS_COMPLETED)
         assert failed.error_code == "NON_FINITE_LOSS"
@@ -89,7 +121,7 @@ async def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint_and_n
         facts = found[-1].data["details"]
         assert (found[-1].event, facts["shard"], int(facts["shard_row"])) == ("training:failed", shard, 5)
         assert (int(facts["rows"]), int(facts["non_finite_x"]), int(facts["non_finite_y"])) == (BATCH, 0, 1)
-        rows = CacheRows(folder, {"pair": ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out")})
+        rows = CacheRows(folder, {"pair": POINTS})
         x, _ = next(rows.batches(BATCH, 0, int(facts["position"])))["pair"]
         assert int(facts["position"]) == BATCH * int(facts["step"]) >= last.tokens_seen
         assert (float(facts["min_x"]), float(facts["max_x"])) == (x.min(), x.max())
