@@ -66,5 +66,5 @@ def test_two_processes_of_one_name_are_refused():
 
 
 def test_an_unknown_topology_names_those_that_exist():
-    with pytest.raises(StartError, match="dual-24gb, jetson, local, local-split"):
+    with pytest.raises(StartError, match="dual-24gb, dual-cpu, jetson, local, local-split"):
         load_topology("nowhere")
