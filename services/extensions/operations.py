@@ -126,19 +126,23 @@ class Operations:
         return replace(page, items=marked)
 
     async def delete(self, extension_id: str) -> None:
-        """Delete an extension and its files.
+        """Delete an extension and its files, and give its memory back.
 
         Raises:
             errors.NotFound: there is none.
-            errors.Conflict: a lens uses it, or it is being trained.
+            errors.Conflict: a lens or a call uses it, or it is being trained.
         """
-        lenses = await self._catalogue.lenses_of(await self._store.get(extension_id))
+        extension = await self._store.get(extension_id)
+        if extension.status == "training":
+            raise errors.Conflict(f"{extension_id} is being trained", metadata={"job_id": extension.job_id or ""})
+        lenses = await self._catalogue.lenses_of(extension)
         if lenses:
             raise errors.Conflict(
                 f"lenses use {extension_id}: {', '.join(lenses)}",
                 reason="IN_USE",
                 metadata={"lenses": ", ".join(lenses)},
             )
+        await self._catalogue.take_off(extension)
         await self._store.delete(extension_id)
 
     async def train(self, training: NewTraining, *, key: RequestKey) -> str:

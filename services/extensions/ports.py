@@ -174,6 +174,13 @@ class Catalogue(Protocol):
     async def lenses_of(self, extension: Extension) -> list[str]:
         """Ids of the lenses that use an extension."""
 
+    async def take_off(self, extension: Extension) -> None:
+        """Deactivate it and have its base's host forget it; nothing to do where it is not attached.
+
+        Raises:
+            Conflict: `IN_USE`: a call uses it.
+        """
+
     async def switch(self, extension: Extension, active: bool) -> Switch:
         """Make an extension the active lens of its base, or the base alone."""
 

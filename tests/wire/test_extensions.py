@@ -356,6 +356,20 @@ async def test_a_base_serves_others_while_it_is_trained(mesh: Mesh) -> None:
     assert (await mesh.stub.GetExtension(pb.GetExtensionRequest(id=made.id))).status == pb.EXTENSION_STATUS_CREATED
 
 
+async def test_deleting_gives_the_memory_back(mesh: Mesh) -> None:
+    made = await create(mesh)
+    bare = await continuation(mesh)
+    await mesh.stub.GenerateWithExtension(pb.GenerateWithExtensionRequest(id=made.id, prompt="x", max_new_tokens=1))
+    before = mesh.context.residency.used_bytes
+    switch = await mesh.stub.ActivateExtension(pb.ActivateExtensionRequest(id=made.id))
+    assert switch.memory_after_bytes == before + 4 * TRAINABLE
+    await mesh.stub.DeleteExtension(pb.DeleteExtensionRequest(id=made.id))
+    resident = mesh.context.residency.get(MODEL)
+    assert (resident.active, dict(resident.lenses), list(resident.base.extensions)) == (None, {}, [])
+    assert mesh.context.residency.used_bytes == before
+    assert await continuation(mesh) == bare
+
+
 async def test_deleting_takes_rows_and_files_but_not_what_others_share(mesh: Mesh, database: Database) -> None:
     one, twin = await create(mesh), await create(mesh)
     assert one.artifact_uri == twin.artifact_uri

@@ -97,6 +97,15 @@ class Peers:
                 return found
             request.page_token = page.next_page_token
 
+    async def take_off(self, extension: Extension) -> None:
+        """The base alone first, if it was active; then the host detaches it."""
+        await self.switch(extension, active=False)
+        with translated_calls():
+            host = await self._hosts.having(extension.model_id)
+            if host is not None:
+                request = residency_pb2.DetachLensRequest(model_id=extension.model_id, lens_id=extension.id)
+                await host.DetachLens(request, timeout=LOOK_UP_SECONDS)
+
     async def switch(self, extension: Extension, active: bool) -> Switch:
         """A lens switch in the base's group; deactivating an extension that is not active changes nothing."""
         if not active and extension.id not in await self.active_extensions({extension.model_id}):

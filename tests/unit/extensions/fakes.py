@@ -111,6 +111,9 @@ class FakeCatalogue:
     async def lenses_of(self, extension: Extension) -> list[str]:
         return self.lenses
 
+    async def take_off(self, extension: Extension) -> None:
+        self.active -= {extension.id}
+
     async def switch(self, extension: Extension, active: bool) -> Switch:
         self.active = {extension.id} if active else set()
         return Switch(0.001, 10, 20, extension.id if active else "")
