@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import asdict, replace
 from typing import Any, cast
@@ -188,6 +188,18 @@ class Operations:
             errors.NotFound: there is none.
         """
         return await self._catalogue.generate(await self._store.get(extension_id), _resolved(prompt))
+
+    async def generate_together(self, wanted: Sequence[tuple[str, Prompt]]) -> Sequence[Generated]:
+        """Continue several prompts in the same forward passes, each with an extension of its own on one base.
+
+        Raises:
+            errors.NotFound: an extension is not there.
+            errors.Invalid: they are on several bases, or one is more than LoRA.
+        """
+        asked = [(await self._store.get(extension_id), _resolved(prompt)) for extension_id, prompt in wanted]
+        if len({extension.model_id for extension, _ in asked}) > 1:
+            raise errors.Invalid.of("requests.id", "must be extensions of one base")
+        return await self._catalogue.generate_together(asked)
 
     async def generate_stream(self, extension_id: str, prompt: Prompt) -> AsyncGenerator[Generated, None]:
         """The same, each part what came since the last one.

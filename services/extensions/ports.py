@@ -187,6 +187,9 @@ class Catalogue(Protocol):
     async def generate(self, extension: Extension, prompt: Prompt) -> Generated:
         """Continue a prompt on the host that has the base."""
 
+    async def generate_together(self, asked: Sequence[tuple[Extension, Prompt]]) -> Sequence[Generated]:
+        """Continue prompts with extensions of one base in the same forward passes."""
+
     def generate_stream(self, extension: Extension, prompt: Prompt) -> AsyncGenerator[Generated, None]:
         """The same, each part what came since the last one; closing it ends the generation."""
 

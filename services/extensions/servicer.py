@@ -141,6 +141,14 @@ class ExtensionServicer(extensions_pb2_grpc.ExtensionServiceServicer):
             async for part in parts:
                 yield _generated(part)
 
+    async def GenerateTogether(
+        self, request: pb.GenerateTogetherRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GenerateTogetherResponse:
+        """See the proto."""
+        wanted = [(each.id, _prompt(each)) for each in request.requests]
+        made = await self._operations.generate_together(wanted)
+        return pb.GenerateTogetherResponse(texts=[_generated(each) for each in made])
+
     async def EvaluateExtension(
         self, request: pb.EvaluateExtensionRequest, context: grpc.aio.ServicerContext
     ) -> pb.ExtensionEvaluation:

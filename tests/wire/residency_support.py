@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
+import torch
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 from lensmesh.common.v1 import types_pb2
 from lensmesh.registry.v1 import datasets_pb2, datasets_pb2_grpc, devices_pb2, devices_pb2_grpc
 from lensmesh.residency.v1 import residency_pb2, residency_pb2_grpc
+from peft import LoraConfig
 
 from services.kit import auth
 from services.kit.artifacts import ArtifactStore
@@ -24,6 +29,7 @@ from services.kit.methods import methods_of
 from services.kit.metrics import RpcMetrics, new_registry
 from services.kit.server import Context, Part
 from services.residency.__main__ import compose
+from services.residency.lenses import extension_files, lora
 from services.residency.pool import Pool
 
 REGISTRY = ("lensmesh.registry.v1.PlacementService", "lensmesh.registry.v1.DatasetService")
@@ -134,3 +140,39 @@ async def hosting(database: Database, state: Path, model_root: Path) -> AsyncIte
             yield Host(stub, context.residency, part, registry, context)
         for close in part.close:
             await close()
+
+
+async def refused(call) -> tuple[grpc.StatusCode, str, dict[str, str]]:
+    """(code, reason, metadata) of a call that fails."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    status = rpc_status.from_call(caught.value)
+    info = error_details_pb2.ErrorInfo()
+    next(detail for detail in status.details if detail.Is(info.DESCRIPTOR)).Unpack(info)
+    return caught.value.code(), info.reason, dict(info.metadata)
+
+
+async def publish(host: Host, kind: str, write) -> str:
+    with host.context.artifacts.staging(kind) as folder:
+        write(folder)
+        async with host.context.database.transaction() as conn:
+            return (await host.context.artifacts.publish(conn, kind, folder, {})).uri
+
+
+def extension(base: torch.nn.Module, digest: str, seed: int):
+    """Writes a LoRA extension that does something."""
+    targets = lora.matched(lora.adaptable(base), ["c_attn", "mlp.c_proj"])
+    make = torch.Generator().manual_seed(seed)
+    weights = {
+        name: torch.randn(tensor.shape, generator=make) * 0.05 if "lora_B" in name else tensor
+        for name, tensor in lora.fresh_weights(targets, 4, seed).items()
+    }
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=sorted(["c_attn", "mlp.c_proj"]))
+    manifest = extension_files.Manifest(
+        kind="lora",
+        task_name=f"task-{seed}",
+        operations=({"op": "lora"},),
+        base_structure=extension_files.structure(base),
+        base_digest=digest,
+    )
+    return lambda folder: extension_files.write(folder, manifest, weights, lora.config_json(config))

@@ -235,6 +235,20 @@ async def test_layers_and_hybrids_are_trained_and_switched_like_adapters(mesh: M
     assert await continuation(mesh) == bare
 
 
+async def test_several_extensions_continue_their_prompts_in_one_call(mesh: Mesh) -> None:
+    first, second = await create(mesh), await create(mesh, lora=pb.LoraConfig(r=2, variant="LORA_VARIANT_RSLORA"))
+    asked = [(first, "def add", 8), (second, "class Stack:", 3), (first, "for index in", 5)]
+    requests = [pb.GenerateWithExtensionRequest(id=x.id, prompt=p, max_new_tokens=n) for x, p, n in asked]
+    alone = [(await mesh.stub.GenerateWithExtension(request)).token_ids for request in requests]
+    answer = await mesh.stub.GenerateTogether(pb.GenerateTogetherRequest(requests=requests))
+    assert [list(made.token_ids) for made in answer.texts] == [list(tokens) for tokens in alone]
+    assert [len(tokens) for tokens in alone] == [8, 3, 5]
+    layer = await create(mesh, kind="EXTENSION_KIND_LAYER", layer=pb.LayerConfig(), lora=None)
+    requests[1].id = layer.id
+    code, _, fields = await refused(mesh.stub.GenerateTogether(pb.GenerateTogetherRequest(requests=requests)))
+    assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["requests.extension"])
+
+
 async def test_a_continuation_is_streamed_a_token_at_a_time(mesh: Mesh) -> None:
     """The parts are the whole, half a character is held back, and a reader that leaves ends the work."""
     made = await create(mesh)

@@ -8,21 +8,17 @@ from contextlib import suppress
 import grpc
 import pytest
 import torch
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 from lensmesh.common.v1 import types_pb2
 from lensmesh.residency.v1 import residency_pb2
-from peft import LoraConfig
 from prometheus_client import generate_latest
 
-from services.residency.lenses import extension_files, lora
 from services.residency.lenses.transcoder import Transcoder, TranscoderShape
 from services.residency.splice import logits
 from tests import models
 from tests.support import eventually
-from tests.wire.residency_support import Host, hosting, local
+from tests.wire.residency_support import Host, extension, hosting, local, publish, refused
 
-TEXT = "def add(left, right):\n    return left + right\n"
+TEXT = models.TEXTS[0]
 
 
 @pytest.fixture
@@ -34,26 +30,9 @@ async def host(database, tmp_path):
             yield host
 
 
-async def refused(call) -> tuple[grpc.StatusCode, str, dict[str, str]]:
-    """(code, reason, metadata) of a call that fails."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    status = rpc_status.from_call(caught.value)
-    info = error_details_pb2.ErrorInfo()
-    next(detail for detail in status.details if detail.Is(info.DESCRIPTOR)).Unpack(info)
-    return caught.value.code(), info.reason, dict(info.metadata)
-
-
 async def base_logits(host: Host, model_id: str) -> torch.Tensor:
     async with host.pool.lease(model_id) as lease:
         return await lease.run(logits, lease.model, models.batch())
-
-
-async def publish(host: Host, kind: str, write) -> str:
-    with host.context.artifacts.staging(kind) as folder:
-        write(folder)
-        async with host.context.database.transaction() as conn:
-            return (await host.context.artifacts.publish(conn, kind, folder, {})).uri
 
 
 def transcoder(width: int = models.WIDTH, dict_size: int = 96, **info) -> Transcoder:
@@ -227,25 +206,6 @@ async def expected_features(host: Host, ids: list[int], uri: str) -> list[list[i
     return [row.topk(5).indices.tolist() for row in code]
 
 
-def extension(base: torch.nn.Module, digest: str, seed: int):
-    """Writes a LoRA extension that does something."""
-    targets = lora.matched(lora.adaptable(base), ["c_attn", "mlp.c_proj"])
-    make = torch.Generator().manual_seed(seed)
-    weights = {
-        name: torch.randn(tensor.shape, generator=make) * 0.05 if "lora_B" in name else tensor
-        for name, tensor in lora.fresh_weights(targets, 4, seed).items()
-    }
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=sorted(["c_attn", "mlp.c_proj"]))
-    manifest = extension_files.Manifest(
-        kind="lora",
-        task_name=f"task-{seed}",
-        operations=({"op": "lora"},),
-        base_structure=extension_files.structure(base),
-        base_digest=digest,
-    )
-    return lambda folder: extension_files.write(folder, manifest, weights, lora.config_json(config))
-
-
 @pytest.mark.parametrize("quantization", ["NONE", "INT8"])
 async def test_extensions_alter_the_model_only_while_they_are_used(host, quantization):
     await host.load("m", "gpt2", quantization)
@@ -278,49 +238,6 @@ async def test_extensions_alter_the_model_only_while_they_are_used(host, quantiz
         await host.stub.DetachLens(residency_pb2.DetachLensRequest(model_id="m", lens_id=lens_id))
     assert host.pool.used_bytes == used
     assert torch.equal(await base_logits(host, "m"), before)
-
-
-async def test_generations_that_bring_the_same_extension_along_do_not_take_it_from_each_other(host):
-    await host.load("m", "gpt2")
-    base, used = host.pool.get("m").base, host.pool.used_bytes
-    requests = [generation(seed, await guest(host, base, 1 + seed % 2)) for seed in range(4)]
-    alone = [await host.stub.Generate(request) for request in requests]
-    assert host.pool.get("m").lenses == {}
-    together = await asyncio.gather(*(host.stub.Generate(request) for request in requests * 3))
-    assert [list(made.token_ids) for made in together] == [list(made.token_ids) for made in alone] * 3
-    assert host.pool.get("m").lenses == {}
-    assert host.pool.used_bytes == used
-
-
-async def test_several_tasks_are_continued_in_the_same_forward_passes(host):
-    await host.load("m", "gpt2")
-    base = host.pool.get("m").base
-    lenses = [await guest(host, base, seed) for seed in (1, 2)]
-    requests = [generation(seed, lens) for seed, lens in enumerate((*lenses, None, lenses[0]))]
-    alone = [list((await host.stub.Generate(request)).token_ids) for request in requests]
-    answer = await host.stub.GenerateTogether(residency_pb2.GenerateTogetherRequest(requests=requests))
-    assert [list(made.token_ids) for made in answer.texts] == alone
-    assert len({tuple(tokens) for tokens in alone}) == 4
-    assert host.pool.get("m").lenses == {}
-    changed = types_pb2.InterventionSpec(site="mlp_out", layer=1, op="OP_ZERO")
-    requests[2].interventions.append(changed)
-    call = host.stub.GenerateTogether(residency_pb2.GenerateTogetherRequest(requests=requests))
-    code, _, _ = await refused(call)
-    assert code == grpc.StatusCode.INVALID_ARGUMENT
-
-
-async def guest(host, base, seed: int) -> types_pb2.LensSpec:
-    """An extension that is stored and not attached."""
-    uri = await publish(host, "extension", extension(base.model, base.digest, seed))
-    return types_pb2.LensSpec(lens_id=f"x{seed}", kind=types_pb2.LENS_KIND_EXTENSION, artifact_uri=uri)
-
-
-def generation(seed: int, lens: types_pb2.LensSpec | None) -> residency_pb2.GenerateRequest:
-    """One whose prompt and end depend on the seed."""
-    return residency_pb2.GenerateRequest(
-        model_id="m", prompt=TEXT[: 20 + 5 * seed], max_new_tokens=6 + 5 * seed, seed=seed, temperature=seed % 2,
-        extension=lens,
-    )  # fmt: skip
 
 
 async def test_an_extension_of_another_base_is_refused(host):

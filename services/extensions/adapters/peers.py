@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 import grpc
 from google.protobuf import json_format
@@ -124,6 +124,14 @@ class Peers:
         with translated_calls():
             host = await self._hosts.of(extension.model_id)
             return _generated(await host.Generate(_request(extension, prompt)))
+
+    async def generate_together(self, asked: Sequence[tuple[Extension, Prompt]]) -> list[Generated]:
+        """On the host that has the base, in one call."""
+        with translated_calls():
+            host = await self._hosts.of(asked[0][0].model_id)
+            requests = [_request(extension, prompt) for extension, prompt in asked]
+            made = await host.GenerateTogether(residency_pb2.GenerateTogetherRequest(requests=requests))
+            return [_generated(each) for each in made.texts]
 
     async def generate_stream(self, extension: Extension, prompt: Prompt) -> AsyncGenerator[Generated, None]:
         """The same; the call is cancelled when its reader leaves."""

@@ -121,6 +121,9 @@ class FakeCatalogue:
     async def generate(self, extension: Extension, prompt: Prompt) -> Generated:
         return Generated(prompt.text, tuple(range(prompt.max_new_tokens)), 0.1)
 
+    async def generate_together(self, asked: Sequence[tuple[Extension, Prompt]]) -> list[Generated]:
+        return [await self.generate(extension, prompt) for extension, prompt in asked]
+
     async def generate_stream(self, extension: Extension, prompt: Prompt) -> AsyncGenerator[Generated, None]:
         for token in range(prompt.max_new_tokens):
             yield Generated(prompt.text, (token,), 0.1)

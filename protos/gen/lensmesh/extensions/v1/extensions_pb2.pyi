@@ -381,6 +381,18 @@ class ImportExtensionRequest(_message.Message):
     request_id: str
     def __init__(self, model_id: _Optional[str] = ..., task_name: _Optional[str] = ..., identifier: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
+class GenerateTogetherRequest(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[GenerateWithExtensionRequest]
+    def __init__(self, requests: _Optional[_Iterable[_Union[GenerateWithExtensionRequest, _Mapping]]] = ...) -> None: ...
+
+class GenerateTogetherResponse(_message.Message):
+    __slots__ = ("texts",)
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    texts: _containers.RepeatedCompositeFieldContainer[_types_pb2.GeneratedText]
+    def __init__(self, texts: _Optional[_Iterable[_Union[_types_pb2.GeneratedText, _Mapping]]] = ...) -> None: ...
+
 class EvaluateExtensionRequest(_message.Message):
     __slots__ = ("id", "dataset_id", "sample_count", "max_length")
     ID_FIELD_NUMBER: _ClassVar[int]

@@ -98,6 +98,11 @@ class ExtensionServiceStub:
                 request_serializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.GenerateWithExtensionRequest.SerializeToString,
                 response_deserializer=lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.FromString,
                 _registered_method=True)
+        self.GenerateTogether = channel.unary_unary(
+                '/lensmesh.extensions.v1.ExtensionService/GenerateTogether',
+                request_serializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.GenerateTogetherRequest.SerializeToString,
+                response_deserializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.GenerateTogetherResponse.FromString,
+                _registered_method=True)
         self.EvaluateExtension = channel.unary_unary(
                 '/lensmesh.extensions.v1.ExtensionService/EvaluateExtension',
                 request_serializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.EvaluateExtensionRequest.SerializeToString,
@@ -193,6 +198,14 @@ class ExtensionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateTogether(self, request, context):
+        """Continues several prompts at once, each with an extension of its own, on one base in the same forward passes. All
+        must be LoRA or rsLoRA alone; each answer is, up to rounding, the one that its request gets alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def EvaluateExtension(self, request, context):
         """Its loss beside its base's.
         """
@@ -262,6 +275,11 @@ def add_ExtensionServiceServicer_to_server(servicer, server):
                     servicer.GenerateWithExtensionStream,
                     request_deserializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.GenerateWithExtensionRequest.FromString,
                     response_serializer=lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.SerializeToString,
+            ),
+            'GenerateTogether': grpc.unary_unary_rpc_method_handler(
+                    servicer.GenerateTogether,
+                    request_deserializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.GenerateTogetherRequest.FromString,
+                    response_serializer=lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.GenerateTogetherResponse.SerializeToString,
             ),
             'EvaluateExtension': grpc.unary_unary_rpc_method_handler(
                     servicer.EvaluateExtension,
@@ -594,6 +612,33 @@ class ExtensionService:
             '/lensmesh.extensions.v1.ExtensionService/GenerateWithExtensionStream',
             lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.GenerateWithExtensionRequest.SerializeToString,
             lensmesh_dot_common_dot_v1_dot_types__pb2.GeneratedText.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateTogether(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lensmesh.extensions.v1.ExtensionService/GenerateTogether',
+            lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.GenerateTogetherRequest.SerializeToString,
+            lensmesh_dot_extensions_dot_v1_dot_extensions__pb2.GenerateTogetherResponse.FromString,
             options,
             channel_credentials,
             insecure,
