@@ -267,6 +267,18 @@ class HostedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """What shall have room on a device beside a base, with bytes by id."""
+
+    sources: tuple[tuple[str, int], ...] = ()
+    """Models whose activations its lenses read."""
+    lenses: tuple[tuple[str, int], ...] = ()
+
+
+ALONE = Beside()
+
+
+@dataclass(frozen=True, slots=True)
 class Eviction:
     """A model that has to leave first."""
 

@@ -213,7 +213,7 @@ async def test_groups_share_a_source_and_it_moves_only_when_neither_needs_it(mes
 
 
 async def test_a_switch_plans_for_the_source_and_brings_it(mesh: Mesh) -> None:
-    host = await add_host(mesh, budget=225 * MB, park=400 * MB)
+    host = await add_host(mesh, budget=235 * MB, park=400 * MB)
     source = await mesh.create("c")
     a, b = await group(mesh, "a"), await reading(mesh, "b", source.id)
     await switched(mesh, a)

@@ -8,7 +8,7 @@ from typing import Any
 
 from services.kit.errors import Exhausted
 from services.kit.ids import new_id
-from services.registry.domain import Caller, Host, LoadPlan, Model, Need, insufficient_memory
+from services.registry.domain import ALONE, Beside, Caller, Host, LoadPlan, Model, Need, insufficient_memory
 from services.registry.operations.planning import plan_load
 from services.registry.operations.registry import Registry, no_host
 from services.registry.ports import Transaction
@@ -32,8 +32,8 @@ class Order:
     """user, service, preload or restore."""
     leaves: tuple[str, ...] = field(default=())
     """Hosts that give the model up once it is on the new one (a move)."""
-    sources: tuple[tuple[str, int], ...] = field(default=())
-    """Models, with their bytes, that shall have room beside it: its lenses read their activations."""
+    beside: Beside = ALONE
+    """What shall have room there, too."""
 
     def payload(self, model_id: str) -> dict[str, Any]:
         """As plain JSON."""
@@ -43,8 +43,9 @@ class Order:
     def of(cls, payload: Mapping[str, Any]) -> Order:
         """Read it back."""
         order = payload["order"]
-        tuples = {"leaves": tuple(order["leaves"]), "sources": tuple((name, size) for name, size in order["sources"])}
-        return cls(**{**order, "need": Need(**order["need"]), **tuples})
+        beside = {kind: tuple((name, size) for name, size in pairs) for kind, pairs in order["beside"].items()}
+        read = {"need": Need(**order["need"]), "leaves": tuple(order["leaves"]), "beside": Beside(**beside)}
+        return cls(**{**order, **read})
 
 
 async def count_load(registry: Registry, tx: Transaction, caller: Caller) -> None:
@@ -104,7 +105,7 @@ def plan_order(order: Order, hosts: Sequence[Host], limit: int, model_id: str) -
         limit=limit,
         seconds=order.seconds,
         copy_of=(model_id, order.quantization),
-        sources=order.sources,
+        beside=order.beside,
     )
     if plan.best is None:
         raise does_not_fit(plan, limit)

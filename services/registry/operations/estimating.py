@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from services.kit.errors import Invalid, Unavailable
-from services.registry.domain import Facts, LoadPlan, Model, Need, Source
+from services.registry.domain import ALONE, Beside, Facts, LoadPlan, Model, Need, Source
 from services.registry.operations.planning import ASSUMED_BYTES_PER_SECOND, plan_load
 from services.registry.operations.registry import Registry, no_host
 
@@ -83,7 +82,7 @@ async def estimate_model(
     model_id: str,
     quantization: str | None,
     device: str,
-    sources: Sequence[tuple[str, int]] = (),
+    beside: Beside = ALONE,
 ) -> LoadPlan:
     """What a load would need, where it fits and what would be evicted. Changes nothing.
 
@@ -94,7 +93,7 @@ async def estimate_model(
     model = await inspected(registry, model_id)
     need, seconds = await need_of(registry, model.files, quantization or model.quantization, model_id=model_id)
     copy_of = (model_id, quantization or model.quantization)
-    return await plan(registry, need, device=device, seconds=seconds, copy_of=copy_of, sources=sources)
+    return await plan(registry, need, device=device, seconds=seconds, copy_of=copy_of, beside=beside)
 
 
 async def plan(
@@ -105,7 +104,7 @@ async def plan(
     seconds: float,
     fall_back: bool = False,
     copy_of: tuple[str, str] = ("", ""),
-    sources: Sequence[tuple[str, int]] = (),
+    beside: Beside = ALONE,
 ) -> LoadPlan:
     """Placements of a need over the live hosts; see `plan_load`.
 
@@ -125,5 +124,5 @@ async def plan(
         limit=limit,
         seconds=seconds,
         copy_of=copy_of,
-        sources=sources,
+        beside=beside,
     )

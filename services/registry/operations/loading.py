@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from services.kit.errors import Conflict, LensmeshError, Unavailable
 from services.kit.requests import RequestKey
-from services.registry.domain import Caller, LoadPlan, Model, Residency
+from services.registry.domain import ALONE, Beside, Caller, LoadPlan, Model, Residency
 from services.registry.operations.admission import Order, accept, count_load, does_not_fit, plan_order
 from services.registry.operations.estimating import estimate_model, inspected, need_of, plan
 from services.registry.operations.registry import Registry, no_host
 from services.registry.operations.unloading import unload_copies
 from services.registry.ports import Transaction
-
-Sources = Sequence[tuple[str, int]]
-"""Models whose activations lenses read, with their bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +99,8 @@ async def move_model(registry: Registry, caller: Caller, model_id: str, device: 
         return Started(model_id, "loading", job, f"It moves to {found.best and found.best.device}", found)
 
 
-async def ensure_resident(registry: Registry, host_id: str, model_id: str, sources: Sources = ()) -> Residency:
-    """Where a model is in one host process, after loading it there if need be, with room for `sources` beside it.
+async def ensure_resident(registry: Registry, host_id: str, model_id: str, beside: Beside = ALONE) -> Residency:
+    """Where a model is in one host process, after loading it there if need be, with room for what shall be beside it.
 
     Raises:
         NotFound: no such model or host.
@@ -126,11 +122,11 @@ async def ensure_resident(registry: Registry, host_id: str, model_id: str, sourc
             started = (here.job_id or "") if here.state == "loading" else ""
             await registry.endings.wait(here.job_id or model_id, 1.0 if here.state == "loading" else 0.2)
             continue
-        started = await _load_on(registry, host_id, model_id, sources)
+        started = await _load_on(registry, host_id, model_id, beside)
 
 
-async def bring_base(registry: Registry, model_id: str, sources: Sources = ()) -> Residency:
-    """The copy of a model that serves, after loading one where it fits best, with room for `sources` beside it.
+async def bring_base(registry: Registry, model_id: str, beside: Beside = ALONE) -> Residency:
+    """The copy of a model that serves, after loading one where it fits best, with room for what shall be beside it.
 
     Raises:
         Exhausted: it fits nowhere.
@@ -140,11 +136,11 @@ async def bring_base(registry: Registry, model_id: str, sources: Sources = ()) -
         copies = await tx.placement.of_model(model_id)
     placed = next((copy.host_id for copy in copies if copy.state in ("resident", "loading")), None)
     if placed is None:
-        found = await estimate_model(registry, model_id, None, "", sources)
+        found = await estimate_model(registry, model_id, None, "", beside)
         if found.best is None:
             raise does_not_fit(found, registry.limits.max_resident_models)
         placed = found.best.host.host_id
-    return await ensure_resident(registry, placed, model_id, sources)
+    return await ensure_resident(registry, placed, model_id, beside)
 
 
 async def await_job(registry: Registry, job_id: str) -> None:
@@ -183,7 +179,7 @@ async def restore(registry: Registry, model_id: str) -> None:
             await tx.emit("model:failed", model_id, {"model_id": model_id, "status": "failed", **failure})
 
 
-async def _load_on(registry: Registry, host_id: str, model_id: str, sources: Sources) -> str:
+async def _load_on(registry: Registry, host_id: str, model_id: str, beside: Beside) -> str:
     """Accept a load for one host process; the id of its job, of another's where one was faster."""
     model = await inspected(registry, model_id)
     need, seconds = await need_of(registry, model.files, model.quantization, model_id=model_id)
@@ -200,7 +196,7 @@ async def _load_on(registry: Registry, host_id: str, model_id: str, sources: Sou
             seconds,
             device=host.name,
             cause="service",
-            sources=tuple(sources),
+            beside=beside,
         )
         job, _ = await accept(registry, tx, model, order)
         return job

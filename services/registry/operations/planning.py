@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from services.registry.domain import Eviction, Host, LoadPlan, Need, Placement, Residency
+from services.registry.domain import ALONE, Beside, Eviction, Host, LoadPlan, Need, Placement, Residency
 
 ASSUMED_BYTES_PER_SECOND = 200_000_000
 """Speed of a load before any was measured."""
@@ -19,7 +19,7 @@ def plan_load(
     limit: int,
     seconds: float,
     copy_of: tuple[str, str] = ("", ""),
-    sources: Sequence[tuple[str, int]] = (),
+    beside: Beside = ALONE,
 ) -> LoadPlan:
     """Every device in question, best first.
 
@@ -31,7 +31,7 @@ def plan_load(
         limit: most models on one device.
         seconds: expected duration.
         copy_of: model id and quantization: a device that has it parked moves it back.
-        sources: models, with their bytes, that shall be there beside it: its lenses read their activations.
+        beside: what shall have room there, too.
     """
     wanted = [host for host in hosts if host.answers_to(device)]
     if not device and any(host.device != "cpu" for host in wanted):
@@ -39,7 +39,7 @@ def plan_load(
 
     def placed(host: Host) -> Placement:
         parked = next((r for r in host.residents if _is_parked(r) and (r.model_id, r.quantization) == copy_of), None)
-        return place(need.total, host, limit, parked, sources)
+        return place(need.total, host, limit, parked, beside)
 
     placements = rank(placed(host) for host in wanted)
     if fall_back and not any(placement.fits for placement in placements):
@@ -54,7 +54,7 @@ def place(
     host: Host,
     limit: int,
     parked: Residency | None = None,
-    sources: Sequence[tuple[str, int]] = (),
+    beside: Beside = ALONE,
 ) -> Placement:
     """Whether a model fits one device, and which idle models leave for that, least recently used first.
 
@@ -63,18 +63,19 @@ def place(
         host: the device with its ledger.
         limit: most models on it.
         parked: the model where it is parked there; then its own bytes are what it needs.
-        sources: models, with their bytes, that shall be there, too.
+        beside: what shall have room there, too.
     """
     required = required if parked is None else parked.bytes
     here = {r.model_id: r for r in host.residents}
-    absent = [(name, size) for name, size in sources if name not in here or here[name].state != "resident"]
-    beside = sum(here[name].bytes if name in here and _is_parked(here[name]) else size for name, size in absent)
-    idle = _in_order_of_leaving(host.residents, {name for name, _ in sources})
+    absent = [(name, size) for name, size in beside.sources if name not in here or here[name].state != "resident"]
+    more = sum(here[name].bytes if name in here and _is_parked(here[name]) else size for name, size in absent)
+    more += sum(size for name, size in beside.lenses if parked is None or name not in parked.lens_ids)
+    idle = _in_order_of_leaving(host.residents, {name for name, _ in beside.sources})
     held = [r for r in host.residents if r.state in ("loading", "resident")]
     obtainable = host.free_bytes + sum(r.bytes for r in idle)
     surplus = max(0, len(held) + 1 + len(absent) - limit)
-    fits = obtainable >= required + beside and surplus <= len(idle)
-    missing = required + beside - host.free_bytes
+    fits = obtainable >= required + more and surplus <= len(idle)
+    missing = required + more - host.free_bytes
     chosen = _chosen(missing, surplus, idle) if fits else []
     cause = "memory" if missing > 0 else "resident_limit"
     evictions = _evictions(chosen, cause, host, parked)

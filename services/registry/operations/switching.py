@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from services.kit.ids import new_id
-from services.registry.domain import Caller, Group, LoadPlan
+from services.registry.domain import Beside, Caller, Group, Lens, LoadPlan
 from services.registry.operations.admission import does_not_fit
 from services.registry.operations.estimating import estimate_model
 from services.registry.operations.lenses import restore_lenses, switch_lens
-from services.registry.operations.loading import Sources, bring_base, ensure_resident
+from services.registry.operations.loading import bring_base, ensure_resident
 from services.registry.operations.registry import Registry
 from services.registry.ports import LoadLease, Switched, Transaction
 
@@ -40,7 +41,7 @@ async def switch(registry: Registry, caller: Caller, group_id: str, lens_id: str
     group, resident = await _look(registry, group_id, lens_id)
     if resident:
         return await switch_lens(registry, group_id, lens_id)
-    plan, seconds = await _plan(registry, group)
+    plan, seconds = await _plan(registry, group, lens_id)
     if all(placement.required_bytes > placement.host.budget_bytes for placement in plan.placements):
         raise does_not_fit(plan, registry.limits.max_resident_models)
     job_id = new_id("job")
@@ -64,7 +65,7 @@ async def plan_switch(registry: Registry, group_id: str, lens_id: str | None) ->
     if resident:
         async with registry.store.transaction() as tx:
             return None, await tx.groups.switch_seconds(group_id, "within") or 0.0
-    return await _plan(registry, group)
+    return await _plan(registry, group, lens_id)
 
 
 async def run_switch(registry: Registry, lease: LoadLease) -> dict[str, Any]:
@@ -76,20 +77,36 @@ async def run_switch(registry: Registry, lease: LoadLease) -> dict[str, Any]:
     start = time.perf_counter()
     group_id, lens_id = lease.payload["group_id"], lease.payload["lens_id"]
     async with registry.store.transaction() as tx:
-        sources = await sources_of(tx, await tx.groups.get(group_id))
-    copy = await lease.unless_stopped(bring_base(registry, lease.payload["model_id"], sources))
-    for source, _ in sources:
+        group = await tx.groups.get(group_id)
+        beside = await _company(tx, group, lens_id)
+    copy = await lease.unless_stopped(bring_base(registry, group.model_id, beside))
+    for source, _ in beside.sources:
         await lease.unless_stopped(ensure_resident(registry, copy.host_id, source))
     await restore_lenses(registry, copy.model_id, copy.host_id)
     switched = await switch_lens(registry, group_id, lens_id, began=start)
     return {"group_id": group_id, "lens_id": lens_id, "device": copy.device, "seconds": switched.seconds}
 
 
-async def sources_of(tx: Transaction, group: Group) -> Sources:
-    """The models beside the base whose activations the group's lenses read, with their bytes."""
-    named = dict.fromkeys(lens.activation_source_model_id for lens in group.lenses)
+async def _company(tx: Transaction, group: Group, lens_id: str | None) -> Beside:
+    """What the group needs beside its base: all its lenses and their sources; where that fits nowhere, the one lens."""
+    whole = await _beside(tx, group.lenses)
+    hosts = await tx.placement.hosts()
+    model = await tx.models.get(group.model_id)
+    size = (model.memory_usage_bytes or model.estimated_memory_bytes or 0) + sum(
+        size for _, size in (*whole.sources, *whole.lenses)
+    )
+    if any(size <= host.budget_bytes - host.reserved_bytes for host in hosts):
+        return whole
+    return await _beside(tx, [lens for lens in group.lenses if lens.id == lens_id])
+
+
+async def _beside(tx: Transaction, lenses: Sequence[Lens]) -> Beside:
+    named = dict.fromkeys(lens.activation_source_model_id for lens in lenses)
     models = [await tx.models.get(name) for name in named if name]
-    return [(model.id, model.memory_usage_bytes or model.estimated_memory_bytes or 0) for model in models]
+    return Beside(
+        sources=tuple((each.id, each.memory_usage_bytes or each.estimated_memory_bytes or 0) for each in models),
+        lenses=tuple((lens.id, lens.size_bytes) for lens in lenses),
+    )
 
 
 async def _look(registry: Registry, group_id: str, lens_id: str | None) -> tuple[Group, bool]:
@@ -102,10 +119,10 @@ async def _look(registry: Registry, group_id: str, lens_id: str | None) -> tuple
     return group, any(copy.state == "resident" for copy in copies)
 
 
-async def _plan(registry: Registry, group: Group) -> tuple[LoadPlan, float]:
+async def _plan(registry: Registry, group: Group, lens_id: str | None) -> tuple[LoadPlan, float]:
     async with registry.store.transaction() as tx:
-        sources = await sources_of(tx, group)
-    plan = await estimate_model(registry, group.model_id, None, "", sources)
+        beside = await _company(tx, group, lens_id)
+    plan = await estimate_model(registry, group.model_id, None, "", beside)
     async with registry.store.transaction() as tx:
         measured = await tx.groups.switch_seconds(group.id, "cross")
     return plan, plan.estimated_seconds if measured is None else measured

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.kit.errors import Exhausted
-from services.registry.domain import Host, Need, Residency
+from services.registry.domain import Beside, Host, Need, Residency
 from services.registry.operations.admission import does_not_fit
 from services.registry.operations.planning import may_leave, place, plan_load
 
@@ -218,10 +218,24 @@ def test_a_source_leaves_only_after_the_models_that_read_it() -> None:
     assert evicted(90, host("h", 100, parked, source, used_bytes=50, park_bytes=90)) == ["source"]
 
 
+def beside(**sources: int) -> Beside:
+    return Beside(sources=tuple(sources.items()))
+
+
+def test_room_for_the_lenses_is_made_unless_they_are_parked_with_their_base() -> None:
+    lenses = Beside(lenses=(("l1", 20), ("l2", 20)))
+    on = host("h", 100, resident("idle", 40, 5))
+    assert [e.model_id for e in place(50, on, 10, None, lenses).evictions] == ["idle"]
+    assert place(20, on, 10, None, lenses).evictions == ()
+    parked = resident("m", 50, 5, state="parked", lens_bytes=20, lens_ids=("l1",))
+    on = host("h", 100, resident("idle", 10, 5), parked, used_bytes=10)
+    assert place(80, on, 10, parked, lenses).evictions == ()
+
+
 def test_room_for_the_sources_is_made_with_the_room_for_their_base() -> None:
     on = host("h", 100, resident("idle", 30, 5), resident("here", 30, 9))
-    assert [e.model_id for e in place(50, on, 10, None, [("here", 30), ("absent", 20)]).evictions] == ["idle"]
-    assert not place(50, on, 10, None, [("here", 30), ("absent", 21)]).fits
+    assert [e.model_id for e in place(50, on, 10, None, beside(here=30, absent=20)).evictions] == ["idle"]
+    assert not place(50, on, 10, None, beside(here=30, absent=21)).fits
     parked = host("h", 100, resident("s", 20, 5, state="parked"), used_bytes=0)
-    assert place(80, parked, 10, None, [("s", 90)]).fits
-    assert not place(50, on, 2, None, [("here", 30), ("absent", 0)]).fits
+    assert place(80, parked, 10, None, beside(s=90)).fits
+    assert not place(50, on, 2, None, beside(here=30, absent=0)).fits
