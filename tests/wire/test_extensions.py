@@ -372,8 +372,8 @@ async def test_a_base_serves_others_while_it_is_trained(mesh: Mesh) -> None:
 
 async def test_deleting_gives_the_memory_back(mesh: Mesh) -> None:
     made = await create(mesh)
-    bare = await continuation(mesh)
     await mesh.stub.GenerateWithExtension(pb.GenerateWithExtensionRequest(id=made.id, prompt="x", max_new_tokens=1))
+    bare = await continuation(mesh)
     before = mesh.context.residency.used_bytes
     switch = await mesh.stub.ActivateExtension(pb.ActivateExtensionRequest(id=made.id))
     assert switch.memory_after_bytes == before + 4 * TRAINABLE
