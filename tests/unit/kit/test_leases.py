@@ -114,7 +114,7 @@ async def test_a_worker_that_cannot_renew_gives_up_before_its_lease_ends(
 
 async def test_a_lease_is_renewed_as_long_as_the_handler_runs(store: JobStore, database: Database) -> None:
     gate = Gate()
-    quick = JobStore(database, lease_seconds=0.6)
+    quick = JobStore(database, lease_seconds=2.0)
     worker = worker_of(quick, gate)
     query = "SELECT lease_until FROM jobs"
     async with working(worker):
@@ -123,7 +123,7 @@ async def test_a_lease_is_renewed_as_long_as_the_handler_runs(store: JobStore, d
         first = await database.pool.fetchval(query)
 
         async def renewed_past_its_first_end() -> bool:
-            return await database.pool.fetchval("SELECT clock_timestamp() > $1::timestamptz + interval '1 s'", first)
+            return await database.pool.fetchval("SELECT clock_timestamp() > $1::timestamptz + interval '2.5 s'", first)
 
         await eventually(renewed_past_its_first_end)
         gate.release.set()
