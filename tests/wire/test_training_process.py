@@ -25,7 +25,8 @@ from services.training.adapters.processes import Processes
 from services.training.dialogue import Start
 
 async def main():
-    start = Start({"coders": [], "num_tokens": 0, "base_digest": ""}, "cpu", state="/nowhere")
+    plan = {"coders": [], "num_tokens": 0, "base_digest": ""}
+    start = Start(plan, "cpu", sys.argv[1:], state="/nowhere")
     async with Processes().start(start) as child:
         print(child.pid, flush=True)
         await asyncio.Event().wait()
@@ -34,14 +35,20 @@ asyncio.run(main())
 """
 
 
-async def test_it_does_not_outlive_a_parent_that_is_killed() -> None:
-    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", PARENT, stdout=subprocess.PIPE, cwd=HOME)
+@pytest.mark.parametrize("ranks", [1, 2])
+async def test_it_does_not_outlive_a_parent_that_is_killed(ranks: int) -> None:
+    program = (sys.executable, "-c", PARENT, *["cpu"] * ranks)
+    parent = await asyncio.create_subprocess_exec(*program, stdout=subprocess.PIPE, cwd=HOME)
     assert parent.stdout is not None
     child = psutil.Process(int(await parent.stdout.readline()))
     assert child.is_running()
+    if ranks > 1:  # the child is their launcher
+        await eventually(lambda: len(child.children()) == ranks, timeout=60)
+    processes = [child, *child.children()]
     parent.kill()
     await parent.wait()
-    await eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    for process in processes:
+        await eventually(lambda one=process: not one.is_running() or one.status() == psutil.STATUS_ZOMBIE)
 
 
 def test_it_ends_when_its_input_does() -> None:
