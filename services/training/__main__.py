@@ -72,9 +72,12 @@ async def compose(context: Context) -> Part:
     evaluation = EvaluationJob(models, texts, files)
 
     async def train(claim: Claim) -> dict[str, Any]:
-        run = ClaimedRun(claim, store, metrics)
-        with metrics.counted():
-            return await training.run(run)
+        run = ClaimedRun(claim, store, metrics, settings.state_dir / "trackers")
+        try:
+            with metrics.counted():
+                return await training.run(run)
+        finally:
+            await run.close()
 
     async def evaluate(claim: Claim) -> dict[str, Any]:
         return await evaluation.run(ClaimedEvaluation(claim, context.artifacts))

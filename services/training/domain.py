@@ -125,6 +125,8 @@ class Plan:
     """Ranks that train together, each on its share of every batch."""
     threads: int = 0
     """CPU threads of all ranks together: part of what decides the bits; 0 until the first start."""
+    tracker: str = ""
+    """External tracker that its figures go to as well."""
 
     @property
     def hook_points(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from services.kit import errors
@@ -27,10 +28,10 @@ def resolve(wanted: Wanted, model: BaseModel, cache: Cache | None) -> Plan:
 
     Raises:
         errors.Invalid: a field is wrong by itself or for this model or cache; it is named.
-        errors.Unsupported: a tracker.
+        errors.Unsupported: the tracker is not installed here.
     """
-    if wanted.tracker:
-        raise errors.Unsupported("trackers are not available", metadata={"tracker": wanted.tracker})
+    if wanted.tracker and find_spec(wanted.tracker) is None:
+        raise errors.Unsupported(f"{wanted.tracker} is not installed", metadata={"tracker": wanted.tracker})
     for layer in wanted.layers:
         if layer >= model.num_layers:
             raise errors.Invalid.of("layers", f"layer {layer} is not one of the model's, 0 to {model.num_layers - 1}")
@@ -40,7 +41,7 @@ def resolve(wanted: Wanted, model: BaseModel, cache: Cache | None) -> Plan:
         for layer in wanted.layers:
             name = f"layer-{layer}" if number == 0 else f"layer-{layer}-variant-{number}"
             coders.append(_coder(name, layer, sites, model, config))
-    plan = Plan(tuple(coders), wanted.options.get("num_tokens", 0), devices=wanted.devices or 1)
+    plan = Plan(tuple(coders), wanted.options.get("num_tokens", 0), devices=wanted.devices or 1, tracker=wanted.tracker)
     batch_size = plan.coders[0].config["batch_size"]
     if batch_size % plan.devices:
         raise errors.Invalid.of("batch_size", f"{batch_size} rows cannot be shared evenly by {plan.devices} devices")

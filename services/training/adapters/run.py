@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 from services.kit import errors
 from services.kit.ids import new_id
 from services.kit.jobs import Claim
+from services.training.adapters import trackers
 from services.training.adapters.metrics import TrainingMetrics
 from services.training.adapters.postgres import QUERIES, PostgresStore, checkpoints_of
+from services.training.adapters.trackers import Tracker
 from services.training.dialogue import Saved
 from services.training.domain import ARTIFACT_KIND, CHECKPOINT_KIND, EVENT_PREFIX, NewTranscoder, Plan, Retention, Task
 from services.training.retention import kept
@@ -24,11 +26,21 @@ T = TypeVar("T")
 class ClaimedRun:
     """Implements the port `Run`."""
 
-    def __init__(self, claim: Claim, store: PostgresStore, metrics: TrainingMetrics) -> None:
+    def __init__(self, claim: Claim, store: PostgresStore, metrics: TrainingMetrics, tracked: Path) -> None:
+        """Take a claim.
+
+        Args:
+            claim: of the job.
+            store: the rows.
+            metrics: what operators see.
+            tracked: where external trackers keep their files.
+        """
         self._claim = claim
         self._store = store
         self._metrics = metrics
         self._tokens_told = 0
+        self._tracked = tracked
+        self._tracker: Tracker | None = None
         self._id = claim.job.id
 
     async def begin(self) -> Task:
@@ -42,12 +54,15 @@ class ClaimedRun:
         wanted = [one for one in found if row["finalize_id"] in (None, one.id)]
         self._tokens_told = wanted[-1].tokens_seen if wanted else 0
         self._claim.finish_data({"transcoder_ids": made} if made else {})
+        plan = Plan.from_json(row["plan"])
+        if plan.tracker and not made:
+            self._tracker = trackers.start(plan.tracker, self._id, plan.as_json(), self._tracked)
         return Task(
             job_id=self._id,
             model_id=row["model_id"],
             dataset_id=row["dataset_id"],
             cache_id=row["cache_id"],
-            plan=Plan.from_json(row["plan"]),
+            plan=plan,
             checkpoint=wanted[-1] if wanted else None,
             finalize=row["finalize_id"] is not None,
             transcoder_ids=tuple(made),
@@ -77,8 +92,15 @@ class ClaimedRun:
                 await self._claim.progress(percent, dict(figures), f"{EVENT_PREFIX}:progress", dict(figures))
 
         await self._claim.insist(write)
+        if self._tracker is not None:
+            self._tracker.tell(figures)
         self._metrics.told(figures, figures["tokens_seen"] - self._tokens_told)
         self._tokens_told = figures["tokens_seen"]
+
+    async def close(self) -> None:
+        """The attempt is over, however it ended: a tracker sends what it has."""
+        if self._tracker is not None:
+            await asyncio.to_thread(self._tracker.close)
 
     async def finalizing(self) -> None:
         """It can be cancelled, but no longer paused."""
