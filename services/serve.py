@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 
 from services.kit import errors, logs, migrate
 from services.kit.artifacts import ArtifactStore
+from services.kit.bucket import Bucket
 from services.kit.channels import open_channel
 from services.kit.config import Settings
 from services.kit.database import Database
@@ -42,6 +43,7 @@ async def serve(names: list[str], device: str, listen: str, metrics: str) -> Non
     owns_device = names != ["registry"]
     settings = Settings()
     logs.configure("+".join(names), settings.log_level)
+    bucket = Bucket(settings.artifact_bucket, settings.artifact_endpoint) if settings.artifact_bucket else None
     async with AsyncExitStack() as stack:
         database = await Database.open(settings.database_url, settings.db_pool_min, settings.db_pool_max)
         stack.push_async_callback(database.close)
@@ -50,7 +52,7 @@ async def serve(names: list[str], device: str, listen: str, metrics: str) -> Non
             settings=settings,
             database=database,
             jobs=JobStore(database, lease_seconds=settings.job_lease_seconds),
-            artifacts=ArtifactStore(settings.artifact_dir),
+            artifacts=ArtifactStore(settings.artifact_dir, bucket),
             metrics=new_registry(),
             registry=open_channel(settings.registry_address, settings, _imported()) if owns_device else None,
             host_id=settings.host_id or f"{platform.node()}-{listen.rpartition(':')[2]}",

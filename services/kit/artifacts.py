@@ -22,6 +22,7 @@ import asyncpg
 from blake3 import blake3
 
 from services.kit import errors
+from services.kit.bucket import Bucket
 from services.kit.database import Database, load_queries
 from services.kit.ids import new_id
 
@@ -51,14 +52,15 @@ class ArtifactStore:
     """Artifacts below one directory of this host.
 
     Layout: `<kind>/<digest>/…` published, `.staging/` being written, `.trash/` being deleted. Hosts that share no file
-    system have a store each; rows carry the store's id.
+    system have a store each, whose id its rows carry; or one together, in a bucket of which each holds what it uses.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, bucket: Bucket | None = None) -> None:
         self.root = root.absolute()
+        self.bucket = bucket
         for name in (STAGING, TRASH):
             (self.root / name).mkdir(parents=True, exist_ok=True)
-        self.store_id = _store_id(self.root / _STORE_ID)
+        self.store_id = bucket.store_id() if bucket is not None else _store_id(self.root / _STORE_ID)
 
     @contextmanager
     def staging(self, kind: str) -> Iterator[Path]:
@@ -121,6 +123,8 @@ class ArtifactStore:
             uri = f"artifact://{kind}/{digest}"
             await conn.execute(_QUERIES["lock"], uri, self.store_id)
             await asyncio.to_thread(_move, staged, self.root / kind / digest)
+            if self.bucket is not None:
+                await asyncio.to_thread(self.bucket.upload, kind, digest, self.root / kind / digest)
         await conn.execute(_QUERIES["insert"], uri, self.store_id, kind, digest, size, meta)
         return Artifact(uri, digest, size)
 
@@ -158,6 +162,8 @@ class ArtifactStore:
             await conn.execute(_QUERIES["touch"], uri, self.store_id)
         renewal = asyncio.create_task(self._renew(database, lease))
         try:
+            if self.bucket is not None:
+                await asyncio.to_thread(self._fetch, uri)
             yield self.path(uri)
         finally:
             renewal.cancel()
@@ -200,8 +206,30 @@ class ArtifactStore:
             raise _outside("uri")
         return self.root / match[1] / match[2]
 
+    def exists(self, uri: str) -> bool:
+        """Whether its files are here, or in the bucket."""
+        path = self.location(uri)
+        return path.is_dir() or (self.bucket is not None and self.bucket.has(path.parent.name, path.name))
+
+    def _fetch(self, uri: str) -> None:
+        """Bring an artifact from the bucket that is not here.
+
+        Raises:
+            errors.Failed: `ARTIFACT_LOST`: the bucket does not have it, or has other bytes.
+        """
+        target = self.location(uri)
+        if target.is_dir() or self.bucket is None:
+            return
+        with self.staging(target.parent.name) as staged:
+            self.bucket.download(target.parent.name, target.name, staged)
+            if _seal(staged)[0] != target.name:
+                raise _lost(uri)
+            _move(staged, target)
+
     def discard(self, uri: str) -> None:
-        """Delete an artifact's files: gone from its place by one rename, then piece by piece."""
+        """Delete an artifact's files: gone from its place by one rename, then piece by piece; and from the bucket."""
+        if self.bucket is not None:
+            self.bucket.delete(self.location(uri).parent.name, self.location(uri).name)
         trash = self.root / TRASH / new_id("gone")
         with suppress(FileNotFoundError):
             os.rename(self.location(uri), trash)

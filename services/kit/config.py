@@ -90,6 +90,11 @@ class Settings(BaseSettings):
     dataset_roots: PathList = Field(default_factory=list)
     """Directories, colon-separated, below which `source: local` datasets may be read."""
 
+    artifact_bucket: str = ""
+    """`s3://bucket/prefix` that keeps every artifact for hosts that share no disk; credentials are boto3's own."""
+    artifact_endpoint: str = ""
+    """URL of the S3-compatible service behind `artifact_bucket`; Amazon's when empty."""
+
     @property
     def artifact_dir(self) -> Path:
         """Root of the content-addressed artifact store."""

@@ -47,6 +47,8 @@ async def reconcile(store: ArtifactStore, database: Database, grace: timedelta =
     findings = Findings()
     await asyncio.to_thread(_sweep_unfinished, store.root, grace.total_seconds())
     present = await asyncio.to_thread(_published, store.root)
+    if store.bucket is not None:  # copies that only the bucket has are never garbage: another host may be publishing
+        present = dict.fromkeys(await asyncio.to_thread(store.bucket.uris), float("inf")) | present
     async with database.connection() as conn:
         await conn.execute(_QUERIES["purge_leases"], store.store_id)
         states = {row["uri"]: row["state"] for row in await conn.fetch(_QUERIES["all"], store.store_id)}
@@ -67,7 +69,7 @@ async def _correct(store: ArtifactStore, database: Database, uri: str, findings:
     async with database.transaction() as conn:
         await conn.execute(_QUERIES["lock"], uri, store.store_id)
         state = await conn.fetchval(_QUERIES["lock_row"], uri, store.store_id)
-        exists = store.location(uri).is_dir()
+        exists = await asyncio.to_thread(store.exists, uri)
         if state == "ready" and not exists:
             findings.lost.append(uri)
             await conn.execute(_QUERIES["set_state"], uri, store.store_id, "lost")
