@@ -62,10 +62,11 @@ def test_each_row_gets_what_its_own_adapter_gives(model: PreTrainedModel) -> Non
         with extensions.using(key):
             alone.append(logits(model, ids)[row])
     assert not torch.equal(alone[0], bare[0])
-    extensions.activate("b")
+    extensions.attach("layer", insert(model, "decoder", scale=0.5))
+    extensions.activate("layer")
     with rows(extensions, KEYS):
         together = logits(model, ids)
-    assert extensions.active == "b"
+    assert extensions.active == "layer"
     extensions.activate(None)
     torch.testing.assert_close(together, torch.stack(alone), rtol=1e-5, atol=1e-5)
     assert torch.equal(together[1], bare[1])
