@@ -71,9 +71,14 @@ async def held_out(mesh: Mesh, cache_id: str, transcoder: Transcoder, half: int)
     return x[half:].float(), y[half:].float()
 
 
-async def test_exports_are_downloaded_judged_imported_and_deleted(mesh: Mesh, tmp_path: Path) -> None:
-    job = await mesh.trained(layers=[1])
+async def test_exports_are_downloaded_judged_imported_and_deleted(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    job = await mesh.trained(layers=[1], tracker="wandb")
     (own,) = job.transcoder_ids
+    kept = mesh.context.settings.state_dir / "trackers"
+    assert [path.name for path in kept.rglob("*.wandb")] == [f"run-{job.id}.wandb"]
     original = Transcoder.load(mesh.folder((await mesh.transcoder(own)).artifact_uri))
 
     sae_lens = await export(mesh, own, "sae_lens", rows=200)
