@@ -168,8 +168,8 @@ def _config(options: Mapping[str, Any], model: BaseModel, field: str) -> dict[st
         config = TrainConfig(**{**given, "num_tokens": tokens or given["batch_size"]}).resolved(model.hidden_size)
     except ConfigError as error:
         raise errors.Invalid.of(f"{field}{error.field}", error.description) from error
-    explicit = {"dead_after_tokens": options.get("dead_after_tokens"), "num_tokens": tokens}
-    return {**config.to_dict(), **explicit}
+    by_length = ("dead_after_tokens", "learning_rate") if not tokens else ("dead_after_tokens",)
+    return {**config.to_dict(), **{name: options.get(name) for name in by_length}, "num_tokens": tokens}
 
 
 def _coder(name: str, layer: int, sites: Sites, model: BaseModel, config: Mapping[str, Any]) -> CoderSpec:

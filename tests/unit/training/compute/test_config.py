@@ -87,6 +87,15 @@ def test_default_top_k_is_the_rule_of_spec002() -> None:
     assert [default_top_k(size) for size in (16, 4096, 12288, 36864)] == [16, 32, 64, 192]
 
 
+def test_the_learning_rate_falls_with_the_dictionary_and_with_long_runs() -> None:
+    def rate(dict_size: int, steps: int) -> float | None:
+        return TrainConfig(dict_size=dict_size, top_k=4, num_tokens=64 * steps, batch_size=64).resolved(8).learning_rate
+
+    assert rate(4096, 1) == rate(4096, 128) == pytest.approx(3.2e-3)
+    assert rate(16_384, 128) == pytest.approx(1.6e-3)
+    assert rate(4096, 1024) == pytest.approx(1.6e-3)
+
+
 def test_resolving_writes_every_rule_out_and_changes_nothing_given() -> None:
     resolved = config(learning_rate=0.5).resolved(d_out=10)
     assert (resolved.learning_rate, resolved.aux_k, resolved.dead_after_tokens) == (0.5, 5, 51)
