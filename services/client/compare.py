@@ -15,6 +15,8 @@ from services.client.output import Json, print_json
 
 _DEMO_MODEL = Path(__file__).parents[2] / "deploy" / "demo" / "tiny-gpt2"
 _MAX_LENGTH = 128
+_PIPED_WIDTH = 120
+"""Columns of a file or pipe, which has no width of its own; the table with training needs them."""
 
 
 def compare(
@@ -90,6 +92,8 @@ def _docstrings(tokenizer: Any) -> tuple[Any, Any]:
 
 def _print(found: dict[str, Any]) -> None:
     console = Console()
+    if not console.is_terminal:
+        console.width = _PIPED_WIDTH
     console.print(f"Base Model: {found['base']:,} parameters")
     learnt = "loss_after" in found["kinds"]["lora"]
     columns = ["kind", "parameters", "of the base", "of the total", "LoRA", "layer"]
