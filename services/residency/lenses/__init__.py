@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
-from transformers import PreTrainedModel
+if TYPE_CHECKING:  # a process that trains transcoders imports this package, and is not to wait for transformers
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
-from services.residency.families import Facts, Family
-from services.residency.lenses.extension import Extensions
+    from services.residency.families import Facts, Family
+    from services.residency.lenses.extension import Extensions
 
 
 class LensIncompatible(ValueError):
