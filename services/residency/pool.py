@@ -310,7 +310,7 @@ class Pool:
         return await self._move(self.get(model_id), "parked")
 
     async def restore(self, model_id: str) -> Resident:
-        """Move a parked model back; its fingerprint must be what it was.
+        """Move a parked model back; its fingerprint, and that with each extension in force, must be what it was.
 
         Raises:
             errors.Exhausted: `INSUFFICIENT_MEMORY`; it stays parked.
@@ -320,6 +320,9 @@ class Pool:
         await self._move(resident, "device")
         try:
             await self._verify(resident)
+            for lens_id, attached in resident.lenses.items():
+                if attached.lens.altering and await self.run(_fingerprint, resident, lens_id) != attached.fingerprint:
+                    raise mismatch()
         except errors.Failed:
             await self.unload(model_id)
             raise
@@ -407,17 +410,12 @@ class Pool:
 
         Raises:
             errors.NotFound: the lens is not attached.
-            errors.Failed: `FINGERPRINT_MISMATCH`: the model with that lens computes other bits than when it came.
         """
         start = time.perf_counter()
         async with self.lease(model_id) as lease, lease.record.lock:
             resident = lease.record
-            attached = resident.lenses.get(lens_id) if lens_id is not None else None
-            if lens_id is not None and attached is None:
+            if lens_id is not None and lens_id not in resident.lenses:
                 raise errors.NotFound("the lens is not attached", metadata={"lens_id": lens_id})
-            altering = attached if attached is not None and attached.lens.altering else None
-            if altering is not None and await self.run(_fingerprint, resident, lens_id) != altering.fingerprint:
-                raise mismatch()
             resident.active = lens_id
         return time.perf_counter() - start
 

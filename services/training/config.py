@@ -19,7 +19,7 @@ class TrainingSettings(Settings):
     max_concurrent_trainings: Annotated[int, Field(ge=1)] = 2
     """Trainings that run at the same time in the whole mesh; the others wait as queued jobs."""
     training_threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads of a training; 0: OMP_NUM_THREADS, else the cores, shared by max_concurrent_trainings."""
+    """CPU threads of a training; 0: OMP_NUM_THREADS, else as many as there are cores."""
     training_checkpoint_tokens: Annotated[int, Field(ge=1)] = 20_000_000
     """A training writes a checkpoint after so many tokens."""
     training_checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
@@ -36,6 +36,5 @@ class TrainingSettings(Settings):
 
     @property
     def threads_of_each(self) -> int:
-        """CPU threads of a training, so that as many as may run at once do not take each other's cores."""
-        there = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-        return self.training_threads or max(1, there // self.max_concurrent_trainings)
+        """CPU threads of a training: all, since one that runs alone gains more by them than two at once lose."""
+        return self.training_threads or int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))

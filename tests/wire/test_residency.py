@@ -240,6 +240,22 @@ async def test_extensions_alter_the_model_only_while_they_are_used(host, quantiz
     assert torch.equal(await base_logits(host, "m"), before)
 
 
+async def test_an_extension_that_computes_something_else_after_a_restore_is_found(host):
+    await host.load("m", "gpt2")
+    base = host.pool.get("m").base
+    uri = await publish(host, "extension", extension(base.model, base.digest, 1))
+    lens = types_pb2.LensSpec(lens_id="x", kind=types_pb2.LENS_KIND_EXTENSION, artifact_uri=uri)
+    await host.stub.AttachLens(residency_pb2.AttachLensRequest(model_id="m", lens=lens))
+    await host.stub.Park(residency_pb2.ParkRequest(model_id="m"))
+    await host.stub.Restore(residency_pb2.RestoreRequest(model_id="m"))
+    await host.stub.Park(residency_pb2.ParkRequest(model_id="m"))
+    with torch.no_grad():
+        next(iter(base.extensions["x"].parameters.values())).mul_(1.5)
+    code, reason, _ = await refused(host.stub.Restore(residency_pb2.RestoreRequest(model_id="m")))
+    assert (code, reason) == (grpc.StatusCode.INTERNAL, "FINGERPRINT_MISMATCH")
+    assert host.pool.residents == []
+
+
 async def test_an_extension_of_another_base_is_refused(host):
     await host.load("m", "gpt2")
     base = host.pool.get("m").base
