@@ -36,5 +36,5 @@ class TrainingSettings(Settings):
 
     @property
     def threads_of_each(self) -> int:
-        """CPU threads of a training: all, since one that runs alone gains more by them than two at once lose."""
+        """CPU threads of a training: all, since threads that sleep while they wait do not harm a second training."""
         return self.training_threads or int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
