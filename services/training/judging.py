@@ -74,21 +74,33 @@ class EvaluationJob:
             most, size = wanted.num_batches or batches_for(mode, model.weight_bytes), wanted.batch_size
             if mode != modes[0]:  # the same text, a sequence at a time
                 most, size = most * (size or model.facts.model_batch_size), 1
+                await model.run(give_back, model.device)
             try:
                 batches = await self._held_out.batches(replace(wanted, batch_size=size), model, most)
-                place = await _place(mode, model)
-                weights = await place.run(subject.weights, place.device)
-                sampler = None
-                if wanted.samples_per_feature:
-                    sampler = FeatureSampler(weights.dict_size, wanted.samples_per_feature, place.device)
-                found = await _measured(run, wanted, weights, model.family, place, batches=batches, sampler=sampler)
-                return {"mode": mode, **found}, sampler and _Sampling(sampler, weights, place)
+                found, sampling = await _in_mode(run, wanted, subject, model, mode=mode, batches=batches)
+                return {"mode": mode, **found}, sampling
             except errors.Exhausted as error:
                 if error.reason != "DEVICE_OOM" or mode == modes[-1]:
                     raise
-            place = weights = sampler = None  # what it held of the device
-            await model.run(give_back, model.device)
         raise AssertionError("there is always a mode")
+
+
+async def _in_mode(
+    run: Judging,
+    wanted: WantedEvaluation,
+    subject: _Subject,
+    model: LeasedModel,
+    *,
+    mode: str,
+    batches: list[Batch],
+) -> tuple[dict[str, Any], _Sampling | None]:
+    place = await _place(mode, model)
+    weights = await place.run(subject.weights, place.device)
+    sampler = None
+    if wanted.samples_per_feature:
+        sampler = FeatureSampler(weights.dict_size, wanted.samples_per_feature, place.device)
+    found = await _measured(run, wanted, weights, model.family, place, batches=batches, sampler=sampler)
+    return found, None if sampler is None else _Sampling(sampler, weights, place)
 
 
 @dataclass(frozen=True, slots=True)
