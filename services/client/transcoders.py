@@ -15,7 +15,17 @@ transcoders = typer.Typer(help="Trained transcoders and other tools' files of th
 Format = Annotated[
     str, typer.Option("--format", help="sae_lens, sparsify, circuit_tracer, gemma_scope; to export also neuronpedia.")
 ]
-COMPARED = ("transcoder_id", "fvu", "fvu_standard_error", "l0", "dead_fraction", "ce_recovered", "kl", "tokens")
+COMPARED = (
+    "transcoder_id",
+    "coder",
+    "fvu",
+    "fvu_standard_error",
+    "l0",
+    "dead_fraction",
+    "ce_recovered",
+    "kl",
+    "tokens",
+)
 
 
 @transcoders.command("list")
@@ -98,19 +108,24 @@ def import_transcoder(
 
 @transcoders.command("compare")
 def compare_transcoders(
-    transcoder_ids: list[str],
+    transcoder_ids: Annotated[list[str] | None, typer.Argument()] = None,
     *,
     dataset: Annotated[str, typer.Option(help="Dataset with held-out text.")],
     mode: Annotated[str, typer.Option(help="full, safe, cpu or auto.")] = "auto",
     batches: Annotated[int, typer.Option(help="Batches; by mode when 0.")] = 0,
+    prefix: Annotated[int, typer.Option(help="Only that many groups of every dictionary; all when 0.")] = 0,
+    checkpoint: Annotated[list[str] | None, typer.Option(help="JOB, JOB/CHECKPOINT or JOB/CHECKPOINT/CODER.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge several transcoders on the same held-out text, side by side."""
+    """Judge several transcoders, and checkpoints of trainings, on the same held-out text, side by side."""
     with session(as_json) as to:
-        fields = {"transcoder_ids": transcoder_ids, "dataset_id": dataset, "mode": mode, "num_batches": batches}
-        queued = to.api.call("CompareTranscoders", **fields)["compared"]
+        fields = {"transcoder_ids": transcoder_ids or [], "dataset_id": dataset, "mode": mode, "num_batches": batches}
+        names = ("job_id", "checkpoint", "coder")
+        fields["checkpoints"] = [dict(zip(names, one.split("/", 2), strict=False)) for one in checkpoint or ()]
+        queued = to.api.call("CompareTranscoders", **fields, prefix=prefix)["compared"]
         for one in queued:
-            wait_for_job(to.api, one["job_id"], f"evaluate {one['transcoder_id']}", to.console)
+            what = one["transcoder_id"] or f"{one['coder']} of {one['checkpoint']}"
+            wait_for_job(to.api, one["job_id"], f"evaluate {what}", to.console)
         found = to.api.call("GetEvaluations", ids=[one["evaluation_id"] for one in queued])
         to.rows(found, "evaluations", *COMPARED)
 

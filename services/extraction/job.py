@@ -29,6 +29,7 @@ from services.kit import errors
 from services.residency.shards import DTYPES, FileEntry, Manifest, ShardEntry
 from services.residency.texts import special_ids, tokenizer_digest
 
+POLL_SECONDS = 0.5
 EVENT_STEP = 5.0
 """Percent of progress between two events."""
 ROW_SECONDS = 1.0
@@ -89,7 +90,10 @@ class ExtractionJob:
         task = await run.begin()
         if task.cache_id is not None:  # published by an attempt that ended before the job's row said so
             return {"cache_id": task.cache_id}
-        if (cache_id := await self._reused(run, task)) is not None:
+        while (cache_id := await self._reused(run, task)) is None and (other := await run.ahead()):
+            await run.waiting(f"extraction {other}")
+            await run.unless_stopped(asyncio.sleep(POLL_SECONDS))
+        if cache_id is not None:
             return {"cache_id": cache_id}
         await run.waiting("the model")
         await run.unless_stopped(self._models.bring(task.model_id))
@@ -98,7 +102,7 @@ class ExtractionJob:
             return {"cache_id": await self._extract(run, await self._prepared(run, task, model))}
 
     async def _reused(self, run: Run, task: Task) -> str | None:
-        """Complete with a cache that another extraction made while this one waited."""
+        """Complete with a cache that another extraction made meanwhile."""
         record, survey = await self._inputs(task)
         if not record.digest:
             return None

@@ -99,6 +99,9 @@ class Run(Protocol):
     async def waiting(self, reason: str | None) -> None:
         """Say what the job waits for, or that it goes on."""
 
+    async def ahead(self) -> str | None:
+        """An earlier extraction that runs and will answer this one, too."""
+
     async def resume(self, plan: Plan, samples: int, size_bytes: int) -> set[int]:
         """Make room on the disk; the units of this very plan that are done and intact.
 

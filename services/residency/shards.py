@@ -33,7 +33,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from blake3 import blake3
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from services.residency.shuffle import draw, permutation
@@ -313,6 +313,25 @@ class ShardReader:
         found = self._read(self.manifest.statistics, (f"{name}.mean", f"{name}.second_moment"))
         return found[f"{name}.mean"], found[f"{name}.second_moment"]
 
+    def dtypes(self, names: Sequence[str]) -> set[str]:
+        """Number formats of hook points over all shards, as safetensors calls them; reads the files' headers only.
+
+        Raises:
+            CorruptCache: a shard is missing or its header cannot be read.
+            KeyError: a shard holds no tensor of such a name.
+        """
+        found: set[str] = set()
+        for entry in self.manifest.shards:
+            try:
+                with safe_open(self._directory / entry.name, framework="pt") as file:
+                    for name in _known(file, names):
+                        found.add(file.get_slice(name).get_dtype())
+            except FileNotFoundError as error:
+                raise CorruptCache(entry.name, "missing") from error
+            except SafetensorError as error:
+                raise CorruptCache(entry.name, "corrupt") from error
+        return found
+
     def verify(self) -> list[tuple[FileEntry, Problem]]:
         """Every file that is not what the manifest says; empty when all is well. Reads every byte."""
         files = (*self.manifest.shards, self.manifest.sequences, self.manifest.statistics)
@@ -388,8 +407,12 @@ class ShardReader:
                 raise CorruptCache(entry.name, problem)
             self._verified.add(entry.name)
         with safe_open(self._directory / entry.name, framework="pt") as file:
-            known = set(file.keys())
-            for name in names or ():
-                if name not in known:
-                    raise KeyError(name)
-            return {name: file.get_tensor(name) for name in (names or sorted(known))}
+            return {name: file.get_tensor(name) for name in _known(file, names)}
+
+
+def _known(file: Any, names: Sequence[str] | None) -> Sequence[str]:
+    known = set(file.keys())
+    for name in names or ():
+        if name not in known:
+            raise KeyError(name)
+    return names or sorted(known)

@@ -66,7 +66,9 @@ async def compose(context: Context) -> Part:
         checkpoint_seconds=settings.training_checkpoint_seconds,
     )
     metrics = TrainingMetrics(context.metrics)
-    operations = Operations(store, peers, extraction, device=context.device, retention=settings.training_retention)
+    operations = Operations(
+        store, peers, extraction, files, device=context.device, retention=settings.training_retention
+    )
     models = PooledModels(context.residency, catalogue.ensure_resident)
     texts = RegisteredTexts(catalogue, settings.dataset_roots, settings.state_dir / "datasets")
     evaluation = EvaluationJob(models, texts, files)
@@ -110,7 +112,7 @@ async def compose(context: Context) -> Part:
 
 
 class PublishedFiles:
-    """Implements the port `Files` on the artifact store of this host."""
+    """Implements both ports `Files` on the artifact store of this host."""
 
     def __init__(self, database: Database, artifacts: ArtifactStore) -> None:
         self._database, self._artifacts = database, artifacts
@@ -118,6 +120,15 @@ class PublishedFiles:
     @asynccontextmanager
     async def reading(self, uri: str) -> AsyncIterator[Path]:
         """Under a lease."""
+        async with self._artifacts.reading(self._database, uri) as folder:
+            yield folder
+
+    @asynccontextmanager
+    async def here(self, uri: str) -> AsyncIterator[Path | None]:
+        """Under a lease; nothing is fetched from a bucket."""
+        if not self._artifacts.location(uri).exists():
+            yield None
+            return
         async with self._artifacts.reading(self._database, uri) as folder:
             yield folder
 

@@ -10,7 +10,6 @@ import torch
 
 from services.residency.shards import ShardReader
 from services.training.compute.batches import Pairs
-from services.training.compute.config import ConfigError
 
 
 class CacheRows:
@@ -26,15 +25,11 @@ class CacheRows:
         Raises:
             CorruptCache: the manifest is missing or not valid.
             KeyError: the cache does not hold a hook point.
-            ConfigError: its tensors have several dtypes.
         """
         self._reader = ShardReader(folder)
         self._pairs = pairs
         manifest = self._reader.manifest
         self._widths = {name: (manifest.width(x), manifest.width(y)) for name, (x, y) in pairs.items()}
-        dtypes = {str(tensor.dtype) for tensor in self._reader.shard(0, self._points).values()}
-        if len(dtypes) > 1:
-            raise ConfigError("source.cache_id", f"the cache mixes {', '.join(sorted(dtypes))}")
 
     @property
     def _points(self) -> list[str]:

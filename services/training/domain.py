@@ -107,6 +107,15 @@ class CoderSpec:
     """Fields of `TrainConfig`."""
 
     @property
+    def hook_points(self) -> dict[str, Any]:
+        """What its weights' info says of its input and output."""
+        return {
+            "source_hook_point": self.source_hook_point,
+            "target_hook_point": self.target,
+            "apply_rmsnorm_scaling": self.apply_rmsnorm_scaling,
+        }
+
+    @property
     def pair(self) -> str:
         """Names the stream of rows that it shares with coders of the same two hook points."""
         return f"{self.source} {self.target}"
@@ -255,10 +264,41 @@ class Transcoder:
 
 
 @dataclass(frozen=True, slots=True)
+class Judged:
+    """What an evaluation judges: a transcoder, or one coder of a training's checkpoint."""
+
+    model_id: str
+    layer: int
+    base_digest: str
+    artifact_uri: str
+    names: Mapping[str, str]
+    """Whose figures they are, in the job's result."""
+    coder: CoderSpec | None = None
+    """Of a checkpoint."""
+
+    @property
+    def transcoder_id(self) -> str:
+        """Empty for a checkpoint's."""
+        return self.names.get("transcoder_id", "")
+
+
+@dataclass(frozen=True, slots=True)
+class WantedComparison:
+    """Evaluations on the same text that somebody asks for."""
+
+    transcoder_ids: Sequence[str]
+    checkpoints: Sequence[tuple[str, str, str]]
+    """Training, checkpoint (the newest when empty) and coder (all of them when empty)."""
+    common: WantedEvaluation
+    """What all of them have in common."""
+
+
+@dataclass(frozen=True, slots=True)
 class WantedEvaluation:
     """An evaluation that somebody asks for; 0 means the default."""
 
     transcoder_id: str
+    """Empty where a checkpoint's coder is judged."""
     dataset_id: str
     num_batches: int = 0
     batch_size: int = 0
@@ -266,6 +306,9 @@ class WantedEvaluation:
     mode: str = "auto"
     prefix: int = 0
     samples_per_feature: int = 0
+    training_id: str = ""
+    checkpoint_id: str = ""
+    coder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +317,9 @@ class Evaluation:
 
     id: str
     transcoder_id: str
+    training_id: str
+    checkpoint_id: str
+    coder: str
     dataset_id: str
     job_id: str
     figures: Mapping[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -21,7 +22,7 @@ from services.training.domain import (
 )
 from services.training.figures import figures_of
 from services.training.job_ports import Child, Children, Extractions, Files, Ledger, Run
-from services.training.requests import check_cache, memory_bytes, settled
+from services.training.requests import check_cache, check_files, memory_bytes, settled
 
 
 class TrainingJob:
@@ -79,6 +80,7 @@ class TrainingJob:
                 return await self._publish(run, task, task.plan, child, finished)
             cache = await self._cache(run, task)
             folder = await stack.enter_async_context(self._files.reading(cache.storage_uri))
+            await asyncio.to_thread(check_files, task.plan, folder)
             plan = settled(task.plan, cache, self._threads)
             await run.settle(plan, cache.id, task.checkpoint.step if task.checkpoint else 0)
             bytes_each = memory_bytes(plan, cache.widths, self._device)
@@ -154,9 +156,7 @@ def _info(coder: CoderSpec, task: Task, plan: Plan, finished: Finished) -> dict[
         "model": task.model_id,
         "base_digest": plan.base_digest,
         "layer": coder.layer,
-        "source_hook_point": coder.source_hook_point,
-        "target_hook_point": coder.target,
-        "apply_rmsnorm_scaling": coder.apply_rmsnorm_scaling,
+        **coder.hook_points,
         "tokens_seen": finished.tokens_seen,
         "train_fvu": finished.train_fvu[coder.name],
         "config": dict(coder.config),

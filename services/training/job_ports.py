@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from services.residency.families import Facts, Family
 from services.training.dialogue import Message, Saved, Start, Written
-from services.training.domain import Cache, NewTranscoder, Plan, Task, Transcoder, WantedEvaluation
+from services.training.domain import Cache, Judged, NewTranscoder, Plan, Task, WantedEvaluation
 
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -197,11 +197,11 @@ class HeldOut(Protocol):
 class Judging(Protocol):
     """A claimed evaluation."""
 
-    async def begin(self) -> tuple[WantedEvaluation, Transcoder]:
+    async def begin(self) -> tuple[WantedEvaluation, Judged]:
         """What is to be judged.
 
         Raises:
-            errors.NotFound: the transcoder was deleted.
+            errors.NotFound: the transcoder, or the checkpoint, was deleted.
         """
 
     async def unless_stopped(self, work: Awaitable[T]) -> T:

@@ -1,21 +1,29 @@
-"""The evaluation job: one transcoder on held-out text, batch by batch between other work of the device."""
+"""The evaluation job: a transcoder, or a coder of a checkpoint, on held-out text, batch by batch between other work."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import torch
+from torch import nn
 
 from services.kit import errors
-from services.residency.families import base_model, submodule
+from services.residency.failures import insufficient_memory
+from services.residency.families import Family, base_model, submodule
+from services.residency.host_copy import device_bound, host_copy
 from services.residency.lenses.transcoder import Transcoder as Weights
-from services.training import feature_files
+from services.residency.memory import give_back
+from services.training import feature_files, state_files
 from services.training.compute.evaluation import Evaluation
 from services.training.compute.features import FeatureSampler, logit_effects, nearest_rows
-from services.training.domain import Transcoder, WantedEvaluation
+from services.training.compute.trainer import coders_of
+from services.training.domain import Judged, WantedEvaluation
 from services.training.job_ports import Batch, Files, HeldOut, Judging, LeasedModel, Models
 from services.training.requests import batches_for
 
@@ -34,66 +42,129 @@ class EvaluationJob:
         Raises:
             errors.Invalid: the dataset cannot be used, or its text has no token to compare.
             errors.Conflict: `LENS_INCOMPATIBLE`: the model is not the one that the transcoder was trained on.
-            errors.Exhausted: `DEVICE_OOM`, in the smallest mode too.
+            errors.Exhausted: `DEVICE_OOM`, in the smallest mode too; `INSUFFICIENT_MEMORY`: of the host, in mode cpu.
+            errors.Unsupported: mode cpu of a model whose weights run on a GPU only.
         """
-        wanted, transcoder = await run.begin()
+        wanted, judged = await run.begin()
         await run.waiting("the model")
-        await run.unless_stopped(self._models.bring(transcoder.model_id))
+        await run.unless_stopped(self._models.bring(judged.model_id))
         await run.waiting(None)
         async with (
-            self._models.lease(transcoder.model_id) as model,
-            self._files.reading(transcoder.artifact_uri) as folder,
+            self._models.lease(judged.model_id) as model,
+            self._files.reading(judged.artifact_uri) as folder,
         ):
-            _check(transcoder, model)
-            weights = await model.run(Weights.load, folder, model.device)
-            figures, sampler = await self._judged(run, wanted, weights, model)
-            if sampler is None:
+            _check(judged, model)
+            figures, sampling = await self._figures(run, wanted, _Subject(judged, folder), model)
+            if sampling is None:
                 await run.publish(figures)
             else:
                 with run.staging() as staged:
-                    facts = {"model_id": transcoder.model_id, "layer": transcoder.layer, "transcoder_id": transcoder.id}
+                    facts = {"model_id": judged.model_id, "layer": judged.layer, "transcoder_id": judged.transcoder_id}
                     facts["dataset_id"] = wanted.dataset_id
-                    await model.run(_write_samples, staged, sampler, weights, model, facts)
+                    await sampling.place.run(_write_samples, staged, sampling, model, facts)
                     await run.publish(figures, staged)
-        return {"transcoder_id": transcoder.id, **figures}
+        return {**judged.names, **figures}
 
-    async def _judged(
-        self, run: Judging, wanted: WantedEvaluation, weights: Weights, model: LeasedModel
-    ) -> tuple[dict[str, Any], FeatureSampler | None]:
-        """In the mode that was asked for; `auto` takes the next smaller one when memory runs out."""
-        modes = modes_of(wanted.mode, model.device)
+    async def _figures(
+        self, run: Judging, wanted: WantedEvaluation, subject: _Subject, model: LeasedModel
+    ) -> tuple[dict[str, Any], _Sampling | None]:
+        """In the mode that was asked for; `auto` takes the next smaller one when the device's memory runs out."""
+        modes = modes_of(wanted.mode)
         for mode in modes:
-            most = wanted.num_batches or batches_for(mode, model.weight_bytes)
+            most, size = wanted.num_batches or batches_for(mode, model.weight_bytes), wanted.batch_size
+            if mode != modes[0]:  # the same text, a sequence at a time
+                most, size = most * (size or model.facts.model_batch_size), 1
+                await model.run(give_back, model.device)
             try:
-                batches = await self._held_out.batches(wanted, model, most)
-                sampler = None
-                if wanted.samples_per_feature:
-                    sampler = FeatureSampler(weights.dict_size, wanted.samples_per_feature, model.device)
-                return {
-                    "mode": mode,
-                    **await _measured(run, wanted, weights, model, batches=batches, sampler=sampler),
-                }, sampler
+                batches = await self._held_out.batches(replace(wanted, batch_size=size), model, most)
+                found, sampling = await _in_mode(run, wanted, subject, model, mode=mode, batches=batches)
+                return {"mode": mode, **found}, sampling
             except errors.Exhausted as error:
                 if error.reason != "DEVICE_OOM" or mode == modes[-1]:
                     raise
         raise AssertionError("there is always a mode")
 
 
+async def _in_mode(
+    run: Judging,
+    wanted: WantedEvaluation,
+    subject: _Subject,
+    model: LeasedModel,
+    *,
+    mode: str,
+    batches: list[Batch],
+) -> tuple[dict[str, Any], _Sampling | None]:
+    place = await _place(mode, model)
+    weights = await place.run(subject.weights, place.device)
+    sampler = None
+    if wanted.samples_per_feature:
+        sampler = FeatureSampler(weights.dict_size, wanted.samples_per_feature, place.device)
+    found = await _measured(run, wanted, weights, model.family, place, batches=batches, sampler=sampler)
+    return found, None if sampler is None else _Sampling(sampler, weights, place)
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """What is judged, and its files."""
+
+    judged: Judged
+    folder: Path
+
+    def weights(self, device: str) -> Weights:
+        """Of the transcoder, or of a checkpoint's coder as it was then."""
+        if self.judged.coder is None:
+            return Weights.load(self.folder, device)
+        name = self.judged.coder.name
+        (tensors, facts), _ = state_files.read(self.folder)
+        (coder,) = coders_of((tensors, {**facts, "coders": {name: facts["coders"][name]}}))
+        with torch.no_grad():
+            return coder.transcoder(self.judged.coder.hook_points).to(device)
+
+
+class _Place(NamedTuple):
+    """Where the forwards run."""
+
+    model: nn.Module
+    device: str
+    run: Callable[..., Awaitable[Any]]
+
+
+class _Sampling(NamedTuple):
+    sampler: FeatureSampler
+    weights: Weights
+    place: _Place
+
+
+async def _place(mode: str, model: LeasedModel) -> _Place:
+    """The model where it is; for mode cpu, where that is a GPU, a copy in this host's memory."""
+    if mode != "cpu" or model.device == "cpu":
+        return _Place(model.model, model.device, model.run)
+    if bound := await model.run(device_bound, model.model):
+        raise errors.Unsupported(
+            f"weights in the format {bound} run on a GPU only", metadata={"device": model.device, "format": bound}
+        )
+    free = psutil.virtual_memory().available
+    if model.weight_bytes > free:
+        raise insufficient_memory(model.weight_bytes, free)
+    return _Place(await model.run(host_copy, model.model), "cpu", asyncio.to_thread)
+
+
 async def _measured(
     run: Judging,
     wanted: WantedEvaluation,
     weights: Weights,
-    model: LeasedModel,
+    family: Family,
+    place: _Place,
     *,
     batches: list[Batch],
     sampler: FeatureSampler | None,
 ) -> dict[str, Any]:
     begin = told = time.monotonic()
-    evaluation = Evaluation(model.model, model.family, weights, wanted.prefix or None, sampler)
+    evaluation = Evaluation(place.model, family, weights, wanted.prefix or None, sampler)
     steps = [(evaluation.read, batch) for batch in batches] + [(evaluation.score, batch[:2]) for batch in batches]
     for done, (step, batch) in enumerate(steps, start=1):
         await run.checkpoint()
-        await model.run(_on, model.device, step, batch)
+        await place.run(_on, place.device, step, batch)
         if done == len(steps) or time.monotonic() - told >= LEAST_TOLD_SECONDS:
             told = time.monotonic()
             await run.progress(100 * done / len(steps), {"batches": len(batches), "passes_done": done})
@@ -112,15 +183,10 @@ async def _measured(
     }
 
 
-def _write_samples(
-    folder: Path,
-    sampler: FeatureSampler,
-    weights: Weights,
-    model: LeasedModel,
-    facts: dict[str, Any],
-) -> None:
+def _write_samples(folder: Path, sampling: _Sampling, model: LeasedModel, facts: dict[str, Any]) -> None:
     """Contexts, and what only the weights tell: effects on the logits and neighbours; texts of all tokens in them."""
-    base = base_model(model.model)
+    sampler, weights, place = sampling
+    base = base_model(place.model)
     norm = submodule(base, model.family.final_norm).weight.detach() + model.family.gain_offset
     logit_ids, logits = logit_effects(weights, submodule(base, model.family.unembedding).weight.detach(), norm)
     nearest, cosines = nearest_rows(weights)
@@ -137,26 +203,17 @@ def _text_of(tokenizer: Any, token: int) -> str:
     return str(token) if tokenizer is None else tokenizer.decode([token])
 
 
-def modes_of(mode: str, device: str) -> tuple[str, ...]:
-    """The modes to try, in order, where the model is on `device`.
-
-    Raises:
-        errors.Unsupported: cpu, but the model is on a GPU.
-    """
-    on_cpu = device == "cpu"
-    if mode == "auto":
-        return ("full", "safe", "cpu") if on_cpu else ("full", "safe")
-    if mode == "cpu" and not on_cpu:
-        raise errors.Unsupported("this process evaluates on its GPU only", metadata={"device": device})
-    return (mode,)
+def modes_of(mode: str) -> tuple[str, ...]:
+    """The modes to try, in order."""
+    return ("full", "safe", "cpu") if mode == "auto" else (mode,)
 
 
-def _check(transcoder: Transcoder, model: LeasedModel) -> None:
-    if transcoder.base_digest != model.digest:
+def _check(judged: Judged, model: LeasedModel) -> None:
+    if judged.base_digest != model.digest:
         raise errors.Conflict(
             "the transcoder was trained on another base",
             reason="LENS_INCOMPATIBLE",
-            metadata={"expected": transcoder.base_digest, "found": model.digest},
+            metadata={"expected": judged.base_digest, "found": model.digest},
         )
 
 

@@ -233,6 +233,9 @@ def evaluation(found: Evaluation) -> pb.Evaluation:
     return pb.Evaluation(
         id=found.id,
         transcoder_id=found.transcoder_id,
+        training_job_id=found.training_id,
+        checkpoint=found.checkpoint_id,
+        coder=found.coder,
         dataset_id=found.dataset_id,
         job_id=found.job_id,
         created_at=found.created_at,

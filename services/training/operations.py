@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,13 +19,15 @@ from services.training.domain import (
     Training,
     Transcoder,
     Wanted,
+    WantedComparison,
     WantedEvaluation,
 )
-from services.training.ports import Catalogue, Extraction, Store
-from services.training.requests import memory_bytes, resolve, wanted_again
+from services.training.ports import Catalogue, Extraction, Files, Store
+from services.training.requests import check_files, memory_bytes, resolve, wanted_again
 
 DEFAULT_POINTS = 1000
 DEFAULT_FEATURES = 10
+MOST_COMPARED = 64
 UNSTARTED = ""
 
 
@@ -32,7 +35,14 @@ class Operations:
     """What the servicer calls; raises `services.kit.errors` only."""
 
     def __init__(
-        self, store: Store, catalogue: Catalogue, extraction: Extraction, *, device: str, retention: Retention
+        self,
+        store: Store,
+        catalogue: Catalogue,
+        extraction: Extraction,
+        files: Files,
+        *,
+        device: str,
+        retention: Retention,
     ) -> None:
         """Use these ports.
 
@@ -40,11 +50,12 @@ class Operations:
             store: trainings, transcoders, evaluations.
             catalogue: the registry.
             extraction: the extraction service.
+            files: of caches.
             device: what a plan's bytes are counted for.
             retention: which checkpoints are kept where a request does not say.
         """
         self._store, self._catalogue, self._extraction, self._device = store, catalogue, extraction, device
-        self._retention = retention
+        self._files, self._retention = files, retention
 
     async def create(self, wanted: Wanted, key: RequestKey, *, validate_only: bool) -> Training:
         """Queue a training, or only say what it would be and what it would take.
@@ -62,6 +73,10 @@ class Operations:
         if cache is None:
             await self._catalogue.require_dataset(wanted.dataset_id)
         plan = resolve(wanted, model, cache)
+        if cache is not None:
+            async with self._files.here(cache.storage_uri) as folder:
+                if folder is not None:
+                    await asyncio.to_thread(check_files, plan, folder)
         if not validate_only:
             return await self._store.queue(wanted, plan, key)
         widths = dict.fromkeys(plan.hook_points, model.hidden_size) if cache is None else cache.widths
@@ -149,12 +164,7 @@ class Operations:
             errors.Conflict: it runs, waits or has completed.
         """
         training = await self._store.training(job_id)
-        known = [checkpoint.id for checkpoint in training.checkpoints]
-        if not known or (checkpoint_id and checkpoint_id not in known):
-            raise errors.NotFound(
-                f"{job_id} has no checkpoint {checkpoint_id}".rstrip(), metadata={"job_id": job_id, "known": len(known)}
-            )
-        await self._store.finalize(job_id, checkpoint_id or known[-1])
+        await self._store.finalize(job_id, _checkpoint(training, checkpoint_id))
         return await self._store.training(job_id)
 
     async def prune(self, job_id: str, retention: Retention | None, *, validate_only: bool) -> Pruning:
@@ -221,18 +231,40 @@ class Operations:
         await self._catalogue.require_dataset(wanted.dataset_id)
         return await self._store.queue_evaluation(wanted, key)
 
-    async def compare(self, wanted: Sequence[WantedEvaluation], key: RequestKey) -> list[Queued]:
-        """Queue evaluations of several transcoders on the same text, a job each: they spread over the devices.
+    async def compare(self, wanted: WantedComparison, key: RequestKey) -> list[tuple[WantedEvaluation, Queued]]:
+        """Queue evaluations on the same text, a job each: they spread over the devices.
+
+        Of transcoders first, then of the checkpoints' coders, each in the order of the request.
 
         Raises:
-            errors.NotFound: there is no such transcoder or dataset.
-            errors.Invalid: they are of several models, whose losses say nothing about each other.
+            errors.NotFound: there is no such transcoder, training, checkpoint or dataset.
+            errors.Invalid: they are fewer than two, one does not have the prefix, or they are of several models, whose
+                losses say nothing about each other.
         """
-        models = {(await self._store.transcoder(one.transcoder_id)).model_id for one in wanted}
-        if len(models) > 1:
+        found: list[tuple[WantedEvaluation, str, int]] = []
+        for name in wanted.transcoder_ids:
+            one = await self._store.transcoder(name)
+            found.append((replace(wanted.common, transcoder_id=name), one.model_id, len(one.group_sizes)))
+        for index, (job_id, checkpoint_id, coder) in enumerate(wanted.checkpoints):
+            training = await self._store.training(job_id)
+            checkpoint = _checkpoint(training, checkpoint_id)
+            names = [spec for spec in training.plan.coders if coder in ("", spec.name)]
+            if not names:
+                raise errors.Invalid.of(f"checkpoints[{index}].coder", f"{job_id} has no coder {coder}")
+            for spec in names:
+                one_of = replace(wanted.common, training_id=job_id, checkpoint_id=checkpoint, coder=spec.name)
+                found.append((one_of, training.model_id, len(spec.config["group_sizes"])))
+        if len(found) < 2:
+            raise errors.Invalid.of("transcoder_ids", "there is nothing to compare: one alone is evaluated")
+        if len(found) > MOST_COMPARED:
+            raise errors.Invalid.of("checkpoints", f"hold {len(found)} coders in all, {MOST_COMPARED} are compared")
+        if len(models := {model for _, model, _ in found}) > 1:
             raise errors.Invalid.of("transcoder_ids", f"are of {len(models)} models")
-        await self._catalogue.require_dataset(wanted[0].dataset_id)
-        return await self._store.queue_evaluations(wanted, key)
+        if wanted.common.prefix > (groups := min(groups for _, _, groups in found)):
+            raise errors.Invalid.of("prefix", f"one of them has {groups} groups", groups=groups)
+        await self._catalogue.require_dataset(wanted.common.dataset_id)
+        evaluations = [one for one, _, _ in found]
+        return list(zip(evaluations, await self._store.queue_evaluations(evaluations, key), strict=True))
 
     async def newest_density(self, transcoder_id: str) -> list[int]:
         """Density histogram of a transcoder's newest evaluation.
@@ -270,3 +302,14 @@ class Operations:
         if prefix > groups:
             raise errors.Invalid.of("prefix", f"the transcoder has {groups} groups", groups=groups)
         return await self._catalogue.encode(transcoder, text, token_ids, top_k or DEFAULT_FEATURES, prefix)
+
+
+def _checkpoint(training: Training, checkpoint_id: str) -> str:
+    """One of the training's, the newest where none is named."""
+    known = [checkpoint.id for checkpoint in training.checkpoints]
+    if not known or (checkpoint_id and checkpoint_id not in known):
+        raise errors.NotFound(
+            f"{training.job_id} has no checkpoint {checkpoint_id}".rstrip(),
+            metadata={"job_id": training.job_id, "known": len(known)},
+        )
+    return checkpoint_id or known[-1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
 from services.kit.paging import Page
@@ -62,6 +64,13 @@ class Extraction(Protocol):
         Raises:
             errors.NotFound: there is none.
         """
+
+
+class Files(Protocol):
+    """Published files."""
+
+    def here(self, uri: str) -> AbstractAsyncContextManager[Path | None]:
+        """A directory that is not deleted inside the block; None where another host has it."""
 
 
 class Store(Protocol):
@@ -148,9 +157,10 @@ class Store(Protocol):
         """
 
     async def queue_evaluations(self, wanted: Sequence[WantedEvaluation], key: RequestKey) -> list[Queued]:
-        """The same for several, all or none of them.
+        """The same for several, all or none of them; a checkpoint stays for as long as one of them needs it.
 
         Raises:
+            errors.NotFound: a checkpoint was deleted meanwhile.
             errors.Conflict: `REQUEST_ID_REUSED`.
         """
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from services.kit import errors
 from services.residency.families import FAMILIES, SITES
 from services.residency.lenses.selection import BLOCK_ELEMENTS
+from services.residency.shards import CorruptCache, ShardReader
 from services.training.compute.config import ConfigError, TrainConfig
 from services.training.domain import BaseModel, Cache, CoderSpec, Plan, Sites, Training, Wanted
 
@@ -64,6 +66,20 @@ def check_cache(plan: Plan, cache: Cache) -> None:
     batch_size = plan.coders[0].config["batch_size"]
     if cache.tokens < batch_size:
         raise errors.Invalid.of("batch_size", f"{batch_size} is more than the cache's {cache.tokens} tokens")
+
+
+def check_files(plan: Plan, folder: Path) -> None:
+    """What the plan reads has one number format; files that are damaged are told by the job that reads them whole.
+
+    Raises:
+        errors.Invalid: there are several.
+    """
+    try:
+        dtypes = ShardReader(folder).dtypes(plan.hook_points)
+    except (CorruptCache, KeyError):
+        return
+    if len(dtypes) > 1:
+        raise errors.Invalid.of("source.cache_id", f"the cache mixes {', '.join(sorted(dtypes))}")
 
 
 def settled(plan: Plan, cache: Cache, threads: int) -> Plan:

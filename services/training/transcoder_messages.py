@@ -11,7 +11,7 @@ from lensmesh.training.v1 import transcoders_pb2 as pb
 from services.kit import errors
 from services.training.compute import Export
 from services.training.compute.formats import HeldOut
-from services.training.domain import Queued, WantedEvaluation
+from services.training.domain import Queued, WantedComparison, WantedEvaluation
 from services.training.exchange import Published, WantedImport
 from services.training.feature_files import FeatureSample
 from services.training.messages import MODES
@@ -49,28 +49,36 @@ def wanted_import(request: pb.ImportTranscoderRequest) -> WantedImport:
     )
 
 
-def wanted_comparison(request: pb.CompareTranscodersRequest) -> list[WantedEvaluation]:
-    """An evaluation for each transcoder."""
-    return [
-        WantedEvaluation(
-            transcoder_id=transcoder_id,
+def wanted_comparison(request: pb.CompareTranscodersRequest) -> WantedComparison:
+    """What a request asks for."""
+    return WantedComparison(
+        transcoder_ids=tuple(request.transcoder_ids),
+        checkpoints=[(one.job_id, one.checkpoint, one.coder) for one in request.checkpoints],
+        common=WantedEvaluation(
+            transcoder_id="",
             dataset_id=request.dataset_id,
             num_batches=request.num_batches,
             batch_size=request.batch_size,
             max_length=request.max_length,
             mode=MODES[request.mode],
-        )
-        for transcoder_id in request.transcoder_ids
-    ]
+            prefix=request.prefix,
+        ),
+    )
 
 
-def comparison(request: pb.CompareTranscodersRequest, queued: list[Queued]) -> pb.CompareTranscodersResponse:
-    """What was queued for each transcoder."""
-    pairs = zip(request.transcoder_ids, queued, strict=True)
+def comparison(queued: list[tuple[WantedEvaluation, Queued]]) -> pb.CompareTranscodersResponse:
+    """What was queued."""
     return pb.CompareTranscodersResponse(
         compared=[
-            pb.ComparedTranscoder(transcoder_id=name, evaluation_id=one.resource_id, job_id=one.job_id)
-            for name, one in pairs
+            pb.ComparedTranscoder(
+                transcoder_id=wanted.transcoder_id,
+                training_job_id=wanted.training_id,
+                checkpoint=wanted.checkpoint_id,
+                coder=wanted.coder,
+                evaluation_id=one.resource_id,
+                job_id=one.job_id,
+            )
+            for wanted, one in queued
         ]
     )
 

@@ -72,9 +72,9 @@ class TranscoderServicer(transcoders_pb2_grpc.TranscoderServiceServicer):
     async def CompareTranscoders(
         self, request: pb.CompareTranscodersRequest, context: Any
     ) -> pb.CompareTranscodersResponse:
-        """Queue an evaluation for each of several transcoders."""
+        """Queue an evaluation for each of several transcoders and checkpoints."""
         key = request_key(f"{_SERVICE}/CompareTranscoders", request)
-        return own.comparison(request, await self._operations.compare(own.wanted_comparison(request), key))
+        return own.comparison(await self._operations.compare(own.wanted_comparison(request), key))
 
     async def GetEvaluations(self, request: pb.GetEvaluationsRequest, context: Any) -> pb.GetEvaluationsResponse:
         """Evaluations side by side."""

@@ -84,12 +84,24 @@ def halve_targets(tensors: dict[str, Tensor]) -> None:
 async def test_mixed_dtypes_and_the_cache_of_another_model_are_refused_by_name(mesh: Mesh) -> None:
     async with mesh.working():
         cache_id = (await mesh.cache()).cache_id
-        rewrite(await mesh.cache_folder(cache_id), halve_targets)
-        job = await mesh.create(layers=[1], source={"cache_id": cache_id})
-        failed = await mesh.reached(job.id, pb.TRAINING_STATUS_FAILED, pb.TRAINING_STATUS_COMPLETED)
-    said = "source.cache_id: the cache mixes torch.float16, torch.float32"
+        folder = await mesh.cache_folder(cache_id)
+        queued = await mesh.create(layers=[1], source={"cache_id": cache_id}, num_tokens=200 * STEPS * BATCH)
+        await mesh.stub.PauseTrainingJob(pb.PauseTrainingJobRequest(id=queued.id))
+        await mesh.reached(queued.id, pb.TRAINING_STATUS_PAUSED)
+        mesh.registry.reserved.clear()
+        rewrite(folder, halve_targets)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await mesh.create(layers=[1], source={"cache_id": cache_id})
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        said = "source.cache_id: the cache mixes F16, F32"
+        assert caught.value.details() == said
+        listed = await mesh.stub.ListTrainingJobs(pb.ListTrainingJobsRequest())
+        assert [one.id for one in listed.training_jobs] == [queued.id]
+        # where the request was answered on a host without the files, the job says so before it reserves anything
+        await mesh.stub.ResumeTrainingJob(pb.ResumeTrainingJobRequest(id=queued.id))
+        failed = await mesh.reached(queued.id, pb.TRAINING_STATUS_FAILED, pb.TRAINING_STATUS_COMPLETED)
     assert (failed.error_code, failed.error_message) == ("VALIDATION_ERROR", said)
-    assert (failed.step, mesh.registry.ledger) == (0, {})
+    assert (mesh.registry.reserved, mesh.registry.ledger) == ({}, {})
     async with mesh.context.database.connection() as conn:
         await conn.execute(
             "UPDATE activation_cache SET model_id = 'm_other',"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from lensmesh.extraction.v1 import extraction_pb2
 from lensmesh.training.v1 import training_pb2 as pb
 
 from services.kit.database import Database
@@ -49,3 +50,14 @@ async def test_an_idle_host_takes_the_second_training_and_neither_spins_on_the_c
                 await mesh.stub.CancelTrainingJob(pb.CancelTrainingJobRequest(id=job.id))
             await asyncio.gather(*(mesh.reached(job.id, pb.TRAINING_STATUS_CANCELLED) for job in jobs))
     assert mesh.registry.ledger == {}
+
+
+async def test_trainings_that_start_together_from_one_dataset_share_its_extraction(mesh: Mesh) -> None:
+    wanted = {"layers": [1], "source": {"dataset_id": DATASET}}
+    jobs = [await mesh.create(**wanted, seed=seed) for seed in (1, 2)]
+    async with mesh.working():
+        done = [await mesh.reached(job.id, pb.TRAINING_STATUS_COMPLETED, pb.TRAINING_STATUS_FAILED) for job in jobs]
+    assert [one.status for one in done] == [pb.TRAINING_STATUS_COMPLETED] * 2
+    assert done[0].cache_id == done[1].cache_id
+    found = (await mesh.extraction.ListExtractions(extraction_pb2.ListExtractionsRequest())).extractions
+    assert sorted(one.reused for one in found) == [False, True]

@@ -35,6 +35,13 @@ SELECT
 -- claimed --
 SELECT content_key, options, model_id, dataset_id, cache_id FROM extractions WHERE id = $1 FOR UPDATE
 
+-- ahead --
+SELECT o.id FROM extractions e
+JOIN extractions o ON o.content_key = e.content_key AND o.hook_points @> e.hook_points
+                  AND (o.created_at, o.id) < (e.created_at, e.id)
+JOIN jobs j ON j.id = o.job_id AND j.state IN ('running', 'finalizing')
+WHERE e.id = $1 ORDER BY o.created_at, o.id LIMIT 1
+
 -- set_plan --
 UPDATE extractions SET plan_digest = $2, total_samples = $3 WHERE id = $1
 

@@ -52,6 +52,11 @@ class ClaimedRun:
             self._claim.finish_data({"cache_id": row["cache_id"], "reused": False})
         return self._task
 
+    async def ahead(self) -> str | None:
+        """Of the same content, with all of our hook points."""
+        async with self._claim.commit() as conn:
+            return await conn.fetchval(QUERIES["ahead"], self._id)
+
     async def checkpoint(self) -> None:
         """Raises when the job is to stop, or the lease is lost."""
         await self._claim.checkpoint()

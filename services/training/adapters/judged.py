@@ -8,11 +8,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import asyncpg
+
 from services.kit import errors
 from services.kit.artifacts import ArtifactStore
 from services.kit.jobs import Claim
-from services.training.adapters.postgres import QUERIES, transcoder_of
-from services.training.domain import EVALUATION_PREFIX, SAMPLES_KIND, Transcoder, WantedEvaluation
+from services.training.adapters.postgres import QUERIES, checkpoints_of, transcoder_of
+from services.training.domain import EVALUATION_PREFIX, SAMPLES_KIND, Judged, Plan, WantedEvaluation
 
 T = TypeVar("T")
 
@@ -24,14 +26,19 @@ class ClaimedEvaluation:
         self._claim, self._artifacts = claim, artifacts
         self._transcoder_id = ""
 
-    async def begin(self) -> tuple[WantedEvaluation, Transcoder]:
-        """The evaluation's row and its transcoder's."""
+    async def begin(self) -> tuple[WantedEvaluation, Judged]:
+        """The evaluation's row and its transcoder's, or its training's and checkpoint's."""
         async with self._claim.commit() as conn:
             row = await conn.fetchrow(QUERIES["evaluation_of_job"], self._claim.job.id)
             if row is None:
                 raise errors.NotFound("The transcoder was deleted", metadata={"id": self._claim.job.resource_id})
-            self._transcoder_id = row["transcoder_id"]
-            return WantedEvaluation(**row["options"]), await transcoder_of(conn, row["transcoder_id"])
+            wanted = WantedEvaluation(**row["options"])
+            if wanted.checkpoint_id:
+                return wanted, await _of_checkpoint(conn, wanted)
+            self._transcoder_id = wanted.transcoder_id
+            found = await transcoder_of(conn, wanted.transcoder_id)
+            facts = (found.model_id, found.layer, found.base_digest, found.artifact_uri)
+            return wanted, Judged(*facts, {"transcoder_id": found.id})
 
     async def unless_stopped(self, work: Awaitable[T]) -> T:
         """The result of `work`, or the reason to stop."""
@@ -62,3 +69,14 @@ class ClaimedEvaluation:
                 await self._artifacts.publish(conn, SAMPLES_KIND, samples, meta, sealed)
             await conn.execute(QUERIES["finish_evaluation"], self._claim.job.id, dict(figures))
         self._claim.finish_data(dict(figures))
+
+
+async def _of_checkpoint(conn: asyncpg.Connection, wanted: WantedEvaluation) -> Judged:
+    row = await conn.fetchrow(QUERIES["training"], wanted.training_id)
+    found = [one for one in await checkpoints_of(conn, wanted.training_id) if one.id == wanted.checkpoint_id]
+    if row is None or not found:
+        raise errors.NotFound("The checkpoint was deleted", metadata={"id": wanted.checkpoint_id})
+    plan = Plan.from_json(row["plan"])
+    coder = next(one for one in plan.coders if one.name == wanted.coder)
+    names = {"training_job_id": wanted.training_id, "checkpoint": wanted.checkpoint_id, "coder": wanted.coder}
+    return Judged(row["model_id"], coder.layer, plan.base_digest, found[0].artifact_uri, names, coder)

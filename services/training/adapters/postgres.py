@@ -128,6 +128,7 @@ class PostgresStore:
                 raise errors.NotFound(f"There is no training {job_id}", metadata={"id": job_id})
             found = await checkpoints_of(conn, job_id)
             needed = kept(found, retention or Retention(**row["retention"])) | {row["finalize_id"]}
+            needed |= await judged(conn, job_id)
             keep = [one for one in found if one.id in needed]
             if not validate_only:
                 await conn.execute(QUERIES["drop_checkpoints"], job_id, [one.id for one in keep])
@@ -175,6 +176,12 @@ class PostgresStore:
     async def _queue_evaluation(self, conn: asyncpg.Connection, wanted: WantedEvaluation, key: RequestKey) -> Queued:
         evaluation_id = new_id("eval")
         facts = {"transcoder_id": wanted.transcoder_id, "dataset_id": wanted.dataset_id}
+        if wanted.checkpoint_id:
+            facts = {"training_job_id": wanted.training_id, "checkpoint": wanted.checkpoint_id, "coder": wanted.coder}
+            facts["dataset_id"] = wanted.dataset_id
+            await conn.fetchrow(QUERIES["lock_training"], wanted.training_id)
+            if wanted.checkpoint_id not in [one.id for one in await checkpoints_of(conn, wanted.training_id)]:
+                raise errors.NotFound("The checkpoint was deleted", metadata={"id": wanted.checkpoint_id})
         job = await self._jobs.enqueue(
             conn,
             kind=EVALUATION_KIND,
@@ -184,7 +191,8 @@ class PostgresStore:
             event_prefix=EVALUATION_PREFIX,
             event_data=facts,
         )
-        row = (evaluation_id, job.id, wanted.transcoder_id, wanted.dataset_id, asdict(wanted), key.caller)
+        of = [name or None for name in (wanted.transcoder_id, wanted.training_id, wanted.checkpoint_id)]
+        row = (evaluation_id, job.id, *of, wanted.dataset_id, asdict(wanted), key.caller)
         await conn.execute(QUERIES["insert_evaluation"], *row)
         return Queued(job.id, evaluation_id)
 
@@ -232,6 +240,11 @@ async def transcoder_of(conn: asyncpg.Connection, transcoder_id: str) -> Transco
 async def checkpoints_of(conn: asyncpg.Connection, job_id: str) -> list[Checkpoint]:
     """Those of a training, oldest first."""
     return [checkpoint_of(row) for row in await conn.fetch(QUERIES["checkpoints"], [job_id])]
+
+
+async def judged(conn: asyncpg.Connection, job_id: str) -> set[str]:
+    """Checkpoints of a training that evaluations still have to read."""
+    return {row["checkpoint_id"] for row in await conn.fetch(QUERIES["judged"], job_id)}
 
 
 def checkpoint_of(row: Mapping[str, Any]) -> Checkpoint:

@@ -95,22 +95,34 @@ SELECT uri FROM artifacts WHERE kind = $2 AND meta ->> 'transcoder_id' = $1 AND 
 ORDER BY used_at DESC LIMIT 1
 
 -- insert_evaluation --
-INSERT INTO evaluations (id, job_id, transcoder_id, dataset_id, options, created_by) VALUES ($1, $2, $3, $4, $5, $6)
+INSERT INTO evaluations (id, job_id, transcoder_id, training_id, checkpoint_id, dataset_id, options, created_by)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+
+-- judged --
+-- Checkpoints of a training that evaluations still have to read.
+SELECT e.checkpoint_id FROM evaluations e JOIN jobs j ON j.id = e.job_id
+WHERE e.training_id = $1 AND j.state NOT IN ('completed', 'failed', 'cancelled')
 
 -- evaluation_of_job --
-SELECT options, transcoder_id FROM evaluations WHERE job_id = $1
+SELECT options FROM evaluations WHERE job_id = $1
 
 -- finish_evaluation --
 UPDATE evaluations SET figures = $2, finished_at = clock_timestamp() WHERE job_id = $1
 
 -- evaluations --
-SELECT id, transcoder_id, dataset_id, job_id, figures, finished_at AS created_at FROM evaluations
+SELECT id, coalesce(transcoder_id, '') AS transcoder_id, coalesce(training_id, '') AS training_id,
+       coalesce(checkpoint_id, '') AS checkpoint_id, coalesce(options ->> 'coder', '') AS coder, dataset_id, job_id,
+       figures, finished_at AS created_at
+FROM evaluations
 WHERE transcoder_id = $1 AND finished_at IS NOT NULL
   AND ($2::timestamptz IS NULL OR (finished_at, id) < ($2, $3::text))
 ORDER BY finished_at DESC, id DESC LIMIT $4 OFFSET $5
 
 -- evaluations_by_id --
-SELECT id, transcoder_id, dataset_id, job_id, figures, finished_at AS created_at FROM evaluations
+SELECT id, coalesce(transcoder_id, '') AS transcoder_id, coalesce(training_id, '') AS training_id,
+       coalesce(checkpoint_id, '') AS checkpoint_id, coalesce(options ->> 'coder', '') AS coder, dataset_id, job_id,
+       figures, finished_at AS created_at
+FROM evaluations
 WHERE id = ANY ($1::text[]) AND finished_at IS NOT NULL ORDER BY array_position($1::text[], id::text)
 
 -- count_evaluations --

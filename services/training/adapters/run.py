@@ -14,7 +14,7 @@ from services.kit.ids import new_id
 from services.kit.jobs import Claim
 from services.training.adapters import trackers
 from services.training.adapters.metrics import TrainingMetrics
-from services.training.adapters.postgres import QUERIES, PostgresStore, checkpoints_of
+from services.training.adapters.postgres import QUERIES, PostgresStore, checkpoints_of, judged
 from services.training.adapters.trackers import Tracker
 from services.training.dialogue import Saved
 from services.training.domain import ARTIFACT_KIND, CHECKPOINT_KIND, EVENT_PREFIX, NewTranscoder, Plan, Retention, Task
@@ -120,7 +120,7 @@ class ClaimedRun:
             row = (new_id("ckpt"), self._id, fence, *astuple(saved), artifact.uri, artifact.size_bytes)
             await conn.execute(QUERIES["add_checkpoint"], *row)
             retention = Retention(**(await conn.fetchrow(QUERIES["lock_training"], self._id))["retention"])
-            needed = kept(await checkpoints_of(conn, self._id), retention)
+            needed = kept(await checkpoints_of(conn, self._id), retention) | await judged(conn, self._id)
             dropped = await conn.fetch(QUERIES["drop_checkpoints"], self._id, list(needed))
         await self._store.discard(one["artifact_uri"] for one in dropped)
 
@@ -135,7 +135,9 @@ class ClaimedRun:
                 artifact = await artifacts.publish(conn, ARTIFACT_KIND, folder, meta, seal)
                 row = (*astuple(new), artifact.uri, artifact.size_bytes, self._claim.job.created_by)
                 await conn.execute(QUERIES["insert_transcoder"], transcoder_id, self._id, *row)
-            dropped = await conn.fetch(QUERIES["drop_checkpoints"], self._id, [])
+            await conn.fetchrow(QUERIES["lock_training"], self._id)
+            needed = await judged(conn, self._id)
+            dropped = await conn.fetch(QUERIES["drop_checkpoints"], self._id, list(needed))
         self._claim.finish_data({"transcoder_ids": ids})
         await self._store.discard(one["artifact_uri"] for one in dropped)
         return ids

@@ -122,3 +122,18 @@ def test_text_without_a_token_is_refused(model: torch.nn.Module, batches: list) 
     evaluation = Evaluation(model, family_of(model), coder(pairs(model, batches)[0].shape[1]))
     with pytest.raises(ValueError, match="no token"):
         evaluation.result()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_normalised_activations_are_read_with_the_gain_where_training_read_them_so(
+    family: str, batches: list[tuple[Tensor, Tensor, Tensor]]
+) -> None:
+    rms = models.tiny(family).eval()
+    width = rms.config.hidden_size
+    as_mlp_in, scaled, bare = (coder(width) for _ in range(3))
+    scaled.info |= {"source_hook_point": "blocks.1.ln2.hook_normalized", "apply_rmsnorm_scaling": True}
+    bare.info |= {"source_hook_point": "blocks.1.ln2.hook_normalized", "apply_rmsnorm_scaling": False}
+    expected, found, other = (judge(rms, one, batches) for one in (as_mlp_in, scaled, bare))
+    assert found == expected
+    assert other.fvu != pytest.approx(expected.fvu, rel=1e-3)
+    assert other.ce_spliced != pytest.approx(expected.ce_spliced, rel=1e-6)

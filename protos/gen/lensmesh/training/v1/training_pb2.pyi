@@ -573,7 +573,7 @@ class QueuedJob(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., resource_id: _Optional[str] = ...) -> None: ...
 
 class Evaluation(_message.Message):
-    __slots__ = ("id", "transcoder_id", "dataset_id", "job_id", "fvu", "fvu_per_prefix", "fvu_min", "fvu_max", "fvu_mean", "fvu_standard_error", "l0", "l0_per_prefix", "dead_fraction", "ce_clean", "ce_spliced", "ce_zero_ablated", "ce_mean_ablated", "ce_recovered", "ce_standard_error", "kl", "tokens", "batches", "mode", "prefix", "seconds", "density_histogram", "created_at")
+    __slots__ = ("id", "transcoder_id", "dataset_id", "job_id", "fvu", "fvu_per_prefix", "fvu_min", "fvu_max", "fvu_mean", "fvu_standard_error", "l0", "l0_per_prefix", "dead_fraction", "ce_clean", "ce_spliced", "ce_zero_ablated", "ce_mean_ablated", "ce_recovered", "ce_standard_error", "kl", "tokens", "batches", "mode", "prefix", "seconds", "density_histogram", "created_at", "training_job_id", "checkpoint", "coder")
     ID_FIELD_NUMBER: _ClassVar[int]
     TRANSCODER_ID_FIELD_NUMBER: _ClassVar[int]
     DATASET_ID_FIELD_NUMBER: _ClassVar[int]
@@ -601,6 +601,9 @@ class Evaluation(_message.Message):
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     DENSITY_HISTOGRAM_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    CODER_FIELD_NUMBER: _ClassVar[int]
     id: str
     transcoder_id: str
     dataset_id: str
@@ -628,7 +631,10 @@ class Evaluation(_message.Message):
     seconds: float
     density_histogram: _containers.RepeatedScalarFieldContainer[int]
     created_at: _timestamp_pb2.Timestamp
-    def __init__(self, id: _Optional[str] = ..., transcoder_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., job_id: _Optional[str] = ..., fvu: _Optional[float] = ..., fvu_per_prefix: _Optional[_Iterable[float]] = ..., fvu_min: _Optional[float] = ..., fvu_max: _Optional[float] = ..., fvu_mean: _Optional[float] = ..., fvu_standard_error: _Optional[float] = ..., l0: _Optional[float] = ..., l0_per_prefix: _Optional[_Iterable[float]] = ..., dead_fraction: _Optional[float] = ..., ce_clean: _Optional[float] = ..., ce_spliced: _Optional[float] = ..., ce_zero_ablated: _Optional[float] = ..., ce_mean_ablated: _Optional[float] = ..., ce_recovered: _Optional[float] = ..., ce_standard_error: _Optional[float] = ..., kl: _Optional[float] = ..., tokens: _Optional[int] = ..., batches: _Optional[int] = ..., mode: _Optional[_Union[EvaluationMode, str]] = ..., prefix: _Optional[int] = ..., seconds: _Optional[float] = ..., density_histogram: _Optional[_Iterable[int]] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    training_job_id: str
+    checkpoint: str
+    coder: str
+    def __init__(self, id: _Optional[str] = ..., transcoder_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., job_id: _Optional[str] = ..., fvu: _Optional[float] = ..., fvu_per_prefix: _Optional[_Iterable[float]] = ..., fvu_min: _Optional[float] = ..., fvu_max: _Optional[float] = ..., fvu_mean: _Optional[float] = ..., fvu_standard_error: _Optional[float] = ..., l0: _Optional[float] = ..., l0_per_prefix: _Optional[_Iterable[float]] = ..., dead_fraction: _Optional[float] = ..., ce_clean: _Optional[float] = ..., ce_spliced: _Optional[float] = ..., ce_zero_ablated: _Optional[float] = ..., ce_mean_ablated: _Optional[float] = ..., ce_recovered: _Optional[float] = ..., ce_standard_error: _Optional[float] = ..., kl: _Optional[float] = ..., tokens: _Optional[int] = ..., batches: _Optional[int] = ..., mode: _Optional[_Union[EvaluationMode, str]] = ..., prefix: _Optional[int] = ..., seconds: _Optional[float] = ..., density_histogram: _Optional[_Iterable[int]] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., training_job_id: _Optional[str] = ..., checkpoint: _Optional[str] = ..., coder: _Optional[str] = ...) -> None: ...
 
 class ListEvaluationsRequest(_message.Message):
     __slots__ = ("id", "limit", "offset", "page_token")

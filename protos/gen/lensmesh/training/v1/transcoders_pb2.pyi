@@ -127,8 +127,18 @@ class ImportTranscoderRequest(_message.Message):
     request_id: str
     def __init__(self, model_id: _Optional[str] = ..., format: _Optional[_Union[TranscoderFormat, str]] = ..., source: _Optional[_Union[TranscoderSource, str]] = ..., identifier: _Optional[str] = ..., revision: _Optional[str] = ..., subfolder: _Optional[str] = ..., layer: _Optional[int] = ..., name: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
+class TrainingCheckpoint(_message.Message):
+    __slots__ = ("job_id", "checkpoint", "coder")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    CODER_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    checkpoint: str
+    coder: str
+    def __init__(self, job_id: _Optional[str] = ..., checkpoint: _Optional[str] = ..., coder: _Optional[str] = ...) -> None: ...
+
 class CompareTranscodersRequest(_message.Message):
-    __slots__ = ("transcoder_ids", "dataset_id", "num_batches", "batch_size", "max_length", "mode", "request_id")
+    __slots__ = ("transcoder_ids", "dataset_id", "num_batches", "batch_size", "max_length", "mode", "request_id", "prefix", "checkpoints")
     TRANSCODER_IDS_FIELD_NUMBER: _ClassVar[int]
     DATASET_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_BATCHES_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +146,8 @@ class CompareTranscodersRequest(_message.Message):
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     transcoder_ids: _containers.RepeatedScalarFieldContainer[str]
     dataset_id: str
     num_batches: int
@@ -143,17 +155,25 @@ class CompareTranscodersRequest(_message.Message):
     max_length: int
     mode: _training_pb2.EvaluationMode
     request_id: str
-    def __init__(self, transcoder_ids: _Optional[_Iterable[str]] = ..., dataset_id: _Optional[str] = ..., num_batches: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., mode: _Optional[_Union[_training_pb2.EvaluationMode, str]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    prefix: int
+    checkpoints: _containers.RepeatedCompositeFieldContainer[TrainingCheckpoint]
+    def __init__(self, transcoder_ids: _Optional[_Iterable[str]] = ..., dataset_id: _Optional[str] = ..., num_batches: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., mode: _Optional[_Union[_training_pb2.EvaluationMode, str]] = ..., request_id: _Optional[str] = ..., prefix: _Optional[int] = ..., checkpoints: _Optional[_Iterable[_Union[TrainingCheckpoint, _Mapping]]] = ...) -> None: ...
 
 class ComparedTranscoder(_message.Message):
-    __slots__ = ("transcoder_id", "evaluation_id", "job_id")
+    __slots__ = ("transcoder_id", "evaluation_id", "job_id", "training_job_id", "checkpoint", "coder")
     TRANSCODER_ID_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_ID_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    CODER_FIELD_NUMBER: _ClassVar[int]
     transcoder_id: str
     evaluation_id: str
     job_id: str
-    def __init__(self, transcoder_id: _Optional[str] = ..., evaluation_id: _Optional[str] = ..., job_id: _Optional[str] = ...) -> None: ...
+    training_job_id: str
+    checkpoint: str
+    coder: str
+    def __init__(self, transcoder_id: _Optional[str] = ..., evaluation_id: _Optional[str] = ..., job_id: _Optional[str] = ..., training_job_id: _Optional[str] = ..., checkpoint: _Optional[str] = ..., coder: _Optional[str] = ...) -> None: ...
 
 class CompareTranscodersResponse(_message.Message):
     __slots__ = ("compared",)

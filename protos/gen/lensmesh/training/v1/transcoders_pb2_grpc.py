@@ -126,7 +126,7 @@ class TranscoderServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CompareTranscoders(self, request, context):
-        """Queues one evaluation for each of several transcoders, on the same text.
+        """Queues one evaluation for each of several transcoders and checkpoints, on the same text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
