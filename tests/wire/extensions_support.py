@@ -114,7 +114,8 @@ class Registry(
     async def Reserve(self, request: Any, context: Any) -> Any:
         self.ledger[request.owner] = request.bytes
         self.reserved.append(request.owner)
-        return devices_pb2.Reservation(owner=request.owner, bytes=request.bytes)
+        devices = ["cpu"] * (request.ranks or 1)
+        return devices_pb2.Reservation(owner=request.owner, bytes=request.bytes, devices=devices)
 
     async def Release(self, request: Any, context: Any) -> Any:
         self.ledger.pop(request.owner, None)
