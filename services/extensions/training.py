@@ -168,19 +168,21 @@ class TrainingJob:
             devices = training.wanted.devices or 1
             reserved = self._reserved(run.job_id, base, key, work, devices=devices, whole=whole)
             ranks = await stack.enter_async_context(reserved)
-            state: Path | None = None
-            if training.checkpoint_uri is not None:
-                state = await stack.enter_async_context(self._store.reading(training.checkpoint_uri))
-            if len(ranks) > 1:
-                with translated.requests():
-                    require_fit(base.model, *work)
-                team = self._teams.start(base, key, folder, work, ranks=ranks, state=state)
-                yield base, key, await stack.enter_async_context(team)
-                return
-            if whole:
-                subject = await base.run(_copied, base, folder)
-            trainer = await base.run(_trainer, *subject, work, folder, state)
-            yield *subject, Here(base, trainer)
+            async with AsyncExitStack() as reading:  # a state that somebody reads cannot be deleted
+                state: Path | None = None
+                if training.checkpoint_uri is not None:
+                    state = await reading.enter_async_context(self._store.reading(training.checkpoint_uri))
+                course: Course
+                if len(ranks) > 1:
+                    with translated.requests():
+                        require_fit(base.model, *work)
+                    team = self._teams.start(base, key, folder, work, ranks=ranks, state=state)
+                    course = await stack.enter_async_context(team)
+                else:
+                    if whole:
+                        subject = await base.run(_copied, base, folder)
+                    course = Here(base, await base.run(_trainer, *subject, work, folder, state))
+            yield *subject, course
 
     @asynccontextmanager
     async def _reserved(

@@ -98,6 +98,7 @@ async def test_a_killed_rank_and_a_pause_change_no_bit(
     assert len(teams) == 4
     results = [await mesh.stub.GetExtension(pb.GetExtensionRequest(id=x.id)) for x in (whole, cut)]
     assert results[0].digest == results[1].digest
+    assert not await database.pool.fetchval("SELECT count(*) FROM artifacts WHERE kind = 'extension_checkpoint'")
     assert mesh.registry.ledger == {}
 
 
