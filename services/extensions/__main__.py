@@ -11,6 +11,7 @@ from services.extensions.adapters.peers import Peers
 from services.extensions.adapters.postgres import PostgresStore
 from services.extensions.adapters.residency import PooledBases
 from services.extensions.adapters.run import ClaimedMerge, ClaimedRun
+from services.extensions.adapters.team import TeamProcesses
 from services.extensions.config import ExtensionSettings
 from services.extensions.domain import JOB_KIND, MERGE_KIND
 from services.extensions.exchanging import Exchange, MergeJob
@@ -37,7 +38,13 @@ async def compose(context: Context) -> Part:
     bases = PooledBases(context.residency, catalogue.ensure_resident)
     datasets = RegisteredDatasets(catalogue, settings.dataset_roots)
     training = TrainingJob(
-        store, hosts, bases, datasets, peers, checkpoint_seconds=settings.extension_checkpoint_seconds
+        store,
+        hosts,
+        bases,
+        datasets,
+        peers,
+        teams=TeamProcesses(),
+        checkpoint_seconds=settings.extension_checkpoint_seconds,
     )
 
     async def train(claim: Claim) -> dict[str, Any]:

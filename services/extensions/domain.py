@@ -133,6 +133,7 @@ class NewTraining:
     gradient_checkpointing: bool = False
     evaluate_every: int = 0
     patience: int = 0
+    devices: int = 0
 
 
 @dataclass(frozen=True, slots=True)

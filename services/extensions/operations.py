@@ -149,15 +149,17 @@ class Operations:
         """Queue a training; its job's id.
 
         Raises:
-            errors.Invalid: neither or both of steps and epochs are given, a setting is out of range, or the dataset has
-                no targets and the model needs them.
+            errors.Invalid: neither or both of steps and epochs are given, a setting is out of range, the devices cannot
+                share the batch, or the dataset has no targets and the model needs them.
             errors.NotFound: there is no such extension or dataset.
             errors.Conflict: it is being trained already.
         """
         if bool(training.steps) == bool(training.epochs):
             raise errors.Invalid.of("steps", "give either steps or epochs")
-        settings_of(training, 1, "fp32")
-        model = await self._catalogue.model((await self._store.get(training.extension_id)).model_id)
+        settings = settings_of(training, 1, "fp32")
+        extension = await self._store.get(training.extension_id)
+        _require_shareable(settings.batch_size, training.devices or 1, freeze_base=extension.freeze_base)
+        model = await self._catalogue.model(extension.model_id)
         named = {"dataset_id": training.dataset_id, "held_out_dataset_id": training.held_out_dataset_id}
         for field, dataset_id in named.items():
             paired = not dataset_id or await self._datasets.paired(dataset_id)
@@ -236,6 +238,13 @@ class Operations:
 
 def _resolved(prompt: Prompt) -> Prompt:
     return replace(prompt, max_new_tokens=prompt.max_new_tokens or DEFAULT_NEW_TOKENS)
+
+
+def _require_shareable(batch_size: int, devices: int, *, freeze_base: bool) -> None:
+    if batch_size % devices:
+        raise errors.Invalid.of("batch_size", f"{batch_size} rows cannot be shared evenly by {devices} devices")
+    if devices > 1 and not freeze_base:
+        raise errors.Invalid.of("devices", "an extension that trains its base with it is trained on one device")
 
 
 def config_of(new: NewExtension, shared: Extension | None = None) -> ExtensionConfig:

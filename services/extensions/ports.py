@@ -197,11 +197,15 @@ class Catalogue(Protocol):
 class Ledger(Protocol):
     """Bytes of this process's device."""
 
-    async def reserve(self, owner: str, size_bytes: int) -> object:
-        """Set bytes aside before they are allocated.
+    async def reserve(self, owner: str, size_bytes: int, ranks: int = 1) -> Sequence[str]:
+        """Set bytes aside for each of so many processes before they are allocated, all or none.
+
+        Returns:
+            The device of each, as `gang.program` takes it.
 
         Raises:
             Exhausted: there is no room.
+            Unsupported: the machine has fewer devices.
         """
 
     async def release(self, owner: str) -> None:
@@ -216,6 +220,11 @@ class Base(Protocol):
     tokenizer: Any
     digest: str
     """Content digest of the base's files."""
+    directory: Path
+    """The base's files."""
+    quantization: str
+    nbytes: int
+    """Bytes of its weights in memory."""
     attached: Extensions
     """What is attached to it; only inside `run`."""
 

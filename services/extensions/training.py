@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -20,12 +20,14 @@ from services.extensions.compute.memory import training_bytes
 from services.extensions.compute.merge import KEY as COPY_KEY
 from services.extensions.compute.merge import Merged, copy_to_train, merge
 from services.extensions.compute.settings import Precision, Schedule, TrainSettings, default_precision
-from services.extensions.compute.train import StepReport, Trainer
+from services.extensions.compute.train import StepReport, Trainer, require_fit
+from services.extensions.course import Course, Here, Teams
 from services.extensions.domain import Extension, NewTraining, Sharer, TrainedExtension, Training
 from services.extensions.exchanging import model_files
 from services.extensions.measuring import attached, examples_for, loss, row_length
 from services.extensions.ports import Base, Bases, Catalogue, Datasets, Ledger, Run, Store
 from services.kit import errors
+from services.residency.gang import CUDA_CONTEXT_BYTES
 from services.residency.lenses.extension import Extensions
 from services.residency.lenses.extension_files import read_manifest, retrained
 from services.residency.lenses.lora import KEY_PREFIX
@@ -43,7 +45,7 @@ PROGRESS_SHARE = 0.01
 class _Session:
     base: Base
     key: str
-    trainer: Trainer
+    course: Course
     held_out: Examples
 
 
@@ -58,6 +60,7 @@ class TrainingJob:
         datasets: Datasets,
         catalogue: Catalogue,
         *,
+        teams: Teams,
         checkpoint_seconds: float,
     ) -> None:
         """Use these ports; a state to resume from is saved every `checkpoint_seconds`."""
@@ -66,6 +69,7 @@ class TrainingJob:
         self._bases = bases
         self._datasets = datasets
         self._catalogue = catalogue
+        self._teams = teams
         self._checkpoint_seconds = checkpoint_seconds
 
     async def run(self, run: Run) -> dict[str, Any]:
@@ -92,13 +96,10 @@ class TrainingJob:
             examples, held_out = await self._examples(training.wanted, base)
             precision = await base.run(default_precision, base.model)
             settings = settings_of(training.wanted, len(examples), precision)
-            whole = not training.extension.freeze_base
-            async with self._reserved(run.job_id, base, key, (examples, settings), whole=whole):
-                subject: tuple[Base, str] = await base.run(_copied, base, folder) if whole else (base, key)
-                trainer = await base.run(_trainer, *subject, examples, settings, folder)
-                session = _Session(*subject, trainer, held_out)
-                result = await self._train(run, session, training)
-                if whole:
+            async with self._course(run, training, (base, key), folder, (examples, settings)) as (own, own_key, course):
+                session = _Session(own, own_key, course, held_out)
+                result = await self._train(run, session, training, settings.steps)
+                if not training.extension.freeze_base:
                     result = await self._registered(run, session, training, result)
                     await run.finish(result, None)
                 else:
@@ -153,61 +154,102 @@ class TrainingJob:
         return examples_for("dataset_id", base, documents, length), examples_for(field, base, judged, length)
 
     @asynccontextmanager
+    async def _course(
+        self,
+        run: Run,
+        training: Training,
+        subject: tuple[Base, str],
+        folder: Path,
+        work: tuple[Examples, TrainSettings],
+    ) -> AsyncIterator[tuple[Base, str, Course]]:
+        """What is trained and under which key, with its bytes reserved and where the job left off."""
+        (base, key), whole = subject, not training.extension.freeze_base
+        async with AsyncExitStack() as stack:
+            devices = training.wanted.devices or 1
+            reserved = self._reserved(run.job_id, base, key, work, devices=devices, whole=whole)
+            ranks = await stack.enter_async_context(reserved)
+            async with AsyncExitStack() as reading:  # a state that somebody reads cannot be deleted
+                state: Path | None = None
+                if training.checkpoint_uri is not None:
+                    state = await reading.enter_async_context(self._store.reading(training.checkpoint_uri))
+                course: Course
+                if len(ranks) > 1:
+                    with translated.requests():
+                        require_fit(base.model, *work)
+                    team = self._teams.start(base, key, folder, work, ranks=ranks, state=state)
+                    course = await stack.enter_async_context(team)
+                else:
+                    if whole:
+                        subject = await base.run(_copied, base, folder)
+                    course = Here(base, await base.run(_trainer, *subject, work, folder, state))
+            yield *subject, course
+
+    @asynccontextmanager
     async def _reserved(
-        self, owner: str, base: Base, key: str, work: tuple[Examples, TrainSettings], *, whole: bool
-    ) -> AsyncIterator[None]:
+        self,
+        owner: str,
+        base: Base,
+        key: str,
+        work: tuple[Examples, TrainSettings],
+        *,
+        devices: int,
+        whole: bool,
+    ) -> AsyncIterator[Sequence[str]]:
+        """Devices of the processes that train."""
         extension = base.attached[key]
         if whole:
             extension = replace(extension, parameters={**extension.parameters, **dict(base.model.named_parameters())})
-        await self._ledger.reserve(owner, training_bytes(base.model.config, extension, *work))
+        size = training_bytes(base.model.config, extension, *work)
+        if devices > 1:  # each has a base of its own
+            on_gpu = next(base.model.parameters()).device.type == "cuda"
+            size += base.nbytes + (CUDA_CONTEXT_BYTES if on_gpu else 0)
+        ranks = await self._ledger.reserve(owner, size, devices)
         try:
-            yield
+            yield ranks
         finally:
             await self._ledger.release(owner)
 
-    async def _train(self, run: Run, session: _Session, training: Training) -> TrainedExtension:
+    async def _train(self, run: Run, session: _Session, training: Training, steps: int) -> TrainedExtension:
         started = monotonic()
-        base, trainer = session.base, session.trainer
-        if training.checkpoint_uri is not None:
-            async with self._store.reading(training.checkpoint_uri) as folder:
-                await base.run(_restore, trainer, folder)
+        base, course = session.base, session.course
         before = training.loss_before
         if before is None:
             before, _ = await loss(base, session.key, session.held_out)
             await run.begun(before)
-        await self._steps(run, session, before)
+        await self._steps(run, session, steps, before)
         await run.finalizing()
-        await base.run(trainer.settle)
+        await course.settle()
+        await course.show()
+        standing = course.standing
         after, _ = await loss(base, session.key, session.held_out)
         return TrainedExtension(
-            steps=trainer.steps_done,
-            tokens=trainer.tokens_seen,
+            steps=standing.steps_done,
+            tokens=standing.tokens_seen,
             loss_before=before,
             loss_after=after,
             seconds=monotonic() - started,
-            best_step=trainer.stopping.best_step if trainer.stopping.best_weights else trainer.steps_done,
+            best_step=standing.best_step,
         )
 
-    async def _steps(self, run: Run, session: _Session, loss_before: float) -> None:
+    async def _steps(self, run: Run, session: _Session, steps: int, loss_before: float) -> None:
         saved_at = monotonic()
-        base, trainer = session.base, session.trainer
-        steps = trainer.settings.steps
+        course = session.course
         stride = max(1, round(steps * PROGRESS_SHARE))
-        while not trainer.done:
+        while not course.standing.done:
             if run.stopping or monotonic() - saved_at >= self._checkpoint_seconds:
-                await run.save(await base.run(checkpoint.files, trainer))
+                await run.save(await course.state())
                 saved_at = monotonic()
             await run.checkpoint()
-            report = await base.run(_step, trainer)
+            report = await course.step()
             judged: dict[str, float] = {}
-            if trainer.to_be_judged:
-                judged["held_out_loss"], _ = await loss(base, session.key, session.held_out)
-                await base.run(trainer.judged, judged["held_out_loss"])
+            if course.standing.to_be_judged:
+                await course.show()
+                judged["held_out_loss"], _ = await loss(session.base, session.key, session.held_out)
+                await course.judged(judged["held_out_loss"])
             if judged or report.step in (1, steps) or report.step % stride == 0:
                 told: dict[str, Any] = figures(report, steps, loss_before) | judged
-                await run.progress(
-                    100 * report.step / steps, told | ({"ranks": ranks} if (ranks := trainer.ranks) else {})
-                )
+                ranks = course.standing.ranks
+                await run.progress(100 * report.step / steps, told | ({"ranks": ranks} if ranks else {}))
 
 
 def settings_of(wanted: NewTraining, rows: int, precision: Precision) -> TrainSettings:
@@ -264,6 +306,9 @@ class _Copy:
     model: Any
     tokenizer: Any
     digest: str
+    directory: Path
+    quantization: str
+    nbytes: int
     attached: Extensions
     run: Callable[..., Any]
 
@@ -271,7 +316,8 @@ class _Copy:
 def _copied(base: Base, folder: Path) -> tuple[Base, str]:
     with translated.stored():
         model, extensions = copy_to_train(base.model, folder)
-    return _Copy(model, base.tokenizer, base.digest, extensions, base.run), COPY_KEY
+    facts = (base.tokenizer, base.digest, base.directory, base.quantization, base.nbytes)
+    return _Copy(model, *facts, extensions, base.run), COPY_KEY
 
 
 def _merged(base: Base, key: str) -> Merged:
@@ -287,20 +333,14 @@ def _take_layers(base: Base, source: str, target: str) -> None:
                 parameter.copy_(trained[name])
 
 
-def _trainer(base: Base, key: str, examples: Examples, settings: TrainSettings, folder: Path) -> Trainer:
+def _trainer(base: Base, key: str, work: tuple[Examples, TrainSettings], folder: Path, state: Path | None) -> Trainer:
     with translated.requests():
         config = ExtensionConfig.from_dict(read_manifest(folder).config)
-        return Trainer(base.model, base.attached, key, examples, settings, config=config)
-
-
-def _restore(trainer: Trainer, folder: Path) -> None:
-    with translated.stored():
-        checkpoint.load(trainer, folder)
-
-
-def _step(trainer: Trainer) -> StepReport:
-    with translated.stored():
-        return trainer.step()
+        trainer = Trainer(base.model, base.attached, key, *work, config=config)
+    if state is not None:
+        with translated.stored():
+            checkpoint.load(trainer, state)
+    return trainer
 
 
 def _files(folder: Path, base: Base, key: str, result: TrainedExtension) -> Callable[[Path], None]:

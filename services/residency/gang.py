@@ -14,14 +14,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+import queue
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
+
+from services.residency.lines import Words
 
 PR_SET_PDEATHSIG: Final = 1
 POLL_SECONDS: Final = 0.1
@@ -30,6 +35,12 @@ MEETING: Final = "LENSMESH_GANG_MEETING"
 """File in which the ranks meet."""
 LAUNCHER: Final = "LENSMESH_GANG_LAUNCHER"
 """Process id of the launcher."""
+START: Final = "start"
+"""Where rank 0 leaves its first line for the others."""
+PATIENCE: Final = timedelta(days=1)
+"""For how long ranks wait for each other: rank 0 waits for its service, and who dies ends them all."""
+CUDA_CONTEXT_BYTES: Final = 600_000_000
+"""What another process takes on a GPU before it allocates anything."""
 
 
 def program(module: str, devices: Sequence[str]) -> tuple[str, ...]:
@@ -70,11 +81,47 @@ def joined() -> Iterator[Any]:
     world = int(os.environ["WORLD_SIZE"])
     store = dist.FileStore(os.environ[MEETING], world)
     backend = "nccl" if os.environ.get("CUDA_VISIBLE_DEVICES") else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank(), world_size=world)
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world, timeout=PATIENCE)
     try:
         yield store
     finally:
         dist.destroy_process_group()
+
+
+def converse(session: str, words: Words) -> None:
+    """Talk over the standard streams: rank 0 does, and the others tell nothing but what stops them.
+
+    A crash or an out-of-memory kill ends this process and not the service. It ends with the service too: the kernel
+    kills it when its parent dies, and so does the end of its standard input, which holds where the former does not (a
+    parent that dies before this process has asked the kernel).
+
+    Args:
+        session: module whose `run` takes the first thing said, a queue of all that follow, and what sends an answer.
+            It is imported late: torch takes seconds, and the lifeline must hold by then.
+        words: what is said.
+    """
+    die_with_parent()
+    commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    first = b""
+    with os.fdopen(os.dup(1), "wb", buffering=0) as answers:
+        os.dup2(2, 1)  # what libraries print is no answer
+        if rank() == 0:
+            first = sys.stdin.buffer.readline()
+            if not first:
+                sys.exit(1)
+            threading.Thread(target=_listen, args=(sys.stdin.buffer, words, commands), daemon=True).start()
+        run = import_module(session).run
+        with joined() as store:
+            if store is not None and rank() == 0:
+                store.set(START, first)
+            start = words.from_line(first if store is None else store.get(START))
+            run(start, commands, lambda message: answers.write(words.to_line(message)))
+
+
+def _listen(stream: BinaryIO, words: Words, commands: queue.SimpleQueue[Any]) -> None:
+    for line in stream:
+        commands.put(words.from_line(line))
+    os._exit(1)  # the service is gone, or wants us gone
 
 
 def main(module: str, devices: Sequence[str]) -> None:

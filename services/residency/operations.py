@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,8 @@ from services.residency.pool import Pool
 from services.residency.resident import Attached, Resident
 from services.residency.together import Together
 
+MADE = "model"
+"""Kind of artifact that a model is which a job made."""
 UNFINISHED = "\ufffd"
 """What a tokenizer writes for bytes that are no whole character yet."""
 PERPLEXITY_TOKENS = 1024
@@ -105,12 +107,22 @@ class Host:
     @property
     def model_roots(self) -> list[Path]:
         """Where local models lie; last the models that were made here, whose identifier is their digest."""
-        return [*self.settings.model_roots, self.artifacts.root / "model"]
+        return [*self.settings.model_roots, self.artifacts.root / MADE]
 
     @property
     def hub_dir(self) -> Path:
         """Where downloaded hub models are kept."""
         return self.settings.state_dir / "hub"
+
+    async def forget_made(self, identifier: str) -> None:
+        """Delete the files of a model that was made here; those below the configured roots are their owner's.
+
+        Raises:
+            errors.Conflict: `IN_USE`: somebody reads them.
+        """
+        if not any((root / identifier).exists() for root in self.settings.model_roots):
+            with suppress(errors.NotFound):
+                await self.artifacts.delete(self.database, f"artifact://{MADE}/{identifier}")
 
     async def inspect(self, source: sources.Source) -> sources.Contents:
         """Config, headers and digest of a model's files."""

@@ -455,4 +455,12 @@ def _finish(model_id: str, prepared: loading.Prepared, digest: str) -> Resident:
     family = None if model.config.is_encoder_decoder else family_of(model)
     base = Base(model, family, facts(model.config.to_dict()), digest, Extensions())
     tokenizer = loading.load_tokenizer(prepared.directory)
-    return Resident(model_id, prepared.quantization, base, tokenizer, resident_bytes(model), fingerprint(model))
+    return Resident(
+        model_id,
+        prepared.directory,
+        prepared.quantization,
+        base,
+        tokenizer,
+        nbytes=resident_bytes(model),
+        fingerprint=fingerprint(model),
+    )

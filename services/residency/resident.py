@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,8 @@ class Resident:
     """A model that the pool holds; everything but `leases` and `last_used` changes under `lock` only."""
 
     model_id: str
+    directory: Path
+    """Its files."""
     quantization: str
     base: Base
     tokenizer: PreTrainedTokenizerBase | None

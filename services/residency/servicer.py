@@ -159,6 +159,8 @@ class ModelHostServicer(residency_pb2_grpc.ModelHostServiceServicer):
         source = messages.source(request.source)
         hub_id = source.identifier if source.kind == "huggingface" else ""
         freed = await self._pool.read(self._host.disk_cache.forget, request.digest, hub_id)
+        if source.kind == "local":
+            await self._host.forget_made(source.identifier)
         return residency_pb2.Released(freed_bytes=freed)
 
     async def EmptyCache(self, request: Message, context: Any) -> residency_pb2.Released:

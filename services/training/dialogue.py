@@ -1,12 +1,12 @@
-"""What a service and its training process say to each other: one JSON object a line, both ways."""
+"""What a service and its training process say to each other."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
+
+from services.residency.lines import Gone, Words
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,43 +82,6 @@ class Written:
     """By coder, d_in and d_out."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gone:
-    """From the process: it cannot go on, and ends."""
-
-    reason: str
-    """Name of an ErrorReason."""
-    message: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    transient: bool = False
-
-
 Command = Start | Save | Write
 Message = Progress | Saved | Finished | Written | Gone
-_KINDS: dict[str, type[Command | Message]] = {
-    kind.__name__: kind for kind in (Start, Save, Write, Progress, Saved, Finished, Written, Gone)
-}
-
-
-def to_line(said: Command | Message) -> bytes:
-    """One line, with its end."""
-    return json.dumps([type(said).__name__, asdict(said)], default=_plain).encode() + b"\n"
-
-
-def from_line(line: bytes) -> Any:
-    """What `to_line` was given.
-
-    Raises:
-        ValueError: it is no such line.
-    """
-    try:
-        kind, values = json.loads(line)
-        return _KINDS[kind](**values)
-    except (KeyError, TypeError) as error:
-        raise ValueError("not a line of ours") from error
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(type(value).__name__)
+WORDS = Words(Start, Save, Write, Progress, Saved, Finished, Written)

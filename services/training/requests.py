@@ -10,6 +10,7 @@ from typing import Any
 
 from services.kit import errors
 from services.residency.families import FAMILIES, SITES
+from services.residency.gang import CUDA_CONTEXT_BYTES
 from services.residency.lenses.selection import BLOCK_ELEMENTS
 from services.residency.shards import CorruptCache, ShardReader
 from services.training.compute.config import ConfigError, TrainConfig
@@ -18,8 +19,6 @@ from services.training.domain import BaseModel, Cache, CoderSpec, Plan, Sites, T
 EXPANSION = 16
 """Latents per dimension when a request names no dict_size."""
 DEFAULT_BATCH_SIZE = 2048
-CUDA_CONTEXT_BYTES = 600_000_000
-"""What another process takes on a GPU before it allocates anything."""
 SHARED = ("batch_size", "num_tokens", "seed")
 """Fields that all configurations of a job have in common, since they share a stream."""
 _FLOAT = 4

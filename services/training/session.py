@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from services.residency.lines import Gone
 from services.residency.memory import is_out_of_memory
 from services.residency.shards import CorruptCache
 from services.training import state_files
@@ -20,7 +21,7 @@ from services.training.compute.initial import SAMPLE_ROWS
 from services.training.compute.ranks import Ranks
 from services.training.compute.report import StepReport
 from services.training.compute.trainer import CoderPlan, State, Trainer, coders_of
-from services.training.dialogue import Command, Finished, Gone, Message, Progress, Save, Saved, Start, Write, Written
+from services.training.dialogue import Command, Finished, Message, Progress, Save, Saved, Start, Write, Written
 from services.training.domain import Plan
 
 LAST_BATCHES: Final = 20

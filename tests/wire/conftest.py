@@ -20,7 +20,7 @@ def pids(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from services.training.adapters.processes import ChildProcess
 
     told: list[int] = []
-    say, save = ChildProcess._say, ChildProcess.save
+    say, save = ChildProcess.say, ChildProcess.save
 
     def held(pid: int) -> psutil.Process:
         return max(psutil.Process(pid).children(), key=lambda rank: rank.environ()["RANK"], default=psutil.Process(pid))
@@ -38,6 +38,6 @@ def pids(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             os.kill(held(self.pid).pid, signal.SIGSTOP)
         return saved
 
-    monkeypatch.setattr(ChildProcess, "_say", remember)
+    monkeypatch.setattr(ChildProcess, "say", remember)
     monkeypatch.setattr(ChildProcess, "save", hold)
     return told

@@ -61,13 +61,14 @@ class Registry(
     family: str = "gpt2"
     targets: bool = False
     registered: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
 
     async def GetModel(self, request: Any, context: Any) -> Any:
         if request.id != MODEL:
             raise errors.NotFound(reason="MODEL_NOT_FOUND")
         model = models_pb2.Model(
             id=MODEL, name="tiny", model_type=self.family, parameter_count=self.parameter_count,
-            quantization=types_pb2.QUANTIZATION_NONE,
+            quantization=types_pb2.QUANTIZATION_NONE, digest=self.digest,
         )  # fmt: skip
         model.config.update(self.config)
         return model
@@ -114,7 +115,8 @@ class Registry(
     async def Reserve(self, request: Any, context: Any) -> Any:
         self.ledger[request.owner] = request.bytes
         self.reserved.append(request.owner)
-        return devices_pb2.Reservation(owner=request.owner, bytes=request.bytes)
+        devices = ["cpu"] * (request.ranks or 1)
+        return devices_pb2.Reservation(owner=request.owner, bytes=request.bytes, devices=devices)
 
     async def Release(self, request: Any, context: Any) -> Any:
         self.ledger.pop(request.owner, None)
@@ -123,8 +125,9 @@ class Registry(
     async def SwitchExtension(self, request: Any, context: Any) -> Any:
         if request.extension_id:
             lens = types_pb2.LensSpec(
-                lens_id=request.extension_id, kind=types_pb2.LENS_KIND_EXTENSION, artifact_uri=request.artifact_uri
-            )
+                lens_id=request.extension_id, kind=types_pb2.LENS_KIND_EXTENSION, artifact_uri=request.artifact_uri,
+                base_digest=request.base_digest,
+            )  # fmt: skip
             await self.host.AttachLens(residency_pb2.AttachLensRequest(model_id=MODEL, lens=lens))
         switch = residency_pb2.SwitchLensRequest(model_id=MODEL, lens_id=request.extension_id or None)
         done = await self.host.SwitchLens(switch)

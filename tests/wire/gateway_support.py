@@ -258,14 +258,23 @@ async def running(state: Path, **overrides: Any) -> AsyncIterator[Mesh]:
     settings.backends = settings.backends or {zoo_stubs.PACKAGE: f"127.0.0.1:{port}"}
     metrics = CollectorRegistry()
     gateway = Gateway(settings, stubs.load([zoo_stubs.PACKAGE]), comments.read(zoo_stubs.image()), metrics)
+    try:
+        async with listening(gateway, settings) as (address, http):
+            yield Mesh(zoo, gateway, metrics, backend, serving, settings, address, http)
+    finally:
+        await backend.stop(None)
+
+
+@asynccontextmanager
+async def listening(gateway: Gateway, settings: GatewaySettings) -> AsyncIterator[tuple[str, httpx.AsyncClient]]:
+    """A gateway on a free port: its address, and a client of it."""
     listener = listen("127.0.0.1:0", settings.stream_stall_seconds)
     address = f"127.0.0.1:{listener.getsockname()[1]}"
     server = _TestServer(server_config(gateway, settings), gateway)
     task = asyncio.create_task(server.serve([listener]))
     try:
         async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False, timeout=30) as http:
-            yield Mesh(zoo, gateway, metrics, backend, serving, settings, address, http)
+            yield address, http
     finally:
         server.should_exit = True
         await task
-        await backend.stop(None)

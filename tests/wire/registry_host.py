@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,10 @@ from services.kit import errors
 
 MB = 1_000_000
 CONFIG = {"model_type": "gpt2", "hidden_size": 64, "num_hidden_layers": 4, "architectures": ["GPT2LMHeadModel"]}
+
+
+async def _at_once(extension_id: str) -> None:
+    """Nothing."""
 
 
 @dataclass
@@ -59,6 +63,8 @@ class FakeHost(
     measures: types.Quantization = types.QUANTIZATION_NONE
     transcoders: dict[str, training_pb2.Transcoder] = field(default_factory=dict)
     extensions: dict[str, extensions_pb2.Extension] = field(default_factory=dict)
+    before_delete: Callable[[str], Awaitable[None]] = _at_once
+    """What the deletion of an extension does before it is gone."""
     address: str = ""
 
     def __post_init__(self) -> None:
@@ -230,6 +236,11 @@ class FakeHost(
     async def ListExtensions(self, request: Any, context: Any) -> Any:
         mine = [item for item in self.extensions.values() if item.model_id == request.model_id]
         return extensions_pb2.ListExtensionsResponse(extensions=mine, total=len(mine))
+
+    async def DeleteExtension(self, request: Any, context: Any) -> Any:
+        await self.before_delete(request.id)
+        del self.extensions[request.id]
+        return Empty()
 
     async def ListActivationCaches(self, request: Any, context: Any) -> Any:
         return extraction_pb2.ListActivationCachesResponse()

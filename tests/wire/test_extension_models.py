@@ -13,6 +13,7 @@ import grpc
 import pytest
 import torch
 from lensmesh.extensions.v1 import extensions_pb2 as pb
+from lensmesh.registry.v1 import devices_pb2
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -220,3 +221,31 @@ async def test_training_settings_that_contradict_are_refused_before_a_job_is_que
         _, _, fields = await refused(train(mesh, made.id, **changes))
         assert fields == ([field] if field else [])
     assert (await get(mesh, made.id)).status == pb.EXTENSION_STATUS_CREATED
+
+
+async def test_an_extension_of_other_files_is_refused_with_both_digests(mesh: Mesh) -> None:
+    mesh.registry.digest = "e" * 64
+    made = await create(mesh)
+    prompt = pb.GenerateWithExtensionRequest(id=made.id, prompt="def add", max_new_tokens=2)
+    evaluate = pb.EvaluateExtensionRequest(id=made.id, dataset_id="ds_2", max_length=16)
+    await mesh.registry.EnsureResident(devices_pb2.EnsureResidentRequest(host_id="device-0", model_id=MODEL), None)
+    found = mesh.context.residency.get(MODEL).base.digest
+    for call in (
+        mesh.stub.ActivateExtension(pb.ActivateExtensionRequest(id=made.id)),
+        mesh.stub.GenerateWithExtension(prompt),
+        mesh.stub.EvaluateExtension(evaluate),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        told = f"{caught.value.details()} {caught.value.trailing_metadata()}"
+        assert "LENS_INCOMPATIBLE" in told
+        assert "e" * 64 in told
+        assert found in told
+    job_id = await train(mesh, made.id)
+    async with working(mesh):
+        job = await ended(mesh, job_id)
+    assert (job.state, job.error_code) == ("failed", "LENS_INCOMPATIBLE")
+    assert (await get(mesh, made.id)).digest == made.digest
+    resident = mesh.context.residency.get(MODEL)
+    assert (dict(resident.lenses), resident.active, list(resident.base.extensions)) == ({}, None, [])

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from lensmesh.common.v1 import types_pb2 as types
+from lensmesh.extensions.v1 import extensions_pb2
+from lensmesh.registry.v1 import groups_pb2, models_pb2_grpc
 from lensmesh.registry.v1 import models_pb2 as pb
-from lensmesh.registry.v1 import models_pb2_grpc
 from lensmesh.training.v1 import training_pb2
 
+from services.kit import errors
 from services.kit.database import Database
 from tests.wire.registry_support import MB, FakeHost, Mesh, refused, running
 
@@ -158,6 +160,38 @@ async def test_a_model_in_use_is_deleted_with_its_users_only_by_an_admin(mesh: M
     await admin.DeleteModel(cascade)
     assert (await refused(mesh.get(model.id))).reason == "MODEL_NOT_FOUND"
     assert (host.transcoders, host.held) == ({}, {})
+    assert await mesh.ledger() == (0, 0)
+
+
+async def test_a_model_goes_with_its_extensions_and_the_lenses_made_of_them(mesh: Mesh, host: FakeHost) -> None:
+    """As the extension service does it: what a lens uses is not deleted, and its row refers to the model's."""
+    model = await mesh.ready()
+    host.extensions["x_1"] = extensions_pb2.Extension(
+        id="x_1", model_id=model.id, artifact_uri="artifact://extension/x_1", base_digest="digest-tiny", size_bytes=MB
+    )
+    pool = mesh.database.pool
+    await pool.execute(
+        "INSERT INTO extensions (id, model_id, task_name, kind, parameter_counts, base_digest, created_by)"
+        " VALUES ('x_1', $1, 'python', 'lora', '{}', 'digest-tiny', 'ada')",
+        model.id,
+    )
+
+    async def delete(extension_id: str) -> None:
+        if await pool.fetchval("SELECT count(*) FROM lenses WHERE extension_id = $1", extension_id):
+            raise errors.Conflict("lenses use it", reason="IN_USE")
+        await pool.execute("DELETE FROM extensions WHERE id = $1", extension_id)
+
+    host.before_delete = delete
+    group = await mesh.groups.CreateGroup(groups_pb2.CreateGroupRequest(name="g", model_id=model.id))
+    lens = groups_pb2.AttachLensRequest(group_id=group.id, kind=types.LENS_KIND_EXTENSION, extension_id="x_1")
+    await mesh.groups.AttachLens(lens)
+    failure = await refused(mesh.models.DeleteModel(pb.DeleteModelRequest(id=model.id)))
+    assert (failure.reason, failure.facts["users"]) == ("IN_USE", f"group {group.id}, extension x_1")
+    admin: Any = models_pb2_grpc.ModelServiceStub(mesh.as_user("root", "model:write", "model:admin"))
+    await admin.DeleteModel(pb.DeleteModelRequest(id=model.id, cascade=True))
+    assert (await refused(mesh.get(model.id))).reason == "MODEL_NOT_FOUND"
+    assert host.extensions == {}
+    assert await pool.fetchval("SELECT (SELECT count(*) FROM extensions) + (SELECT count(*) FROM groups)") == 0
     assert await mesh.ledger() == (0, 0)
 
 

@@ -437,3 +437,18 @@ async def test_the_devices_memory_is_in_the_metrics(host):
     assert 'device="cpu"' in used
     for name in ("device_memory_budget_bytes", "device_memory_total_bytes", "device_utilization_ratio"):
         assert f"\n{name}{{" in shown
+
+
+async def test_a_deleted_models_files_go_when_a_job_made_them(host):
+    uri = await publish(host, "model", lambda folder: (folder / "config.json").write_text("{}"))
+    theirs = [path for path in host.context.settings.model_roots[0].iterdir() if path.is_dir()]
+    for path in theirs:
+        await host.stub.Forget(residency_pb2.ForgetRequest(source=local(path.name), digest="d"))
+    assert host.context.artifacts.exists(uri)
+    request = residency_pb2.ForgetRequest(source=local(uri.rpartition("/")[2]), digest="d")
+    await host.stub.Forget(request)
+    assert not host.context.artifacts.exists(uri)
+    assert await host.context.database.pool.fetchval("SELECT count(*) FROM artifacts") == 0
+    await host.stub.Forget(request)
+    assert theirs
+    assert all(path.is_dir() for path in theirs)

@@ -12,8 +12,9 @@ import pytest
 
 from services.kit import errors
 from services.residency import gang
+from services.residency.spoken import HOME
 from services.training import dialogue
-from services.training.adapters.processes import HOME, MODULE, ChildProcess, Processes
+from services.training.adapters.processes import MODULE, ChildProcess, Processes
 from services.training.dialogue import Start
 from tests.support import eventually
 
@@ -95,7 +96,7 @@ def test_what_libraries_print_is_no_answer() -> None:
     program += "said = types.ModuleType('services.training.session'); "
     program += "said.run = lambda start, commands, send: (print('a library'), send(start)); "
     program += "sys.modules['services.training.session'] = said; child.main()"
-    line = dialogue.to_line(NOTHING)
+    line = dialogue.WORDS.to_line(NOTHING)
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen([sys.executable, "-c", program], cwd=HOME, **pipes) as process:
         assert process.stdin is not None

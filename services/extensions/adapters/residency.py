@@ -23,6 +23,9 @@ class PooledBase:
         self.tokenizer: Any = lease.tokenizer
         self.attached: Extensions = lease.record.base.extensions
         self.digest = lease.record.base.digest
+        self.directory = lease.record.directory
+        self.quantization = lease.record.quantization
+        self.nbytes = lease.record.nbytes
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """On the device's thread, the base bare unless `work` activates something."""

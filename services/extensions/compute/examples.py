@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from blake3 import blake3
+from safetensors.torch import load_file, save_file
 
 IGNORED = -100
 """Label of a position that carries no loss."""
@@ -41,6 +43,16 @@ class Examples:
     def take(self, rows: torch.Tensor | slice) -> Examples:
         """Some of the examples."""
         return Examples(self.ids[rows], self.labels[rows], None if self.mask is None else self.mask[rows])
+
+    def save(self, path: Path) -> None:
+        """Into a safetensors file."""
+        tensors = {"ids": self.ids, "labels": self.labels} | ({} if self.mask is None else {"mask": self.mask})
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Examples:
+        """What `save` wrote."""
+        return cls(**load_file(path))
 
     def batches(self, size: int) -> Iterable[Examples]:
         """All examples in order, `size` at a time."""

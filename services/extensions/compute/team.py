@@ -30,5 +30,21 @@ class Team:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def gather(self, tensor: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
+        """The tensor [n] on the CPU as each process has it, by rank; every process calls this at the same time."""
+        if self.size == 1:
+            return [tensor]
+        everyones = [torch.empty_like(tensor, device=device) for _ in range(self.size)]
+        distributed.all_gather(everyones, tensor.to(device))
+        return [each.cpu() for each in everyones]
+
+    def told(self, numbers: Sequence[float], device: torch.device) -> list[float]:
+        """The numbers of rank 0, whatever this process was given."""
+        if self.size == 1:
+            return list(numbers)
+        message = torch.tensor(numbers, dtype=torch.float64, device=device)
+        distributed.broadcast(message, src=0)
+        return message.tolist()
+
 
 ALONE = Team()

@@ -85,7 +85,7 @@ class Trainer:
         Raises:
             ExtensionRefused: the examples or settings do not fit the base or its device.
         """
-        _require_fit(model, examples, settings)
+        require_fit(model, examples, settings)
         self.settings = settings
         self.steps_done = 0
         self.tokens_seen = 0
@@ -100,10 +100,15 @@ class Trainer:
         with torch.inference_mode(False):
             self._optimizer = Optimizer(attached[key].trainable, settings)
         self._budget = self._rank_budget()
-        self._device = self._optimizer.device
+        self.device = self._optimizer.device
         with attached.using(None):
             self._quantized = {id(module) for module in model.modules()} if _is_quantized(model) else set()
         self._rng = self._first_rng()
+
+    @property
+    def best_step(self) -> int:
+        """Step whose weights are the ones to keep."""
+        return self.stopping.best_step if self.stopping.best_weights else self.steps_done
 
     @property
     def done(self) -> bool:
@@ -159,7 +164,7 @@ class Trainer:
     def _backward(self, rows: Examples) -> float:
         """Gradients of the mean over all labels of the step, whatever number each batch of it holds; that mean."""
         labels = label_count(self._model, rows)
-        total = torch.zeros((), device=self._device)
+        total = torch.zeros((), device=self.device)
         for batch in rows.batches(self.settings.batch_size):
             with self._autocast():
                 loss = loss_sum(self._model, batch.take(self._team.share)) / labels
@@ -193,7 +198,7 @@ class Trainer:
 
     def _autocast(self) -> Any:
         dtype = _DTYPES.get(self.settings.precision)
-        return torch.autocast(self._device.type, dtype=dtype) if dtype is not None else nullcontext()
+        return torch.autocast(self.device.type, dtype=dtype) if dtype is not None else nullcontext()
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -225,27 +230,32 @@ class Trainer:
 
     @contextmanager
     def _own_rng(self) -> Iterator[None]:
-        cuda = [self._device] if self._device.type == "cuda" else []
+        cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             torch.set_rng_state(self._rng["cpu"])
             if cuda:
-                torch.cuda.set_rng_state(self._rng["cuda"], self._device)
+                torch.cuda.set_rng_state(self._rng["cuda"], self.device)
             yield
             self._rng["cpu"] = torch.get_rng_state()
             if cuda:
-                self._rng["cuda"] = torch.cuda.get_rng_state(self._device)
+                self._rng["cuda"] = torch.cuda.get_rng_state(self.device)
 
     def _first_rng(self) -> dict[str, torch.Tensor]:
         seed = self.settings.seed + self._team.rank
         states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
-        if self._device.type == "cuda":
-            states["cuda"] = torch.Generator(self._device).manual_seed(seed).get_state()
+        if self.device.type == "cuda":
+            states["cuda"] = torch.Generator(self.device).manual_seed(seed).get_state()
         return states
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Everything that the next step depends on: CPU tensors by name, and facts as plain JSON."""
+        """Everything that the next step depends on: CPU tensors by name, and facts as plain JSON.
+
+        A team's processes all call this; each gets the whole, every process's random numbers included.
+        """
         tensors, facts = self._optimizer.state()
-        tensors |= {f"rng.{name}": state.clone() for name, state in self._rng.items()}
+        for name, state in self._rng.items():
+            everyones = self._team.gather(state.clone(), self.device)
+            tensors |= {f"{_rng_of(rank)}{name}": each for rank, each in enumerate(everyones)}
         tensors |= {f"best.{key}": weight for key, weight in self.stopping.best_weights.items()}
         if self._budget is not None:
             moments, facts["ranks"] = self._budget.state()
@@ -266,18 +276,28 @@ class Trainer:
         if self._budget is not None:
             self._budget.restore(named(tensors, "ranks."), facts["ranks"])
         self.stopping.restore(facts["stopping"], named(tensors, "best."))
-        self._rng = {name: state.clone() for name, state in named(tensors, "rng.").items()}
+        self._rng = {name: state.clone() for name, state in named(tensors, _rng_of(self._team.rank)).items()}
         self.steps_done, self.tokens_seen = int(facts["steps_done"]), int(facts["tokens_seen"])
 
     def _run(self) -> dict[str, Any]:
         return {"settings": figures_of(self.settings), "examples": self._examples.digest}
 
 
+def _rng_of(rank: int) -> str:
+    """What the names of a process's random states begin with."""
+    return f"rng{rank or ''}."
+
+
 def _is_quantized(model: nn.Module) -> bool:
     return any(type(module).__module__.startswith("bitsandbytes") for module in model.modules())
 
 
-def _require_fit(model: PreTrainedModel, examples: Examples, settings: TrainSettings) -> None:
+def require_fit(model: PreTrainedModel, examples: Examples, settings: TrainSettings) -> None:
+    """Refuse what cannot be trained.
+
+    Raises:
+        ExtensionRefused: the examples or settings do not fit the base or its device.
+    """
     if model.config.is_encoder_decoder is (examples.mask is None):
         raise ExtensionRefused(
             "dataset_id", "an encoder-decoder model learns from prompts and targets, others from rows"

@@ -157,10 +157,11 @@ async def delete_model(registry: Registry, caller: Caller, model_id: str, *, cas
     if users and not cascade:
         raise _in_use(model_id, users)
     await unload_copies(registry, model_id, wait_seconds=0.0, cause="deleted")
-    await registry.peers.delete_users_of_model(model_id)
-    async with registry.store.transaction() as tx:
+    async with registry.store.transaction() as tx:  # first: what a lens uses is not deleted
         for group in await tx.groups.of_model(model_id):
             await tx.groups.delete(group.id)
+    await registry.peers.delete_users_of_model(model_id)
+    async with registry.store.transaction() as tx:
         shared = await tx.models.sharers(model_id)
         await tx.models.delete(model_id)
         await tx.emit("model:deleted", model_id, {"model_id": model_id})

@@ -128,9 +128,10 @@ class FakeCatalogue:
         for token in range(prompt.max_new_tokens):
             yield Generated(prompt.text, (token,), 0.1)
 
-    async def reserve(self, owner: str, size_bytes: int) -> None:
+    async def reserve(self, owner: str, size_bytes: int, ranks: int = 1) -> list[str]:
         self.reserved[owner] = size_bytes
         self.most_reserved = max(self.most_reserved, size_bytes)
+        return ["cpu"] * ranks
 
     async def release(self, owner: str) -> None:
         del self.reserved[owner]
@@ -143,6 +144,7 @@ class FakeBase:
         self.model: Any = tiny("gpt2", 2)
         self.tokenizer: Any = tokenizer()
         self.digest = "digest-of-tiny"
+        self.directory, self.quantization, self.nbytes = Path("/nowhere"), "none", 0
         self.attached = Extensions()
 
     async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:

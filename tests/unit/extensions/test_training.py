@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from services.extensions.adapters.team import TeamProcesses
 from services.extensions.domain import Documents, Lora, NewExtension, NewTraining, Training
 from services.extensions.operations import Operations
 from services.extensions.training import TrainingJob, settings_of
@@ -39,7 +40,13 @@ class Bench:
 
     def with_checkpoints_every(self, seconds: float) -> TrainingJob:
         return TrainingJob(
-            self.store, self.catalogue, self.bases, self.datasets, self.catalogue, checkpoint_seconds=seconds
+            self.store,
+            self.catalogue,
+            self.bases,
+            self.datasets,
+            self.catalogue,
+            teams=TeamProcesses(),
+            checkpoint_seconds=seconds,
         )
 
     async def claimed(self, wanted: NewTraining = WANTED, **options: object) -> FakeRun:

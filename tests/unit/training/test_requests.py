@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from services.kit import errors
+from services.residency.gang import CUDA_CONTEXT_BYTES
 from services.training.dialogue import Progress
 from services.training.domain import BaseModel, Cache, Plan, Sites, Wanted
 from services.training.figures import figures_of
 from services.training.judging import modes_of
-from services.training.requests import CUDA_CONTEXT_BYTES, batches_for, memory_bytes, resolve, settled
+from services.training.requests import batches_for, memory_bytes, resolve, settled
 
 MODEL = BaseModel("m_1", "gemma2", "base", num_layers=4, hidden_size=32)
 WIDTHS = {f"blocks.{layer}.{suffix}": 32 for layer in (1, 2) for suffix in ("mlp.hook_in", "hook_mlp_out")}

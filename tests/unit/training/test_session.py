@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from services.residency.lenses.transcoder import Transcoder
+from services.residency.lines import Gone
 from services.residency.shards import CorruptCache
 from services.training import dialogue, session, state_files
 from services.training.compute import InMemory, TrainConfig
-from services.training.dialogue import Finished, Gone, Message, Progress, Save, Saved, Start, Write, Written
+from services.training.dialogue import Finished, Message, Progress, Save, Saved, Start, Write, Written
 from services.training.domain import CoderSpec, Plan
 
 STEPS, BATCH = 12, 32
@@ -83,7 +84,7 @@ def talk(start: Start, *first: Any, last: Any = None) -> list[Message]:
     said: list[Message] = []
 
     def hear(message: Message) -> None:
-        said.append(dialogue.from_line(dialogue.to_line(message)))
+        said.append(dialogue.WORDS.from_line(dialogue.WORDS.to_line(message)))
         if isinstance(message, Finished):
             commands.put(last)
 
@@ -210,4 +211,4 @@ def test_a_damaged_checkpoint_is_told_by_the_files_name(tmp_path: Path) -> None:
 
 def test_a_line_that_is_not_ours_is_refused() -> None:
     with pytest.raises(ValueError, match="not a line of ours"):
-        dialogue.from_line(b'["Nonsense", {}]\n')
+        dialogue.WORDS.from_line(b'["Nonsense", {}]\n')

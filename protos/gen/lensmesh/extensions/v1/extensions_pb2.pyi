@@ -256,7 +256,7 @@ class DeleteExtensionRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class TrainExtensionRequest(_message.Message):
-    __slots__ = ("id", "dataset_id", "held_out_dataset_id", "steps", "epochs", "batch_size", "learning_rate", "max_length", "seed", "request_id", "gradient_accumulation_steps", "lr_schedule", "warmup_steps", "loraplus_lr_ratio", "weight_decay", "precision", "gradient_checkpointing", "evaluate_every", "patience")
+    __slots__ = ("id", "dataset_id", "held_out_dataset_id", "steps", "epochs", "batch_size", "learning_rate", "max_length", "seed", "request_id", "gradient_accumulation_steps", "lr_schedule", "warmup_steps", "loraplus_lr_ratio", "weight_decay", "precision", "gradient_checkpointing", "evaluate_every", "patience", "devices")
     ID_FIELD_NUMBER: _ClassVar[int]
     DATASET_ID_FIELD_NUMBER: _ClassVar[int]
     HELD_OUT_DATASET_ID_FIELD_NUMBER: _ClassVar[int]
@@ -276,6 +276,7 @@ class TrainExtensionRequest(_message.Message):
     GRADIENT_CHECKPOINTING_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_EVERY_FIELD_NUMBER: _ClassVar[int]
     PATIENCE_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     id: str
     dataset_id: str
     held_out_dataset_id: str
@@ -295,7 +296,8 @@ class TrainExtensionRequest(_message.Message):
     gradient_checkpointing: bool
     evaluate_every: int
     patience: int
-    def __init__(self, id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., held_out_dataset_id: _Optional[str] = ..., steps: _Optional[int] = ..., epochs: _Optional[float] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., max_length: _Optional[int] = ..., seed: _Optional[int] = ..., request_id: _Optional[str] = ..., gradient_accumulation_steps: _Optional[int] = ..., lr_schedule: _Optional[_Union[LearningRateSchedule, str]] = ..., warmup_steps: _Optional[int] = ..., loraplus_lr_ratio: _Optional[float] = ..., weight_decay: _Optional[float] = ..., precision: _Optional[_Union[Precision, str]] = ..., gradient_checkpointing: _Optional[bool] = ..., evaluate_every: _Optional[int] = ..., patience: _Optional[int] = ...) -> None: ...
+    devices: int
+    def __init__(self, id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., held_out_dataset_id: _Optional[str] = ..., steps: _Optional[int] = ..., epochs: _Optional[float] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., max_length: _Optional[int] = ..., seed: _Optional[int] = ..., request_id: _Optional[str] = ..., gradient_accumulation_steps: _Optional[int] = ..., lr_schedule: _Optional[_Union[LearningRateSchedule, str]] = ..., warmup_steps: _Optional[int] = ..., loraplus_lr_ratio: _Optional[float] = ..., weight_decay: _Optional[float] = ..., precision: _Optional[_Union[Precision, str]] = ..., gradient_checkpointing: _Optional[bool] = ..., evaluate_every: _Optional[int] = ..., patience: _Optional[int] = ..., devices: _Optional[int] = ...) -> None: ...
 
 class TrainExtensionResponse(_message.Message):
     __slots__ = ("job_id", "id")

@@ -239,7 +239,7 @@ class ModelHostServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Forget(self, request, context):
-        """Deletes downloaded and quantised weights.
+        """Deletes downloaded and quantised weights, and the files of a model that a job made.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
