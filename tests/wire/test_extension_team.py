@@ -70,6 +70,7 @@ async def test_two_ranks_learn_what_one_process_does(
     assert mesh.registry.ledger == {}
 
 
+@pytest.mark.demo
 async def test_a_killed_rank_and_a_pause_change_no_bit(
     mesh: Mesh,  # noqa: F811
     teams: list[int],
