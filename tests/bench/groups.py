@@ -51,7 +51,7 @@ class Bench:
         """The process that holds the weights."""
         mesh = read_mesh(self.up.state)
         assert mesh is not None
-        return psutil.Process(next(pid for name, pid in mesh.pids.items() if name not in ("gateway", "registry")))
+        return psutil.Process(next(pid for name, pid in mesh.pids.items() if name.startswith("device")))
 
     def pss(self) -> float:
         """Bytes, in MB, that the kernel counts for the device process: its own and its share of shared pages."""
