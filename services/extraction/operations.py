@@ -20,11 +20,10 @@ from services.extraction.domain import (
 from services.extraction.ports import Caches, Catalogue, Datasets, Meters, Store
 from services.extraction.requests import estimate, resolve
 from services.kit import errors
+from services.kit.files import chunks
 from services.kit.paging import Page
 from services.kit.requests import RequestKey
 from services.residency.shards import MANIFEST, CorruptCache, FileEntry, Manifest, Problem, ShardReader, problem_of
-
-CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +208,7 @@ class Operations:
         async with self._caches.reading(cache) as directory:
             await self._require_intact(cache, directory, entry)
             end = min(entry.size_bytes, offset + length) if length else entry.size_bytes
-            yield ShardBytes(entry.size_bytes, _chunks(directory / entry.name, offset, end))
+            yield ShardBytes(entry.size_bytes, chunks(directory / entry.name, offset, end, what="shard"))
 
     async def _require_intact(self, cache: Cache, directory: Path, entry: FileEntry) -> None:
         """Hash a file when it is first read, and again whenever it was touched."""
@@ -239,14 +238,3 @@ def _damage(directory: Path, cache: Cache) -> list[Damage]:
         return [Damage(-1, MANIFEST, "corrupt")]
     numbers = {entry.name: index for index, entry in enumerate(reader.manifest.shards)}
     return [Damage(numbers.get(entry.name, -1), entry.name, problem) for entry, problem in reader.verify()]
-
-
-async def _chunks(path: Path, offset: int, end: int) -> AsyncIterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(offset)
-        while offset < end:
-            chunk = await asyncio.to_thread(file.read, min(CHUNK_BYTES, end - offset))
-            if not chunk:
-                raise errors.Failed("the shard ended early", reason="CHECKSUM_MISMATCH")
-            offset += len(chunk)
-            yield chunk

@@ -256,14 +256,7 @@ def _read_quantized(prepared: Prepared, device: str, progress: Progress, file: P
     model, entries = prepared.model, read_header(file)
     wanted = Counter(entry.name.partition(PART)[0] for entry in entries if PART in entry.name)
     parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
-    done, total = 0, sum(entry.nbytes for entry in entries)
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(done, total)
-
-    for entry, tensor in read_tensors(file.parent, entries, count):
+    for entry, tensor in read_tensors(file.parent, entries, _adding_up(entries, progress)):
         path, _, part = entry.name.partition(PART)
         if not part:
             _place(model, path, tensor.to(device))
@@ -281,6 +274,12 @@ def _stored(prepared: Prepared, progress: Progress) -> Iterator[tuple[list[str],
     for name, entry in prepared.assigned.items():
         names.setdefault(entry.name, []).append(name)
     entries = list({entry.name: entry for entry in prepared.assigned.values()}.values())
+    for entry, tensor in read_tensors(prepared.directory, entries, _adding_up(entries, progress)):
+        yield names[entry.name], tensor
+
+
+def _adding_up(entries: list[Entry], progress: Progress) -> Callable[[int], None]:
+    """Takes how many more bytes of the entries were read, and tells how many those are by then."""
     done, total = 0, sum(entry.nbytes for entry in entries)
 
     def count(nbytes: int) -> None:
@@ -288,8 +287,7 @@ def _stored(prepared: Prepared, progress: Progress) -> Iterator[tuple[list[str],
         done += nbytes
         progress(done, total)
 
-    for entry, tensor in read_tensors(prepared.directory, entries, count):
-        yield names[entry.name], tensor
+    return count
 
 
 def load_model(

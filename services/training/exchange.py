@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from services.kit import errors
+from services.kit.files import chunks
 from services.kit.requests import RequestKey
 from services.residency.families import SITES, Family, locate, site_of
 from services.residency.lenses.transcoder import Transcoder as Weights
@@ -26,7 +27,6 @@ from services.training.job_ports import Extractions, Files, LeasedModel, Models
 from services.training.ports import Catalogue
 
 ROWS = 4096
-CHUNK_BYTES = 1024 * 1024
 SEED = 1
 """Of the rows that an export is calibrated and judged on."""
 
@@ -216,7 +216,7 @@ class Exchange:
             total = path.stat().st_size
             if offset > total:
                 raise errors.Invalid.of("offset", f"the file has {total} bytes", size_bytes=total)
-            yield FileBytes(total, _chunks(path, offset, min(total, offset + length) if length else total))
+            yield FileBytes(total, chunks(path, offset, min(total, offset + length) if length else total, what="file"))
 
     async def load(self, wanted: WantedImport, key: RequestKey) -> Transcoder:
         """Make a transcoder of another tool's files.
@@ -342,14 +342,3 @@ def _checked(weights: Weights, model: BaseModel, wanted: WantedImport) -> int:
     weights.info = {**info, "model": model.id, "base_digest": model.digest, "layer": layer}
     weights.info["imported_from"] = {"format": wanted.format, "identifier": wanted.identifier}
     return layer
-
-
-async def _chunks(path: Path, offset: int, end: int) -> AsyncIterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(offset)
-        while offset < end:
-            chunk = await asyncio.to_thread(file.read, min(CHUNK_BYTES, end - offset))
-            if not chunk:
-                raise errors.Failed("the file ended early", reason="CHECKSUM_MISMATCH")
-            offset += len(chunk)
-            yield chunk

@@ -49,42 +49,40 @@ class PostgresTransaction:
 
     async def enqueue_load(self, job_id: str, model: Model, payload: Mapping[str, Any], subject: str) -> None:
         """Queue the job that loads a model; its own events are `load:…` of the job."""
-        await self._jobs.enqueue(
-            self._conn,
-            kind=LOAD_KIND,
-            payload=dict(payload),
-            created_by=subject,
-            event_prefix="load",
-            event_data={"model_id": model.id},
-            job_id=job_id,
-        )
+        await self._enqueue(LOAD_KIND, "load", job_id, payload, subject, about={"model_id": model.id})
 
     async def enqueue_preload(self, job_id: str, payload: Mapping[str, Any], subject: str) -> None:
         """Queue the job that preloads a group; its own events are `preload:…` of the job."""
-        await self._jobs.enqueue(
-            self._conn,
-            kind=PRELOAD_KIND,
-            payload=dict(payload),
-            created_by=subject,
-            event_prefix="preload",
-            event_data={"group_id": payload["group_id"]},
-            job_id=job_id,
-        )
+        await self._enqueue(PRELOAD_KIND, "preload", job_id, payload, subject, about={"group_id": payload["group_id"]})
 
     async def enqueue_switch(self, job_id: str, payload: Mapping[str, Any], subject: str) -> int:
         """Queue the job that switches to another group; a user's second waits behind every other user's first."""
         mine = await self._conn.fetchval(_WAITING_OF_USER, SWITCH_KIND, subject)
+        about = {"group_id": payload["group_id"]}
+        await self._enqueue(SWITCH_KIND, "switch", job_id, payload, subject, about=about, priority=-mine)
+        return await self._conn.fetchval(_PLACE, SWITCH_KIND, -mine)
+
+    async def _enqueue(
+        self,
+        kind: str,
+        event_prefix: str,
+        job_id: str,
+        payload: Mapping[str, Any],
+        subject: str,
+        *,
+        about: dict[str, Any],
+        priority: int = 0,
+    ) -> None:
         await self._jobs.enqueue(
             self._conn,
-            kind=SWITCH_KIND,
+            kind=kind,
             payload=dict(payload),
             created_by=subject,
-            event_prefix="switch",
-            event_data={"group_id": payload["group_id"]},
+            event_prefix=event_prefix,
+            event_data=about,
             job_id=job_id,
-            priority=-mine,
+            priority=priority,
         )
-        return await self._conn.fetchval(_PLACE, SWITCH_KIND, -mine)
 
     async def job_outcome(self, job_id: str) -> tuple[str, LensmeshError]:
         """A job's state, and why it ended so; one that is gone counts as failed."""

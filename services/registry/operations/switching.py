@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from services.kit.errors import Conflict
 from services.kit.ids import new_id
 from services.registry.domain import Beside, Caller, Group, Lens, LoadPlan
 from services.registry.operations.admission import does_not_fit
@@ -38,9 +39,13 @@ async def switch(registry: Registry, caller: Caller, group_id: str, lens_id: str
         Exhausted: `INSUFFICIENT_MEMORY`: it would not fit an empty device either; nothing was queued.
         Unavailable: `NO_HOST`.
     """
-    group, resident = await _look(registry, group_id, lens_id)
-    if resident:
+    try:
         return await switch_lens(registry, group_id, lens_id)
+    except Conflict as error:
+        if error.reason != "GROUP_NOT_RESIDENT":
+            raise
+    async with registry.store.transaction() as tx:
+        group = await tx.groups.get(group_id)
     plan, seconds = await _plan(registry, group, lens_id)
     if all(placement.required_bytes > placement.host.budget_bytes for placement in plan.placements):
         raise does_not_fit(plan, registry.limits.max_resident_models)
@@ -61,9 +66,11 @@ async def plan_switch(registry: Registry, group_id: str, lens_id: str | None) ->
         NotFound: no such group or lens.
         Unavailable: `NO_HOST`.
     """
-    group, resident = await _look(registry, group_id, lens_id)
-    if resident:
-        async with registry.store.transaction() as tx:
+    async with registry.store.transaction() as tx:
+        group = await tx.groups.get(group_id)
+        if lens_id is not None:
+            group.lens(lens_id)
+        if any(copy.state == "resident" for copy in await tx.placement.of_model(group.model_id)):
             return None, await tx.groups.switch_seconds(group_id, "within") or 0.0
     return await _plan(registry, group, lens_id)
 
@@ -82,7 +89,8 @@ async def run_switch(registry: Registry, lease: LoadLease) -> dict[str, Any]:
     copy = await lease.unless_stopped(bring_base(registry, group.model_id, beside))
     for source, _ in beside.sources:
         await lease.unless_stopped(ensure_resident(registry, copy.host_id, source))
-    await restore_lenses(registry, copy.model_id, copy.host_id)
+    if beside.sources:  # lenses that read them waited for them when the base was loaded
+        await restore_lenses(registry, copy.model_id, copy.host_id)
     switched = await switch_lens(registry, group_id, lens_id, began=start)
     return {"group_id": group_id, "lens_id": lens_id, "device": copy.device, "seconds": switched.seconds}
 
@@ -107,16 +115,6 @@ async def _beside(tx: Transaction, lenses: Sequence[Lens]) -> Beside:
         sources=tuple((each.id, each.memory_usage_bytes or each.estimated_memory_bytes or 0) for each in models),
         lenses=tuple((lens.id, lens.size_bytes) for lens in lenses),
     )
-
-
-async def _look(registry: Registry, group_id: str, lens_id: str | None) -> tuple[Group, bool]:
-    """The group, and whether its base is on a device."""
-    async with registry.store.transaction() as tx:
-        group = await tx.groups.get(group_id)
-        if lens_id is not None:
-            group.lens(lens_id)
-        copies = await tx.placement.of_model(group.model_id)
-    return group, any(copy.state == "resident" for copy in copies)
 
 
 async def _plan(registry: Registry, group: Group, lens_id: str | None) -> tuple[LoadPlan, float]:
