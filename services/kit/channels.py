@@ -24,6 +24,12 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
+SERVER_OPTIONS: list[tuple[str, Any]] = [
+    *OPTIONS,
+    ("grpc.so_reuseport", 0),
+    # A server takes one ping in 5 minutes by default and ends the connection, calls and all, of who sends more.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+]
 RETRY = {
     "maxAttempts": 4,
     "initialBackoff": "0.2s",

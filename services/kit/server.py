@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from services.kit import audit, errors, metrics
 from services.kit.artifacts import ArtifactStore
 from services.kit.auth import TokenVerifier
-from services.kit.channels import OPTIONS
+from services.kit.channels import SERVER_OPTIONS
 from services.kit.config import Settings
 from services.kit.database import Database
 from services.kit.health import Health
@@ -158,7 +158,7 @@ async def _grpc_server(context: Context, parts: list[Part]) -> AsyncIterator[Hea
         await audit.record(context.database, caller, method, resource, outcome)
 
     interceptor = CallInterceptor(methods, verifier, metrics.RpcMetrics(context.metrics, methods), record)
-    server = grpc.aio.server(interceptors=[interceptor], options=[*OPTIONS, ("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
     for servicer in servicers:
         servicer.add(servicer.implementation, server)
     serving = Health()

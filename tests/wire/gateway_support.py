@@ -25,7 +25,7 @@ from gateway.app import Gateway
 from gateway.config import GatewaySettings
 from gateway.listener import listen, server_config
 from services.kit import auth, errors
-from services.kit.channels import OPTIONS
+from services.kit.channels import SERVER_OPTIONS
 from services.kit.health import Health
 from services.kit.interceptors import CallInterceptor
 from services.kit.methods import methods_of
@@ -235,7 +235,7 @@ async def serve_zoo(zoo: Zoo, settings: GatewaySettings, address: str) -> tuple[
     )
     methods = methods_of("zoo.v1.ZooService")
     interceptor = CallInterceptor(methods, verifier, RpcMetrics(CollectorRegistry(), methods))
-    server = grpc.aio.server(interceptors=[interceptor], options=OPTIONS)
+    server = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
     pb_grpc.add_ZooServiceServicer_to_server(zoo, server)
     serving = Health()
     health_pb2_grpc.add_HealthServicer_to_server(serving, server)

@@ -20,7 +20,7 @@ from peft import LoraConfig
 
 from services.kit import auth
 from services.kit.artifacts import ArtifactStore
-from services.kit.channels import open_channel
+from services.kit.channels import SERVER_OPTIONS, open_channel
 from services.kit.config import Settings
 from services.kit.database import Database
 from services.kit.interceptors import CallInterceptor
@@ -93,7 +93,7 @@ async def serving(settings: Settings, part: list[tuple[Any, Any, str]]) -> Async
         settings.jwt_keys, settings.service_token_path, issuer=settings.jwt_issuer, audience=settings.jwt_audience
     )
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(methods, verifier, RpcMetrics(new_registry(), methods))],
+        interceptors=[CallInterceptor(methods, verifier, RpcMetrics(new_registry(), methods))], options=SERVER_OPTIONS
     )
     for add, implementation, _ in part:
         add(implementation, server)

@@ -15,7 +15,7 @@ from services.residency import gang
 from services.residency.spoken import HOME
 from services.training import dialogue
 from services.training.adapters.processes import MODULE, ChildProcess, Processes
-from services.training.dialogue import Start
+from services.training.dialogue import Finished, Progress, Start
 from tests.support import eventually
 
 NOTHING = Start({"coders": [], "num_tokens": 0, "base_digest": ""}, "cpu", state="/nowhere")
@@ -89,6 +89,22 @@ async def test_a_death_is_told_and_may_be_tried_again(program: str, how: str) ->
         await child.save(Path("/nowhere"))
     assert caught.value.message == f"the training process {how}"
     assert (caught.value.reason, caught.value.transient) == ("TRAINING_FAILED", True)
+
+
+async def test_one_that_told_its_end_is_not_asked_for_another_checkpoint() -> None:
+    progress, finished = Progress(1, 64, 1.0, 0.0, []), Finished(1, 64, {})
+    told = (dialogue.WORDS.to_line(progress) + dialogue.WORDS.to_line(finished)).decode()
+    program = f"import sys; sys.stdin.readline(); sys.stdout.write({told!r}); sys.stdout.flush(); sys.stdin.read()"
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, **pipes)
+    child = ChildProcess(process)
+    async with asyncio.timeout(20):
+        assert await child.save(Path("/nowhere")) is None
+        assert await child.next() == progress
+        assert await child.save(Path("/nowhere")) is None
+        assert await child.next() == finished
+    process.kill()
+    await process.wait()
 
 
 def test_what_libraries_print_is_no_answer() -> None:

@@ -30,7 +30,9 @@ class ChildProcess(Spoken):
         return self._unread.popleft() if self._unread else await self.hear()
 
     async def save(self, folder: Path) -> Saved | None:
-        """What is told meanwhile is kept for `next`."""
+        """What is told meanwhile is kept for `next`; one that has told its end answers no more."""
+        if any(isinstance(message, Finished) for message in self._unread):
+            return None
         await self.say(Save(str(folder)))
         while True:
             message = await self.hear()
