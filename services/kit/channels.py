@@ -28,7 +28,7 @@ SERVER_OPTIONS: list[tuple[str, Any]] = [
     *OPTIONS,
     ("grpc.so_reuseport", 0),
     # A server takes one ping in 5 minutes by default and ends the connection, calls and all, of who sends more.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
 RETRY = {
     "maxAttempts": 4,
