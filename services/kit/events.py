@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -50,25 +50,32 @@ def topic_of(event: str, resource_id: str) -> str:
 
 
 async def emit(conn: asyncpg.Connection, event: str, resource_id: str, data: Mapping[str, Any]) -> int:
-    """Write one event in the caller's transaction: it exists exactly if that transaction commits.
+    """Write one event; see `emit_all`. Returns its sequence within its topic."""
+    return (await emit_all(conn, [(event, resource_id, data)]))[0]
 
-    The topic's row stays locked until then, so a transaction that emits for several resources goes through them in the
-    order of their ids, as every other does, or two of them may deadlock.
+
+async def emit_all(conn: asyncpg.Connection, told: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[int]:
+    """Write events in the caller's transaction: they exist exactly if that transaction commits.
+
+    The topics' rows stay locked until then, so a transaction that emits for several resources one after another goes
+    through them in the order of their ids, as every other does, or two of them may deadlock.
 
     Args:
         conn: connection in a transaction.
-        event: name, `<prefix>:<what>`.
-        resource_id: the resource it tells of.
-        data: plain JSON; `sequence` and `timestamp` (ISO 8601, UTC) are added.
+        told: of each event its name, `<prefix>:<what>`, the resource it tells of, and plain JSON, to which `sequence`
+            and `timestamp` (ISO 8601, UTC) are added.
 
     Returns:
-        The event's sequence within its topic.
+        The events' sequences within their topics.
     """
     assert conn.is_in_transaction(), "an event belongs to the transaction of its change"
-    name = _NAME.fullmatch(event)
-    assert name is not None, f"{event!r} is not <prefix>:<what>"
-    topic = topic_of(event, resource_id)
-    return await conn.fetchval(_QUERIES["emit"], topic, name[1], event, resource_id, dict(data))
+    rows = []
+    for event, resource_id, data in told:
+        name = _NAME.fullmatch(event)
+        assert name is not None, f"{event!r} is not <prefix>:<what>"
+        rows.append((topic_of(event, resource_id), name[1], event, resource_id, dict(data)))
+    found = await conn.fetch(_QUERIES["emit"], *map(list, zip(*rows, strict=True)))
+    return [row["sequence"] for row in found]
 
 
 class EventLog:
@@ -108,7 +115,7 @@ async def outbox_depth(conn: asyncpg.Connection) -> tuple[int, float]:
 
 
 async def purge(conn: asyncpg.Connection, retention: timedelta = RETENTION) -> int:
-    """Delete relayed events older than `retention`, except each topic's last; returns how many."""
+    """Delete events older than `retention`, relayed or not, except each topic's last; returns how many."""
     return int((await conn.execute(_QUERIES["purge"], retention)).split()[-1])
 
 

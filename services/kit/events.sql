@@ -1,17 +1,27 @@
 -- emit --
--- The lock on the topic's row, kept until commit, keeps the sequence without gaps and in commit order; the time is read
--- after it, so that it grows with the sequence.
-WITH stream AS (
-    INSERT INTO event_streams (topic, prefix, last_sequence) VALUES ($1, $2, 1)
-    ON CONFLICT (topic) DO UPDATE SET last_sequence = event_streams.last_sequence + 1
-    RETURNING last_sequence
+-- The locks on the topics' rows, kept until commit and taken in one order, keep the sequences without gaps and in commit
+-- order; the time is read after them, so that it grows with the sequence.
+WITH told AS (
+    SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::jsonb[])
+        WITH ORDINALITY AS t (topic, prefix, event, resource_id, data, place)
+), streams AS (
+    INSERT INTO event_streams (topic, prefix, last_sequence)
+    SELECT topic, min(prefix), count(*) FROM told GROUP BY topic ORDER BY topic
+    ON CONFLICT (topic) DO UPDATE SET last_sequence = event_streams.last_sequence + excluded.last_sequence
+    RETURNING topic, last_sequence
+), numbered AS (
+    SELECT t.*, s.last_sequence, s.last_sequence + 1 - row_number() OVER (PARTITION BY topic ORDER BY place DESC) AS sequence
+    FROM told t JOIN streams s USING (topic)
+), written AS (
+    INSERT INTO events (topic, sequence, event, resource_id, data, created_at)
+    SELECT topic, sequence, event, resource_id, data || jsonb_build_object(
+        'sequence', sequence,
+        'timestamp', to_char(at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')), at
+    FROM (SELECT *, clock_timestamp() AS at FROM numbered ORDER BY place) n
+    RETURNING id
 )
-INSERT INTO events (topic, sequence, event, resource_id, data, created_at)
-SELECT $1, t.sequence, $3, $4, $5::jsonb || jsonb_build_object(
-    'sequence', t.sequence,
-    'timestamp', to_char(t.at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')), t.at
-FROM stream CROSS JOIN LATERAL (SELECT last_sequence AS sequence, clock_timestamp() AS at) t
-RETURNING sequence, pg_notify('lensmesh_events', topic || ' ' || sequence)
+SELECT sequence, CASE WHEN sequence = last_sequence THEN pg_notify('lensmesh_events', topic || ' ' || sequence) END
+FROM numbered ORDER BY place
 
 -- heads --
 SELECT topic, last_sequence FROM event_streams WHERE topic = ANY ($1) OR prefix = ANY ($2)
@@ -42,5 +52,5 @@ FROM events WHERE relayed_at IS NULL
 -- purge --
 -- The last event of a topic stays, so that how something ended can still be told after its events have aged.
 DELETE FROM events e USING event_streams s
-WHERE e.created_at < clock_timestamp() - $1::interval AND e.relayed_at IS NOT NULL
+WHERE e.created_at < clock_timestamp() - $1::interval
   AND s.topic = e.topic AND e.sequence < s.last_sequence

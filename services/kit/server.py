@@ -26,6 +26,7 @@ from services.kit.interceptors import CallInterceptor
 from services.kit.jobs import Handler, JobStore, Worker
 from services.kit.logs import get_logger
 from services.kit.methods import Method, methods_of
+from services.kit.waiting import cancel_all
 
 READINESS_SECONDS = 2.0
 
@@ -136,9 +137,7 @@ async def run(context: Context, parts: list[Part], *, metrics_address: str, slot
 async def _until_stopped(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:
     stopped = asyncio.create_task(stop.wait(), name="stop")
     done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
-    for task in (stopped, *reversed(tasks)):
-        task.cancel()
-    await asyncio.gather(stopped, *tasks, return_exceptions=True)
+    await cancel_all([stopped, *reversed(tasks)])
     for task in done - {stopped}:
         if (error := task.exception()) is not None:
             get_logger("server").error("background task failed", task=task.get_name(), exc_info=error)
@@ -153,11 +152,8 @@ async def _grpc_server(context: Context, parts: list[Part]) -> AsyncIterator[Hea
     verifier = TokenVerifier(
         settings.jwt_keys, settings.service_token_path, issuer=settings.jwt_issuer, audience=settings.jwt_audience
     )
-
-    async def record(caller: Any, method: str, resource: str, outcome: str) -> None:
-        await audit.record(context.database, caller, method, resource, outcome)
-
-    interceptor = CallInterceptor(methods, verifier, metrics.RpcMetrics(context.metrics, methods), record)
+    log = audit.AuditLog(context.database)
+    interceptor = CallInterceptor(methods, verifier, metrics.RpcMetrics(context.metrics, methods), log.record)
     server = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
     for servicer in servicers:
         servicer.add(servicer.implementation, server)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterable
+from typing import Any
 
 
 async def wait_for(event: asyncio.Event, seconds: float) -> bool:
@@ -13,6 +15,15 @@ async def wait_for(event: asyncio.Event, seconds: float) -> bool:
             return await event.wait()
     except TimeoutError:
         return False
+
+
+async def cancel_all(tasks: Iterable[asyncio.Task[Any]], again_seconds: float = 1.0) -> None:
+    """Until all have ended, cancel them, and again those that swallowed it (Python 3.11's `wait_for` may)."""
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=again_seconds)
 
 
 class Backoff:

@@ -228,8 +228,14 @@ class GroupRows(Protocol):
     async def lenses_on(self, model_id: str, host_id: str) -> dict[str, int]:
         """Bytes by lens id."""
 
-    async def activate(self, group_id: str, lens_id: str | None) -> None:
-        """A switch happened: this lens is active in its group, and no altering lens in other groups of the base."""
+    async def begin_turn(self, model_id: str, lens_ids: Sequence[str]) -> dict[str, set[str]]:
+        """Lock the groups of a base; which of the lenses each of them has, by group."""
+
+    async def end_turn(self, model_id: str, done: Sequence[tuple[str, str | None, str, float]]) -> None:
+        """Switches happened one after another, each of a group, to a lens, of a kind, in so many seconds.
+
+        The last lens of a group is active in it, and of altering lenses only one that came last of all.
+        """
 
     async def activate_extension(self, model_id: str, extension_id: str | None) -> None:
         """An extension was activated on its base: groups that hold it show it, others show no altering lens."""
@@ -295,6 +301,9 @@ class Transaction(Protocol):
 
     async def emit(self, event: str, resource_id: str, data: Mapping[str, Any]) -> None:
         """Write an event that exists exactly if the transaction commits."""
+
+    async def emit_all(self, told: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
+        """Write events, each a name, a resource and facts, in this order."""
 
     async def enqueue_load(self, job_id: str, model: Model, payload: Mapping[str, Any], subject: str) -> None:
         """Queue the job that loads a model."""

@@ -104,6 +104,11 @@ class Mesh:
         self._channels: dict[Any, grpc.aio.Channel] = {}
         self.internal = open_channel(self.address, self.settings)
 
+    def asked_for(self, method: str) -> float:
+        """How many calls of a method of groups have come so far."""
+        labels = {"grpc_type": "unary", "grpc_service": "lensmesh.registry.v1.GroupService", "grpc_method": method}
+        return self.context.metrics.get_sample_value("grpc_server_started_total", labels) or 0.0
+
     async def add_host(self, host: FakeHost, *, announce: bool = True) -> FakeHost:
         """Serve a fake host, and announce it."""
         server, host.address = await _serve(
@@ -230,7 +235,7 @@ async def running(
         for close in part.close:
             stack.push_async_callback(close)
         own = [(servicer.add, servicer.implementation) for servicer in part.servicers]
-        server, address = await _serve(settings, own, tuple(s.name for s in part.servicers), database)
+        server, address = await _serve(settings, own, tuple(s.name for s in part.servicers), context)
         mesh = Mesh(address, settings, database, context, stack, part)
         stack.push_async_callback(server.stop, None)
         tasks = [asyncio.create_task(task()) for task in part.background]
@@ -258,20 +263,15 @@ async def running(
 
 
 async def _serve(
-    settings: Settings, servicers: list[tuple[Any, Any]], names: tuple[str, ...], database: Database | None = None
+    settings: Settings, servicers: list[tuple[Any, Any]], names: tuple[str, ...], context: Context | None = None
 ) -> tuple[grpc.aio.Server, str]:
     methods = [method for name in names for method in methods_of(name)]
     verifier = auth.TokenVerifier(
         settings.jwt_keys, settings.service_token_path, issuer=settings.jwt_issuer, audience=settings.jwt_audience
     )
-
-    async def record(caller: Any, method: str, resource: str, outcome: str) -> None:
-        assert database is not None
-        await audit.record(database, caller, method, resource, outcome)
-
-    interceptor = CallInterceptor(
-        methods, verifier, RpcMetrics(new_registry(), methods), None if database is None else record
-    )
+    record = None if context is None else audit.AuditLog(context.database).record
+    rpcs = RpcMetrics(new_registry() if context is None else context.metrics, methods)
+    interceptor = CallInterceptor(methods, verifier, rpcs, record)
     server = grpc.aio.server(interceptors=[interceptor])
     for add, implementation in servicers:
         add(implementation, server)

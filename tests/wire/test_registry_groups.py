@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from lensmesh.common.v1 import types_pb2 as types
 from lensmesh.extensions.v1 import extensions_pb2
@@ -364,5 +366,62 @@ async def test_switches_of_many_clients_end_with_the_last_acknowledged_one(mesh:
     active = (await get(mesh, group.id)).active_lens_id
     assert host.held[model.id].active_lens_id == active
     switched = [data["lens_id"] for name, data in await mesh.events(group.id) if name == "group:switched"]
-    assert switched == [request.lens_id for request in host.names("SwitchLens")]
+    assert Counter(switched) == Counter(acknowledged)
+    told = iter(switched)  # what is overtaken needs no call, what is called is told in that order
+    assert all(request.lens_id in told for request in host.names("SwitchLens"))
     assert switched[-1] == active
+
+
+async def test_who_waits_for_the_same_turn_needs_one_call_and_fails_alone(mesh: Mesh, host: FakeHost) -> None:
+    model = await mesh.ready()
+    group, other = await group_on(mesh, model.id), await group_on(mesh, model.id)
+    lenses = [(await attach(mesh, group.id, name)).id for name in ("good", "second", "good")]
+    foreign = (await attach(mesh, other.id, "good")).id
+    await switch(mesh, other.id, None)
+    before, asked = len(host.names("SwitchLens")), mesh.asked_for("SwitchLens")
+    async with mesh.database.transaction() as conn:
+        await conn.execute("SELECT FROM groups WHERE id = $1 FOR UPDATE", group.id)
+        first = asyncio.ensure_future(switch(mesh, group.id, lenses[0]))
+        await eventually(lambda: blocked(mesh))
+        others = [(group.id, lenses[1]), (group.id, foreign), (group.id, None), (other.id, foreign)]
+        waiting = [asyncio.ensure_future(switch(mesh, *each)) for each in others]
+        await eventually(lambda: mesh.asked_for("SwitchLens") == asked + 5)
+        assert await blocked(mesh) == 1  # nobody else holds a connection
+    answers = await asyncio.gather(first, *waiting, return_exceptions=True)
+    assert [getattr(answer, "lens_id", "refused") for answer in answers] == [
+        lenses[0],
+        lenses[1],
+        "refused",
+        "",
+        foreign,
+    ]
+    assert len(host.names("SwitchLens")) - before == 2
+    assert host.held[model.id].active_lens_id == foreign
+    assert not (await get(mesh, group.id)).HasField("active_lens_id")
+    assert (await get(mesh, other.id)).active_lens_id == foreign
+    told = [data["lens_id"] for name, data in await mesh.events(group.id) if name == "group:switched"]
+    assert told == [lenses[0], lenses[1], None]
+
+
+async def test_a_lens_that_its_device_lost_spoils_nobody_elses_turn(mesh: Mesh, host: FakeHost) -> None:
+    model = await mesh.ready()
+    group = await group_on(mesh, model.id)
+    here, gone = [(await attach(mesh, group.id, name)).id for name in ("good", "second")]
+    del host.held[model.id].lenses[1]
+    async with mesh.database.transaction() as conn:
+        await conn.execute("SELECT FROM groups WHERE id = $1 FOR UPDATE", group.id)
+        calls = [asyncio.ensure_future(switch(mesh, group.id, None))]
+        await eventually(lambda: blocked(mesh))
+        calls += [asyncio.ensure_future(switch(mesh, group.id, each)) for each in (here, gone)]
+        await eventually(lambda: mesh.asked_for("SwitchLens") == 3)
+    base, found, lost = await asyncio.gather(*calls, return_exceptions=True)
+    assert (base.lens_id, found.lens_id, lost.code()) == ("", here, grpc.StatusCode.NOT_FOUND)
+    assert (await get(mesh, group.id)).active_lens_id == here == host.held[model.id].active_lens_id
+
+
+async def blocked(mesh: Mesh) -> int:
+    """How many connections of this database wait for a lock."""
+    async with mesh.database.connection() as conn:
+        return await conn.fetchval(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -46,6 +46,10 @@ class PostgresTransaction:
     async def emit(self, event: str, resource_id: str, data: Mapping[str, Any]) -> None:
         """Write an event."""
         await events.emit(self._conn, event, resource_id, data)
+
+    async def emit_all(self, told: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
+        """Write events."""
+        await events.emit_all(self._conn, told)
 
     async def enqueue_load(self, job_id: str, model: Model, payload: Mapping[str, Any], subject: str) -> None:
         """Queue the job that loads a model; its own events are `load:…` of the job."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from services.kit.errors import Conflict, Invalid, LensmeshError, NotFound, Unsupported
 from services.kit.ids import new_id
@@ -18,12 +18,12 @@ from services.registry.domain import (
     Model,
     Residency,
     insufficient_memory,
-    not_resident,
 )
 from services.registry.operations.loading import ensure_resident
 from services.registry.operations.registry import Registry
+from services.registry.operations.turns import Absent, Wish, serving, switch_events
 from services.registry.operations.unloading import unload_copies
-from services.registry.ports import Switched, Transaction
+from services.registry.ports import Switched
 
 _FIELDS = {"transcoder": "transcoder_id", "extension": "extension_id", "tuned_lens": "artifact_uri"}
 """The field that names what a lens of a kind is made of."""
@@ -63,7 +63,7 @@ async def attach_lens(registry: Registry, caller: Caller, group_id: str, new: Ne
             return (await tx.groups.get(group_id)).lens(once.answer["id"])
         lens = await tx.groups.add_lens(_row(caller, group_id, group.model_id, new, artifact))
         once.answer = {"id": lens.id}
-        copy = await _serving(tx, group.model_id)
+        copy = await serving(tx, group.model_id)
     if copy is not None:
         try:
             await bring(registry, lens, copy)
@@ -107,26 +107,14 @@ async def switch_lens(
         Conflict: `GROUP_NOT_RESIDENT`.
         Exhausted: `INSUFFICIENT_MEMORY`: the lens is not on the device and has no room there.
     """
-    kind, start = ("within", time.perf_counter()) if began is None else ("cross", began)
-    while True:
+    start = time.perf_counter() if began is None else began
+    wish = Wish(group_id, lens_id, began)
+    while isinstance(done := await registry.turns.take(registry, wish), Absent):
         async with registry.store.transaction() as tx:
             group = await tx.groups.get(group_id)
-            lens = None if lens_id is None else group.lens(lens_id)
-            copy = await _serving(tx, group.model_id)
-            if copy is None:
-                raise not_resident(group_id, group.model_id)
-            if lens is None or lens.id in copy.lens_ids:
-                # The fast path: one call of the host between the lock and the row.
-                await tx.groups.lock_of_model(group.model_id)
-                switched = await registry.hosts.switch_lens(copy.address, copy.model_id, lens_id)
-                if began is not None:
-                    switched = replace(switched, seconds=time.perf_counter() - began)
-                await tx.groups.activate(group.id, lens_id)
-                await _tell_switch(tx, group.id, lens_id, switched, kind)
-                break
-        await bring(registry, lens, copy)
-    registry.gauges.switched(kind, time.perf_counter() - start)
-    return switched
+        await bring(registry, group.lens(wish.lens_id or ""), done.copy)
+    registry.gauges.switched(wish.kind, time.perf_counter() - start)
+    return done
 
 
 async def switch_extension(
@@ -142,7 +130,7 @@ async def switch_extension(
     async with registry.store.transaction() as tx:
         model = await tx.models.get(model_id)
         groups = await tx.groups.of_model(model_id)
-        copy = await _serving(tx, model_id)
+        copy = await serving(tx, model_id)
     if copy is None:
         raise Conflict(
             f"Model {model_id} is {model.status}, not on a device",
@@ -158,7 +146,8 @@ async def switch_extension(
         switched = await registry.hosts.switch_lens(copy.address, model_id, lens_id)
         await tx.groups.activate_extension(model_id, extension_id)
         for group, lens in holders:
-            await _tell_switch(tx, group.id, lens.id, switched, "within")
+            await tx.groups.record_switch(group.id, "within", switched.seconds)
+            await tx.emit_all(switch_events(group.id, lens.id, "within", switched))
     registry.gauges.switched("within", time.perf_counter() - start)
     return switched
 
@@ -210,7 +199,7 @@ async def restore_lenses(registry: Registry, model_id: str, host_id: str) -> Non
     Lenses that read a model which is not there wait until they are used.
     """
     async with registry.store.transaction() as tx:
-        copy = await _serving(tx, model_id)
+        copy = await serving(tx, model_id)
         groups = await tx.groups.of_model(model_id)
     if copy is None or copy.host_id != host_id:
         return
@@ -291,23 +280,6 @@ async def _place(registry: Registry, lens_id: str, kind: str, artifact: LensArti
     async with registry.store.transaction() as tx:
         await tx.groups.place_lens(lens_id, copy.model_id, copy.host_id, size)
     return size
-
-
-async def _serving(tx: Transaction, model_id: str) -> Residency | None:
-    return next((copy for copy in await tx.placement.of_model(model_id) if copy.state == "resident"), None)
-
-
-async def _tell_switch(tx: Transaction, group_id: str, lens_id: str | None, switched: Switched, kind: str) -> None:
-    await tx.groups.record_switch(group_id, kind, switched.seconds)
-    facts = {"group_id": group_id, "lens_id": lens_id, "kind": kind}
-    if kind == "within":  # one between groups was announced when it was queued
-        await tx.emit("group:switching", group_id, facts)
-    figures = {
-        "seconds": switched.seconds,
-        "memory_before_bytes": switched.memory_before_bytes,
-        "memory_after_bytes": switched.memory_after_bytes,
-    }
-    await tx.emit("group:switched", group_id, {**facts, **figures})
 
 
 def _check_fields(new: NewLens) -> None:

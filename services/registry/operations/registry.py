@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from services.kit.errors import Unavailable
+from services.registry.operations.turns import Turns
 from services.registry.ports import DatasetFiles, Gauges, ModelHosts, Peers, Store
 
 T = TypeVar("T")
@@ -66,6 +67,7 @@ class Registry:
     gauges: Gauges
     limits: Limits
     endings: Endings = field(default_factory=Endings)
+    turns: Turns = field(default_factory=Turns)
 
     async def ask_a_host(self, question: Callable[[str], Awaitable[T]]) -> T:
         """What a host answers about model files; the next one is asked where one does not answer.

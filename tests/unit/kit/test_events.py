@@ -44,6 +44,25 @@ async def test_many_writers_at_once_leave_no_gap_and_no_disorder(database: Datab
     assert [event.data["writer"] for event in log] == [sequences.index(n) for n in range(1, 51)]
 
 
+async def test_events_written_together_are_numbered_in_their_order(database: Database) -> None:
+    await _emit(database, "group:switched", "g_1")
+    told = [
+        ("group:switching", "g_2", {"n": 0}),
+        ("group:switching", "g_1", {"n": 1}),
+        ("group:switched", "g_1", {"n": 2}),
+    ]
+    async with database.transaction() as conn:
+        assert await events.emit_all(conn, told) == [1, 2, 3]
+    log = await EventLog(database).after(["group:*"], {})
+    assert [(each.topic, each.sequence, each.data.get("n")) for each in log] == [
+        ("group:g_1", 1, None),
+        ("group:g_1", 2, 1),
+        ("group:g_1", 3, 2),
+        ("group:g_2", 1, 0),
+    ]
+    assert [each.data["n"] for each in sorted(log, key=lambda each: each.position)[1:]] == [0, 1, 2]
+
+
 async def test_data_carries_sequence_and_time(database: Database) -> None:
     await _emit(database, "model:loading", "m_1", progress=5)
     (event,) = await EventLog(database).after(["model:m_1"], {})
@@ -77,7 +96,7 @@ async def test_a_malformed_topic_is_named(database: Database, topic: str) -> Non
     assert caught.value.violations[0][0] == "topics"
 
 
-async def test_old_events_go_but_how_it_ended_and_what_was_not_relayed_stay(database: Database) -> None:
+async def test_old_events_go_relayed_or_not_but_how_it_ended_stays(database: Database) -> None:
     for what in ("loading", "loading", "ready"):
         await _emit(database, f"model:{what}", "m_1")
     await _emit(database, "model:loading", "m_2")
@@ -86,9 +105,9 @@ async def test_old_events_go_but_how_it_ended_and_what_was_not_relayed_stay(data
     await database.pool.execute("UPDATE events SET relayed_at = clock_timestamp() WHERE resource_id = 'm_1'")
     await _emit(database, "model:loading", "m_3")
     async with database.connection() as conn:
-        assert await events.purge(conn) == 2
+        assert await events.purge(conn) == 3
     left = await EventLog(database).after(["model:*"], {})
-    assert [(event.resource_id, event.sequence) for event in left] == [("m_1", 3), ("m_2", 1), ("m_2", 2), ("m_3", 1)]
+    assert [(event.resource_id, event.sequence) for event in left] == [("m_1", 3), ("m_2", 2), ("m_3", 1)]
     assert await _emit(database, "model:unloaded", "m_1") == 4
 
 

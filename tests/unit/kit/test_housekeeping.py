@@ -33,7 +33,7 @@ async def _running(work: Coroutine) -> AsyncIterator[None]:
 
 
 async def _fill(database: Database) -> None:
-    await audit.record(database, Caller("ada"), "m", "r", "OK")
+    await audit.AuditLog(database).record(Caller("ada"), "m", "r", "OK")
     async with database.transaction() as conn:
         await emit(conn, "model:loading", "m_1", {})
         await emit(conn, "model:ready", "m_1", {})

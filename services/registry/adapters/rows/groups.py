@@ -84,9 +84,14 @@ class PostgresGroups:
         rows = await self._conn.fetch(_QUERIES["lenses_on"], model_id, host_id)
         return {row["lens_id"]: row["charge_bytes"] for row in rows}
 
-    async def activate(self, group_id: str, lens_id: str | None) -> None:
-        """A switch happened."""
-        await self._conn.execute(_QUERIES["activate"], group_id, lens_id)
+    async def begin_turn(self, model_id: str, lens_ids: Sequence[str]) -> dict[str, set[str]]:
+        """Lock the groups of a base; which of the lenses each of them has."""
+        rows = await self._conn.fetch(_QUERIES["begin_turn"], model_id, lens_ids)
+        return {row["id"]: set(row["lens_ids"]) for row in rows}
+
+    async def end_turn(self, model_id: str, done: Sequence[tuple[str, str | None, str, float]]) -> None:
+        """Switches happened one after another."""
+        await self._conn.execute(_QUERIES["end_turn"], model_id, *map(list, zip(*done, strict=True)))
 
     async def activate_extension(self, model_id: str, extension_id: str | None) -> None:
         """An extension was activated on its base."""

@@ -53,10 +53,24 @@ DELETE FROM lens_residencies WHERE lens_id = $1 AND host_id = $2
 -- lenses_on --
 SELECT lens_id, charge_bytes FROM lens_residencies WHERE model_id = $1 AND host_id = $2
 
--- activate --
-WITH this AS (UPDATE groups SET active_lens_id = $2 WHERE id = $1 RETURNING id, model_id)
-UPDATE groups g SET active_lens_id = NULL FROM this, lenses l
-WHERE g.model_id = this.model_id AND g.id <> this.id AND l.id = g.active_lens_id AND l.kind = 'extension'
+-- begin_turn --
+SELECT g.id, array(SELECT l.id::text FROM lenses l WHERE l.group_id = g.id AND l.id = ANY ($2)) AS lens_ids
+FROM groups g WHERE g.model_id = $1 ORDER BY g.id FOR NO KEY UPDATE
+
+-- end_turn --
+WITH done AS (
+    SELECT * FROM unnest($2::text[], $3::text[], $4::text[], $5::float8[])
+        WITH ORDINALITY AS t (group_id, lens_id, kind, seconds, place)
+), recorded AS (
+    INSERT INTO switches (group_id, kind, seconds) SELECT group_id, kind, seconds FROM done ORDER BY place
+), latest AS (
+    SELECT DISTINCT ON (group_id) group_id, lens_id, place = max(place) OVER () AS last_of_all
+    FROM done ORDER BY group_id, place DESC
+)
+UPDATE groups g SET active_lens_id = CASE WHEN l.kind <> 'extension' OR t.last_of_all THEN l.id END
+FROM groups b LEFT JOIN latest t ON t.group_id = b.id
+LEFT JOIN lenses l ON l.id = CASE WHEN t.group_id IS NULL THEN b.active_lens_id ELSE t.lens_id END
+WHERE g.id = b.id AND b.model_id = $1
 
 -- activate_extension --
 -- The lens of that extension where a group has one; else no altering lens, and a reading one stays.
