@@ -8,16 +8,23 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     LlamaConfig,
@@ -34,6 +41,7 @@ VOCAB = 512
 WIDTH = 64
 CONTEXT = 128
 FAMILIES = ("gpt2", "gpt_neo", "llama", "mistral", "gemma2")
+EXPERIMENTAL = ("gptj", "bloom", "falcon", "falcon_grouped", "falcon_serial")
 TEXTS = (
     "def add(left, right):\n    return left + right\n",
     "The quick brown fox jumps over the lazy dog near the river bank.",
@@ -102,6 +110,13 @@ def _build(family: str, layers: int) -> PreTrainedModel:
             gemma = Gemma2Config(**rope, head_dim=16, query_pre_attn_scalar=16, sliding_window=32)
             gemma._attn_implementation = "eager"
             return Gemma2ForCausalLM(gemma)
+    return _other(family, layers, ids)
+
+
+def _other(family: str, layers: int, ids: dict[str, int]) -> PreTrainedModel:
+    size = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": layers, "num_attention_heads": 4}
+    config: dict[str, Any] = {**size, **ids}
+    match family:
         case "t5":
             t5 = T5Config(
                 vocab_size=VOCAB,
@@ -117,6 +132,16 @@ def _build(family: str, layers: int) -> PreTrainedModel:
                 pad_token_id=0,
             )
             return T5ForConditionalGeneration(t5)
+        case "gptj":
+            return GPTJForCausalLM(GPTJConfig(**config, n_positions=CONTEXT, rotary_dim=8))
+        case "bloom":
+            return BloomForCausalLM(BloomConfig(**config))
+        case "falcon":
+            return FalconForCausalLM(FalconConfig(**config))
+        case "falcon_grouped":
+            return FalconForCausalLM(FalconConfig(**config, new_decoder_architecture=True, num_kv_heads=2))
+        case "falcon_serial":
+            return FalconForCausalLM(FalconConfig(**config, multi_query=False, parallel_attn=False, alibi=True))
     raise ValueError(f"no tiny model of family {family!r}")
 
 

@@ -69,6 +69,7 @@ class Wanted:
     extension_id: str = ""
     seed: int = 0
     max_tokens: int = 0
+    apply_rmsnorm_scaling: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,8 @@ class Options:
         del options["hook_points"], options["extension_id"]
         if self.sample_count is None and dataset.rows is not None:
             options["sample_count"] = dataset.rows
+        if any(name.endswith(".hook_pattern") for name in self.hook_points):
+            options["attention"] = "eager"  # which rounds otherwise, in every other hook point too
         names = (model.identifier, model.revision, model.digest, model.quantization, dataset.digest)
         return blake3(json.dumps([names, options], sort_keys=True).encode()).hexdigest()
 

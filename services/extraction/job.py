@@ -66,7 +66,7 @@ class _Work:
     def size_bytes(self) -> int:
         """Bytes that the cache will have."""
         stored = self.plan.tokens if self.plan.layout == "rows" else self.samples * self.plan.max_length
-        per_token = row_bytes(self.task.options, self.model.facts)
+        per_token = row_bytes(self.task.options, self.model.facts, self.plan.max_length)
         return stored * (per_token + TABLE_BYTES) + len(self.tokenized.sequences.ids) * 4
 
 
@@ -217,7 +217,7 @@ def _plan(task: Task, tokenized: Tokenized, model: LeasedModel) -> Plan:
             layout=options.layout,
             seed=options.seed,
             batch_size=options.batch_size,
-            row_bytes=row_bytes(options, model.facts),
+            row_bytes=row_bytes(options, model.facts, int(tokenized.sequences.lengths.max())),
             uncounted_ids=special_ids(model.tokenizer) if model.tokenizer is not None else (),
         )
     except NothingCounted as error:

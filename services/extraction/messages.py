@@ -43,6 +43,7 @@ def wanted(request: pb.ExtractActivationsRequest) -> Wanted:
         extension_id=request.extension_id,
         seed=request.seed,
         max_tokens=request.max_tokens,
+        apply_rmsnorm_scaling=request.apply_rmsnorm_scaling,
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from services.extraction.compute.capture import PAIR_INPUTS
 from services.extraction.domain import BaseModel, Estimate, Options, Rates, Survey, Wanted
 from services.kit import errors
-from services.residency.families import SITES, Facts, UnknownHookPoint, facts, hook_points, site_of
+from services.residency.families import SITES, Facts, UnknownHookPoint, facts, hook_points, require_site, site_of
+from services.residency.layouts import family_of_config
 from services.residency.shards import DTYPES, Layout
 
 DEFAULT_SITES = ("resid_post",)
@@ -13,7 +15,6 @@ BYTES_PER_TOKEN = 3.5
 """Of text, where no extraction of a dataset has told better."""
 FLOPS = {"cpu": 5e10, "cuda": 2e13}
 """Operations per second assumed of a device until the first extraction has told better."""
-_PAIR_INPUTS = {"mlp_in", "ln2_normalized"}
 _QUANTIZED_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -37,7 +38,7 @@ def resolve(wanted: Wanted, model: BaseModel, dataset: Survey, extension_uri: st
             f"the model's context is {model.context_length} tokens",
             context_length=model.context_length,
         )
-    chosen = _hook_points(wanted, model)
+    chosen = _scaled(_hook_points(wanted, model), wanted, model)
     return Options(
         hook_points=chosen,
         layout=wanted.layout or _layout(chosen),
@@ -62,20 +63,23 @@ def estimate(options: Options, model: BaseModel, dataset: Survey, *, rates: Rate
     if options.max_tokens:
         tokens = min(tokens, options.max_tokens)
     stored = samples * options.max_length if options.layout == "sequences" else tokens
+    per_token = row_bytes(options, facts(model.config), options.max_length)
     depth = max(_depth(name, model) for name in options.hook_points)
     guess = FLOPS["cuda" if device.startswith("cuda") else "cpu"] / (2 * max(1, model.parameter_count) * depth)
     return Estimate(
         seconds=round(tokens / (rates.tokens_per_second or guess), 3),
-        size_bytes=int(stored * row_bytes(options, facts(model.config))),
+        size_bytes=int(stored * per_token),
         samples=samples,
     )
 
 
-def row_bytes(options: Options, known: Facts) -> int:
-    """Bytes of all hook points' vectors of one token."""
-    wide = sum(site_of(name)[1] == "mlp_hidden" for name in options.hook_points)
-    width = wide * known.intermediate_size + (len(options.hook_points) - wide) * known.hidden_size
-    return width * DTYPES[options.dtype].itemsize
+def row_bytes(options: Options, known: Facts, max_length: int) -> int:
+    """Bytes of all hook points' vectors of one token, in sequences of at most `max_length` tokens."""
+    queries, keys = known.num_heads * known.head_dim, known.num_kv_heads * known.head_dim
+    widths = {"mlp_hidden": known.intermediate_size, "q": queries, "z": queries, "k": keys, "v": keys}
+    widths["pattern"] = known.num_heads * max_length
+    sites = [site_of(name)[1] for name in options.hook_points]
+    return sum(widths.get(site, known.hidden_size) for site in sites) * DTYPES[options.dtype].itemsize
 
 
 def _hook_points(wanted: Wanted, model: BaseModel) -> tuple[str, ...]:
@@ -93,18 +97,44 @@ def _hook_points(wanted: Wanted, model: BaseModel) -> tuple[str, ...]:
     for site in wanted.sites:
         if site not in SITES:
             raise errors.Invalid.of("sites", f"unknown site {site!r}; known: {', '.join(SITES)}")
+        _check_site("sites", site, model)
     return tuple(hook_points(wanted.sites or DEFAULT_SITES, wanted.layer_indices))
+
+
+def _scaled(names: tuple[str, ...], wanted: Wanted, model: BaseModel) -> tuple[str, ...]:
+    """With `apply_rmsnorm_scaling`, x/rms times the norm's gain is, bit for bit, what the MLP consumes."""
+    if not wanted.apply_rmsnorm_scaling:
+        return names
+    if not any(site_of(name)[1] == "ln2_normalized" for name in names):
+        raise errors.Invalid.of("apply_rmsnorm_scaling", "belongs to the site ln2_normalized")
+    family = family_of_config(model.config)
+    if family is None or not family.rms_norm:
+        raise errors.Invalid.of(
+            "apply_rmsnorm_scaling", f"the norm of {model.model_type} is no RMSNorm; use the site mlp_in"
+        )
+    normalized, consumed = SITES["ln2_normalized"], SITES["mlp_in"]
+    return tuple(dict.fromkeys(name.replace(normalized, consumed) for name in names))
 
 
 def _check_hook_point(name: str, wanted: Wanted, model: BaseModel) -> None:
     try:
-        layer, _ = site_of(name)
+        layer, site = site_of(name)
     except UnknownHookPoint as error:
         raise errors.Invalid.of("hook_points", str(error)) from error
+    _check_site("hook_points", site, model)
     if isinstance(layer, int):
         _check_layer("hook_points", layer, model)
     elif not wanted.extension_id:
         raise errors.Invalid.of("hook_points", f"layer {layer} is no layer of the model; extensions have such layers")
+
+
+def _check_site(field: str, site: str, model: BaseModel) -> None:
+    family = family_of_config(model.config)
+    try:
+        if family is not None:
+            require_site(family, site)
+    except UnknownHookPoint as error:
+        raise errors.Invalid.of(field, str(error)) from error
 
 
 def _check_layer(field: str, layer: int, model: BaseModel) -> None:
@@ -119,8 +149,8 @@ def _layout(names: tuple[str, ...]) -> Layout:
     sites: dict[object, set[str]] = {}
     for layer, site in map(site_of, names):
         sites.setdefault(layer, set()).add(site)
-    pairs = all("mlp_out" in found and found & _PAIR_INPUTS for found in sites.values())
-    return "rows" if pairs and all(found <= {"mlp_out", *_PAIR_INPUTS} for found in sites.values()) else "sequences"
+    pairs = all("mlp_out" in found and found & PAIR_INPUTS for found in sites.values())
+    return "rows" if pairs and all(found <= {"mlp_out", *PAIR_INPUTS} for found in sites.values()) else "sequences"
 
 
 def _dtype(model: BaseModel) -> str:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from torch import nn
 
-Side = Literal["input", "output", "normalized"]
+from services.residency.layouts import FAMILIES, GEMMA2, GPT2, LLAMA, Family, Side, Tap, family_of_config
+
+__all__ = ["FAMILIES", "Family", "Side", "Tap"]
+
 Layer = int | str
 
 LAYER_ID = "lensmesh_layer_id"
@@ -30,10 +32,19 @@ SITES: Mapping[str, str] = {
     "mlp_out_raw": "mlp.hook_out",
     "mlp_hidden": "mlp.hook_post",
     "ln2_normalized": "ln2.hook_normalized",
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+    "z": "attn.hook_z",
+    "pattern": "attn.hook_pattern",
 }
 """Site to hook-point suffix. `mlp_out` is what the layer adds to the residual stream, `mlp_out_raw` what the MLP module
 returns (they differ in Gemma-2); `mlp_hidden` is the input of the MLP's last matrix; `resid_mid` is the residual stream
-before the MLP's norm, which older transcoders took for its input."""
+before the MLP's norm, which older transcoders took for its input. `q` and `k` are what their matrices give, before any
+rotation; these, `v` and `z` hold their heads side by side. `pattern` is [heads, keys] of every token and needs
+attention that is computed eagerly: it is for the length of such a capture."""
+
+HEAD_SITES = ("q", "k", "v", "z", "pattern")
 
 _SAME_TENSOR: Mapping[str, str] = {"ln2.hook_out": "mlp_in", "hook_mlp_in": "resid_mid", "ln2.hook_in": "resid_mid"}
 _SUFFIXES: Mapping[str, str] = {**{suffix: site for site, suffix in SITES.items()}, **_SAME_TENSOR}
@@ -49,103 +60,6 @@ class UnsupportedModel(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Tap:
-    """One tensor of a block: which module, and whether its input, its output or (of a norm) x/rms without gain."""
-
-    path: str
-    side: Side
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """Module paths of one family. Paths in `taps`, `attention` and `mlp*` are relative to a block."""
-
-    name: str
-    blocks: str
-    embedding: str
-    final_norm: str
-    unembedding: str
-    attention: str
-    mlp: str
-    mlp_norm: str
-    taps: Mapping[str, Tap]
-    mlp_post_norm: str | None = None
-    gain_offset: float = 0.0
-    """What the norm adds to its stored weight to get the gain: 1 in the Gemma families."""
-    rms_norm: bool = True
-    model_batch_size: int = 8
-    """Default rows of a forward pass (spec/002: 32 for GPT-2, 4 for Gemma-2)."""
-    default_dtype: str | None = None
-    """dtype that the family is best run in; None keeps the checkpoint's."""
-    experimental: bool = False
-
-
-def _taps(attention: Tap, mlp: str, norm: str, contribution: str, down: str) -> dict[str, Tap]:
-    return {
-        "resid_pre": Tap("", "input"),
-        "resid_mid": Tap(norm, "input"),
-        "resid_post": Tap("", "output"),
-        "attn_out": attention,
-        "mlp_in": Tap(mlp, "input"),
-        "mlp_out": Tap(contribution, "output"),
-        "mlp_out_raw": Tap(mlp, "output"),
-        "mlp_hidden": Tap(f"{mlp}.{down}", "input"),
-        "ln2_normalized": Tap(norm, "normalized"),
-    }
-
-
-GPT2 = Family(
-    name="gpt2",
-    blocks="transformer.h",
-    embedding="transformer.wte",
-    final_norm="transformer.ln_f",
-    unembedding="lm_head",
-    attention="attn",
-    mlp="mlp",
-    mlp_norm="ln_2",
-    taps=_taps(Tap("attn", "output"), "mlp", "ln_2", "mlp", "c_proj"),
-    rms_norm=False,
-    model_batch_size=32,
-)
-GPT_NEO = replace(GPT2, name="gpt_neo")
-LLAMA = Family(
-    name="llama",
-    blocks="model.layers",
-    embedding="model.embed_tokens",
-    final_norm="model.norm",
-    unembedding="lm_head",
-    attention="self_attn",
-    mlp="mlp",
-    mlp_norm="post_attention_layernorm",
-    taps=_taps(Tap("self_attn", "output"), "mlp", "post_attention_layernorm", "mlp", "down_proj"),
-)
-MISTRAL = replace(LLAMA, name="mistral")
-GEMMA = replace(LLAMA, name="gemma", gain_offset=1.0)
-GEMMA2 = Family(
-    name="gemma2",
-    blocks="model.layers",
-    embedding="model.embed_tokens",
-    final_norm="model.norm",
-    unembedding="lm_head",
-    attention="self_attn",
-    mlp="mlp",
-    mlp_norm="pre_feedforward_layernorm",
-    mlp_post_norm="post_feedforward_layernorm",
-    taps=_taps(
-        Tap("post_attention_layernorm", "output"),
-        "mlp",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-        "down_proj",
-    ),
-    gain_offset=1.0,
-    model_batch_size=4,
-    default_dtype="bfloat16",
-)
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (GPT2, GPT_NEO, LLAMA, MISTRAL, GEMMA, GEMMA2)}
-
-
-@dataclass(frozen=True, slots=True)
 class Facts:
     """What a model's config says, under one name for every family. Widths in features, context in tokens."""
 
@@ -155,6 +69,8 @@ class Facts:
     intermediate_size: int
     vocab_size: int
     num_heads: int
+    num_kv_heads: int
+    head_dim: int
     context_length: int
     encoder_decoder: bool
     dict_size: int
@@ -172,6 +88,12 @@ def _first(config: Mapping[str, object], *names: str, default: int | None = None
     if default is None:
         raise UnsupportedModel(f"the config has none of {', '.join(names)}")
     return default
+
+
+def _kv_heads(config: Mapping[str, object], heads: int) -> int:
+    if config.get("model_type") == "falcon" and not config.get("new_decoder_architecture"):
+        return 1 if config.get("multi_query", True) else heads
+    return _first(config, "num_key_value_heads", "num_kv_heads", default=heads)
 
 
 def default_top_k(dict_size: int) -> int:
@@ -195,6 +117,7 @@ def facts(config: Mapping[str, object]) -> Facts:
     """
     model_type = str(config.get("model_type") or "")
     family = FAMILIES.get(model_type)
+    heads = _first(config, "num_attention_heads", "n_head", "num_heads", default=1)
     hidden = _first(config, "hidden_size", "n_embd", "d_model")
     dict_size = 16 * hidden
     dtype = config.get("dtype") or config.get("torch_dtype")
@@ -204,7 +127,9 @@ def facts(config: Mapping[str, object]) -> Facts:
         hidden_size=hidden,
         intermediate_size=_first(config, "intermediate_size", "n_inner", "d_ff", "ffn_dim", default=4 * hidden),
         vocab_size=_first(config, "vocab_size"),
-        num_heads=_first(config, "num_attention_heads", "n_head", "num_heads", default=1),
+        num_heads=heads,
+        num_kv_heads=_kv_heads(config, heads),
+        head_dim=_first(config, "head_dim", "d_kv", default=hidden // heads),
         context_length=_first(config, "max_position_embeddings", "n_positions", "n_ctx", default=512),
         encoder_decoder=bool(config.get("is_encoder_decoder")),
         dict_size=dict_size,
@@ -261,19 +186,31 @@ def family_of(model: nn.Module) -> Family:
     """
     model_type = str(getattr(base_model(model).config, "model_type", ""))
     if model_type in FAMILIES:
-        return FAMILIES[model_type]
+        found = family_of_config(base_model(model).config.to_dict())
+        assert found is not None, "its name is one of the known ones"
+        return found
     missing = []
     for layout in (GEMMA2, LLAMA, GPT2):
         try:
             first = next(iter(blocks(model, layout).values()))
-            for tap in layout.taps.values():
-                submodule(first, tap.path)
+            for site, tap in layout.taps.items():
+                if site not in HEAD_SITES:
+                    submodule(first, tap.path)
             submodule(base_model(model), layout.final_norm)
         except (UnsupportedModel, StopIteration) as error:
             missing.append(f"{layout.name}: {error}")
             continue
-        return replace(layout, name=model_type, model_batch_size=8, default_dtype=None, experimental=True)
+        taps = {site: tap for site, tap in layout.taps.items() if site not in HEAD_SITES or _has(first, tap.path)}
+        return replace(layout, name=model_type, taps=taps, model_batch_size=8, default_dtype=None, experimental=True)
     raise UnsupportedModel(f"no family fits model type {model_type!r} ({'; '.join(missing)})")
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        submodule(module, path)
+    except UnsupportedModel:
+        return False
+    return True
 
 
 def site_of(hook_point: str) -> tuple[Layer, str]:
@@ -303,8 +240,19 @@ def hook_points(sites: Sequence[str], layers: Sequence[Layer]) -> list[str]:
     return [f"blocks.{layer}.{SITES[site]}" for layer in layers for site in sites]
 
 
-def locate(model: nn.Module, family: Family, hook_point: str) -> tuple[nn.Module, Side]:
-    """The module of a hook point and the side of it that is taken.
+def require_site(family: Family, site: str) -> Tap:
+    """Where a family keeps a site.
+
+    Raises:
+        UnknownHookPoint: it has no such tensor.
+    """
+    if site not in family.taps:
+        raise UnknownHookPoint(f"models of type {family.name} have no site {site}; they have: {', '.join(family.taps)}")
+    return family.taps[site]
+
+
+def locate(model: nn.Module, family: Family, hook_point: str) -> tuple[nn.Module, Tap]:
+    """The module of a hook point, and which of its tensors is meant.
 
     Raises:
         UnknownHookPoint: the layer or the name does not exist in this model.
@@ -313,5 +261,5 @@ def locate(model: nn.Module, family: Family, hook_point: str) -> tuple[nn.Module
     found = blocks(model, family)
     if layer not in found:
         raise UnknownHookPoint(f"layer {layer} is not one of this model's {len(found)} (0 to {len(found) - 1})")
-    tap = family.taps[site]
-    return submodule(found[layer], tap.path), tap.side
+    tap = require_site(family, site)
+    return submodule(found[layer], tap.path), tap

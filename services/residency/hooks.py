@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from services.residency.families import Family, Side, locate
+from services.residency.families import Family, Tap, base_model, locate
+from services.residency.layouts import Cut
 
 Take = Callable[[Tensor], Tensor]
+See = Callable[[Tensor], Tensor | None]
 
 
 class _Enough(Exception):
@@ -40,7 +42,7 @@ def first_tensor(value: object) -> Tensor:
     return value
 
 
-def on_input(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> torch.utils.hooks.RemovableHandle:
+def on_input(module: nn.Module, see: See) -> torch.utils.hooks.RemovableHandle:
     """Call `see` with the hidden states that `module` is given; a tensor it returns takes their place."""
 
     def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -52,7 +54,7 @@ def on_input(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> torch
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def on_output(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> torch.utils.hooks.RemovableHandle:
+def on_output(module: nn.Module, see: See) -> torch.utils.hooks.RemovableHandle:
     """Call `see` with the hidden states that `module` returns; a tensor it returns takes their place."""
 
     def hook(_: nn.Module, __: tuple, output: object) -> object:
@@ -64,22 +66,54 @@ def on_output(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> torc
     return module.register_forward_hook(hook)
 
 
-def attach(module: nn.Module, side: Side, see: Callable[[Tensor], Tensor | None]) -> torch.utils.hooks.RemovableHandle:
-    """Hook the given side of a module. A normalized tensor exists nowhere in the model and can only be read.
+def on_pattern(module: nn.Module, see: See) -> torch.utils.hooks.RemovableHandle:
+    """Call `see` with the attention pattern that `module` returns, [B, queries, heads, keys]."""
+
+    def hook(_: nn.Module, __: tuple, output: object) -> None:
+        pattern = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if not isinstance(pattern, Tensor):
+            raise TypeError(f"{type(module).__name__} returned no attention pattern; is its attention eager?")
+        see(pattern.transpose(1, 2))
+
+    return module.register_forward_hook(hook)
+
+
+def attach(module: nn.Module, tap: Tap, see: See) -> torch.utils.hooks.RemovableHandle:
+    """Hook one tensor of a module. A normalized tensor and a pattern can only be read: nothing uses them afterwards.
 
     Raises:
-        ValueError: `see` wants to replace a normalized tensor.
+        ValueError: `see` wants to replace a tensor that can only be read.
     """
-    if side == "output":
-        return on_output(module, see)
-    if side == "input":
-        return on_input(module, see)
 
     def read_only(x: Tensor) -> None:
-        if see(normalize(module, x)) is not None:
-            raise ValueError("the site ln2_normalized can be read, not replaced")
+        if see(x) is not None:
+            raise ValueError("the sites ln2_normalized and pattern can be read, not replaced")
 
-    return on_input(module, read_only)
+    if tap.side == "normalized":
+        return on_input(module, lambda x: read_only(normalize(module, x)))
+    if tap.side == "pattern":
+        return on_pattern(module, read_only)
+    return (on_output if tap.side == "output" else on_input)(module, see if tap.cut is None else _part(tap.cut, see))
+
+
+def _part(cut: Cut, see: See) -> See:
+    def see_part(whole: Tensor) -> Tensor | None:
+        new = see(cut.get(whole))
+        return None if new is None else cut.put(whole, new)
+
+    return see_part
+
+
+@contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """The model computes its attention patterns inside the block; other kernels never form them."""
+    config = base_model(model).config
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def position_ids(attention_mask: Tensor) -> Tensor | None:
@@ -109,13 +143,18 @@ class Capture:
     def __init__(self, model: nn.Module, hook_points: Sequence[str]) -> None:
         self._model = model
         self._hook_points = tuple(dict.fromkeys(hook_points))
-        self._stop = False
+        self._take: Take | None = None
         self.tensors: dict[str, Tensor] = {}
         """What the latest forward pass left, by hook point, [B, S, d]; whoever runs the model itself reads this."""
 
     def _record(self, hook_point: str, tensor: Tensor) -> None:
-        self.tensors[hook_point] = tensor
-        if self._stop and len(self.tensors) == len(self._hook_points):
+        if self._take is None:
+            self.tensors[hook_point] = tensor
+            return
+        # At once, not after the pass: some models go on to change a tensor in place.
+        with torch.inference_mode(False):
+            self.tensors[hook_point] = self._take(tensor)
+        if len(self.tensors) == len(self._hook_points):
             raise _Enough
 
     def run(
@@ -133,16 +172,16 @@ class Capture:
             Hook point to tensor, in the order they were asked for; the model's dtype and device.
         """
         self.tensors.clear()
-        self._stop = True
+        self._take = take
         try:
             with torch.inference_mode():
                 self._model(**forward_arguments(input_ids, attention_mask))
         except _Enough:
             pass
         finally:
-            self._stop = False
+            self._take = None
         try:
-            return {hook_point: take(self.tensors[hook_point]) for hook_point in self._hook_points}
+            return {hook_point: self.tensors[hook_point] for hook_point in self._hook_points}
         finally:
             self.tensors.clear()
 
@@ -159,12 +198,10 @@ def capture_hooks(model: nn.Module, family: Family, hook_points: Sequence[str]) 
     """
     places = {hook_point: locate(model, family, hook_point) for hook_point in hook_points}
     capture = Capture(model, hook_points)
-    handles = [
-        attach(module, side, partial(capture._record, hook_point)) for hook_point, (module, side) in places.items()
-    ]
-    try:
+    with ExitStack() as stack:
+        stack.callback(capture.tensors.clear)
+        if any(tap.side == "pattern" for _, tap in places.values()):
+            stack.enter_context(eager_attention(model))
+        for hook_point, (module, tap) in places.items():
+            stack.callback(attach(module, tap, partial(capture._record, hook_point)).remove)
         yield capture
-    finally:
-        for handle in handles:
-            handle.remove()
-        capture.tensors.clear()

@@ -36,7 +36,8 @@ class IdentityFailed(ValueError):
 def contribution(model: nn.Module, family: Family, layer: Layer, mlp_in: Tensor) -> Tensor:
     """What a layer's MLP branch adds to the residual stream for the given input, [..., d] in and out."""
     block = blocks(model, family)[layer]
-    y = submodule(block, family.mlp)(mlp_in)
+    mlp = submodule(block, family.mlp)
+    y = mlp(mlp_in, torch.zeros_like(mlp_in)) if family.mlp_adds_residual else mlp(mlp_in)
     return submodule(block, family.mlp_post_norm)(y) if family.mlp_post_norm else y
 
 

@@ -79,7 +79,11 @@ class ShardEntry(FileEntry):
 
 @dataclass(frozen=True, slots=True)
 class HookPointEntry:
-    """A hook point: its name is its tensor's. `variance` is the sum over dimensions, `mean_norm` of Euclidean norms."""
+    """A hook point: its name is its tensor's. `variance` is the sum over dimensions, `mean_norm` of Euclidean norms.
+
+    `q`, `k`, `v`, `z` are [heads, d_head] flattened; a `pattern` is [heads, the cache's longest sequence] flattened,
+    each query's weights of the keys, 0 on padding.
+    """
 
     name: str
     site: str

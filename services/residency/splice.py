@@ -80,12 +80,12 @@ def spliced(model: nn.Module, family: Family, splices: Sequence[Splice]) -> Iter
     """
     with ExitStack() as stack:
         for splice in splices:
-            target, target_side = locate(model, family, splice.target)
+            target, target_tap = locate(model, family, splice.target)
             opened = _Open(splice)
             if splice.source is not None:
-                source, source_side = locate(model, family, splice.source)
-                stack.callback(attach(source, source_side, opened.see_source).remove)
-            stack.callback(attach(target, target_side, opened.see_target).remove)
+                source, source_tap = locate(model, family, splice.source)
+                stack.callback(attach(source, source_tap, opened.see_source).remove)
+            stack.callback(attach(target, target_tap, opened.see_target).remove)
         yield
 
 

@@ -11,6 +11,8 @@ from services.residency.families import Family, Layer, family_of, locate, site_o
 from services.residency.hooks import capture_hooks
 from services.residency.identity import check_identity
 
+PAIR_INPUTS = {"mlp_in", "ln2_normalized"}
+"""Sites that are the input of an MLP pair."""
 TokenBatch: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """Token ids [B, S] int64, or (ids, attention mask), the mask [B, S] with 1 on real tokens."""
 
@@ -26,7 +28,8 @@ def capture(model: nn.Module, batches: Iterable[TokenBatch], hook_points: Sequen
         hook_points: TransformerLens names such as `blocks.2.mlp.hook_in`.
 
     Returns:
-        Per batch: hook point to [tokens, d], the unmasked tokens row by row, in the model's dtype and on its device.
+        Per batch: hook point to [tokens, d], the unmasked tokens row by row, in the model's dtype and on its device;
+        an attention pattern is [tokens, heads, keys].
 
     Raises:
         UnknownHookPoint: a hook point does not exist in this model; before any batch is taken.
@@ -72,11 +75,11 @@ def capture_tokens(
 
 
 def paired_layers(hook_points: Sequence[str]) -> list[Layer]:
-    """Layers of which both what the MLP consumes and what its branch adds are among the hook points."""
+    """Layers of which both the MLP's input and what its branch adds are among the hook points."""
     sites: dict[Layer, set[str]] = {}
     for layer, site in map(site_of, hook_points):
         sites.setdefault(layer, set()).add(site)
-    return [layer for layer, found in sites.items() if {"mlp_in", "mlp_out"} <= found]
+    return [layer for layer, found in sites.items() if "mlp_out" in found and found & PAIR_INPUTS]
 
 
 def identity_errors(

@@ -89,6 +89,7 @@ class UnitFiller:
         self.moments: dict[str, Moments] = {}
         self._sequences = sequences
         self._counted = plan.counted
+        self._max_length = plan.max_length
         self._hook_points = tuple(hook_points)
         self._dtype = dtype
         self._places: _Places = _Rows(plan, unit) if plan.layout == "rows" else _Grid(plan, unit)
@@ -104,7 +105,7 @@ class UnitFiller:
         found = capture_tokens(model, family, self._hook_points, ids=ids, mask=mask, chosen=wanted)
         places = self._places.take(batch, ids, counted)
         for name, rows in found.items():
-            self._keep(name, rows.to("cpu", self._dtype), places)
+            self._keep(name, self._flat(rows).to("cpu", self._dtype), places)
         self._filled += len(chosen)
         return len(chosen)
 
@@ -114,6 +115,12 @@ class UnitFiller:
         assert self._filled == self.unit.rows, f"{self._filled} of {self.unit.rows} rows are there"
         shaped = {name: buffer.view(*self._places.shape, -1) for name, buffer in self._buffers.items()}
         return shaped | self._places.tables()
+
+    def _flat(self, rows: Tensor) -> Tensor:
+        """[N, d]; the keys of a pattern, [N, heads, keys], are padded with zeros to the longest sequence's."""
+        if rows.dim() == 2:
+            return rows
+        return nn.functional.pad(rows, (0, self._max_length - rows.shape[-1])).flatten(1)
 
     def _keep(self, name: str, rows: Tensor, places: Tensor) -> None:
         if name not in self._buffers:

@@ -94,6 +94,7 @@ def test_a_wrong_request_is_refused_before_any_batch_is_taken():
 def test_pairs_are_found_by_layer():
     points = ["blocks.3.hook_mlp_out", *POINTS, "blocks.1.mlp.hook_in", "blocks.3.ln2.hook_out"]
     assert paired_layers(points) == [3, 2]
+    assert paired_layers(["blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out", "blocks.0.hook_mlp_out"]) == [1]
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

@@ -9,7 +9,7 @@ import pytest
 from services.extraction.domain import BaseModel, Options, Rates, Survey, Wanted
 from services.extraction.requests import estimate, resolve, row_bytes
 from services.kit import errors
-from services.residency.families import facts
+from services.residency.families import facts, hook_points
 
 MODEL = BaseModel(
     id="m_1",
@@ -92,6 +92,34 @@ def test_only_whole_mlp_pairs_are_rows_by_default(hook_points, layout):
     assert resolve(replace(wanted, layout="sequences"), MODEL, DATASET).layout == "sequences"
 
 
+def test_a_normalized_input_with_its_gain_is_what_the_mlp_consumes():
+    scaled = replace(WANTED, sites=("ln2_normalized", "mlp_out"), apply_rmsnorm_scaling=True)
+    options = resolve(scaled, MODEL, DATASET)
+    assert (options.hook_points, options.layout) == (tuple(hook_points(["mlp_in", "mlp_out"], [0, 3])), "rows")
+    bare = resolve(replace(scaled, apply_rmsnorm_scaling=False), MODEL, DATASET)
+    assert (bare.hook_points[0], bare.layout) == ("blocks.0.ln2.hook_normalized", "rows")
+    gpt2 = replace(MODEL, model_type="gpt2", config={**MODEL.config, "model_type": "gpt2"})
+    for wrong, model in ((scaled, gpt2), (replace(scaled, sites=("mlp_in",)), MODEL)):
+        with pytest.raises(errors.Invalid) as caught:
+            resolve(wrong, model, DATASET)
+        assert caught.value.violations[0][0] == "apply_rmsnorm_scaling"
+
+
+@pytest.mark.parametrize("names", [{"sites": ("resid_mid",)}, {"hook_points": ("blocks.1.ln2.hook_normalized",)}])
+def test_a_site_that_the_family_has_not_is_refused(names):
+    gptj = replace(MODEL, model_type="gptj", config={**MODEL.config, "model_type": "gptj"})
+    wanted = replace(WANTED, layer_indices=(1,) if "sites" in names else (), **names)
+    with pytest.raises(errors.Invalid, match="gptj") as caught:
+        resolve(wanted, gptj, DATASET)
+    assert caught.value.violations[0][0] == next(iter(names))
+
+
+def test_a_pattern_is_computed_by_other_kernels_and_shares_no_cache():
+    with_pattern = resolve(replace(WANTED, sites=("resid_post", "pattern")), MODEL, DATASET)
+    without = replace(with_pattern, hook_points=with_pattern.hook_points[:1])
+    assert with_pattern.key(MODEL, DATASET) != without.key(MODEL, DATASET)
+
+
 def test_layers_of_an_extension_need_one():
     wanted = Wanted("m_1", "ds_1", hook_points=("blocks.x1.hook_resid_post",), extension_id="x_1")
     assert resolve(wanted, MODEL, DATASET, "artifact://extension/0").hook_points == wanted.hook_points
@@ -140,9 +168,12 @@ def test_the_key_ignores_hook_points_and_nothing_else():
 
 def test_bytes_of_a_row_count_every_width():
     known = facts(MODEL.config)
-    assert row_bytes(resolve(pairs(0, 1), MODEL, DATASET), known) == 4 * 64 * 2
+    assert row_bytes(resolve(pairs(0, 1), MODEL, DATASET), known, 9) == 4 * 64 * 2
     wide = resolve(replace(WANTED, sites=("mlp_hidden", "mlp_out"), dtype="float32"), MODEL, DATASET)
-    assert row_bytes(wide, known) == 2 * (192 + 64) * 4
+    assert row_bytes(wide, known, 9) == 2 * (192 + 64) * 4
+    heads = replace(wide, hook_points=tuple(hook_points(["q", "k", "v", "z", "pattern"], [0])))
+    shared = replace(known, num_heads=4, head_dim=16, num_kv_heads=2)
+    assert row_bytes(heads, shared, 9) == (64 + 32 + 32 + 64 + 4 * 9) * 4
 
 
 def test_an_estimate_uses_history_where_there_is_some():

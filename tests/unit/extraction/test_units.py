@@ -171,6 +171,20 @@ def test_every_row_leads_back_to_its_token_and_gives_the_same_bits_again(gpt2, r
                     assert torch.equal(values[name][index, column], found[name][row, column])
 
 
+def test_patterns_of_all_lengths_lie_in_one_table():
+    pattern, k = "blocks.2.attn.hook_pattern", "blocks.2.attn.hook_k"
+    model, sequences = models.tiny("llama"), sequences_of([5, 9, 3, 9])
+    plan = plan_of(sequences, batch_size=2)
+    (_, tensors, _), *more = fill_units(model, sequences, plan, hook_points=[pattern, k], dtype=torch.float32)
+    assert not more
+    assert tensors[k].shape == (plan.tokens, 32)
+    weights = tensors[pattern].unflatten(1, (4, plan.max_length))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(plan.tokens, 4))
+    for row, position in enumerate(tensors["pos"].tolist()):
+        assert weights[row, :, position].all()
+        assert not weights[row, :, position + 1 :].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_statistics_are_those_of_the_stored_rows(gpt2, ragged, dtype):
     plan = plan_of(ragged)

@@ -120,6 +120,20 @@ def test_padding_on_either_side_gives_the_unpadded_values(family):
         assert (left[point][:, 6:] - alone[point]).norm() / scale < 1e-5
 
 
+@pytest.mark.parametrize("family", [*models.FAMILIES, *models.EXPERIMENTAL])
+def test_a_sequence_has_the_same_bits_alone_and_among_others_of_its_padded_length(family):
+    model, points = models.tiny(family), [*POINTS, "blocks.2.attn.hook_z", "blocks.3.hook_resid_post"]
+    ids, mask = models.batch(4, 24), torch.ones(4, 24, dtype=torch.long)
+    for row, length in enumerate((24, 17, 9, 3)):
+        mask[row, length:] = 0
+    with capture_hooks(model, family_of(model), points) as capture:
+        together = capture.run(ids, mask)
+        for row in range(1, 4):
+            alone = capture.run(ids[row : row + 1], mask[row : row + 1])
+            real = mask[row].bool()
+            assert all(torch.equal(alone[point][0, real], together[point][row, real]) for point in points)
+
+
 def test_a_lora_wrapped_model_is_read_through_its_wrappers(gpt2):
     from peft import LoraConfig, get_peft_model
 

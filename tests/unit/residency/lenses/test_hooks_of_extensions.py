@@ -45,7 +45,8 @@ def test_the_bases_layers_keep_their_numbers_and_their_tensors(model: PreTrained
     with applied(hybrid(model, b=0.0).edits):
         assert list(blocks(model, family)) == [0, "decoder-1-inserted", 1, 2]
         after = captured(model, family, points)
-        inserted = captured(model, family, hook_points(["resid_pre", "resid_post", "mlp_out"], ["decoder-1-inserted"]))
+        sites = ["resid_pre", "resid_post", "mlp_out", "pattern"]  # with the pattern: attention as before
+        inserted = captured(model, family, hook_points(sites, ["decoder-1-inserted"]))
     assert all(torch.equal(after[point], before[point]) for point in points)
     assert torch.equal(inserted["blocks.decoder-1-inserted.hook_resid_pre"], before["blocks.0.hook_resid_post"])
     assert torch.equal(inserted["blocks.decoder-1-inserted.hook_resid_post"], before["blocks.1.hook_resid_pre"])
