@@ -171,6 +171,20 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldLens:
+    """A lens in one host process."""
+
+    lens_id: str
+    bytes: int
+    last_used_at: datetime
+    leases: int = 0
+    state: str = "here"
+    """coming, here, or leaving to make room for something."""
+    job_id: str | None = None
+    """The load that it makes room for."""
+
+
+@dataclass(frozen=True, slots=True)
 class Residency:
     """A model in one host process."""
 
@@ -187,8 +201,7 @@ class Residency:
     loaded_at: datetime | None
     last_used_at: datetime
     pinned: bool = False
-    lens_bytes: int = 0
-    lens_ids: tuple[str, ...] = ()
+    lenses: tuple[HeldLens, ...] = ()
     needed_by: tuple[str, ...] = ()
     """Models with lenses there that read this one's activations."""
     address: str = ""
@@ -197,9 +210,14 @@ class Residency:
     incarnation: str = ""
 
     @property
+    def lens_ids(self) -> tuple[str, ...]:
+        """Lenses that are there with it, and stay."""
+        return tuple(lens.lens_id for lens in self.lenses if lens.state == "here")
+
+    @property
     def bytes(self) -> int:
         """What its leaving gives back."""
-        return self.charge_bytes + self.lens_bytes
+        return self.charge_bytes + sum(lens.bytes for lens in self.lenses)
 
     @property
     def moving(self) -> bool:
@@ -251,14 +269,23 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True)
+class HostedLens:
+    """A lens as its host sees it."""
+
+    memory_bytes: int
+    leases: int = 0
+    idle_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class HostedModel:
     """A model as its host sees it."""
 
     model_id: str
     quantization: str
     memory_bytes: int
-    lenses: Mapping[str, int]
-    """Bytes by lens id."""
+    lenses: Mapping[str, HostedLens]
+    """By lens id."""
     active_lens_id: str | None
     fingerprint: str
     leases: int
@@ -280,7 +307,7 @@ ALONE = Beside()
 
 @dataclass(frozen=True, slots=True)
 class Eviction:
-    """A model that has to leave first."""
+    """A model that has to leave first, or one of its lenses alone."""
 
     model_id: str
     bytes: int
@@ -288,6 +315,8 @@ class Eviction:
     """memory, resident_limit, or park_limit for one that is parked already."""
     parked: bool = False
     """Whether it stays in host memory."""
+    lens_id: str = ""
+    """The lens that leaves while its base stays; empty when the model leaves."""
 
 
 @dataclass(frozen=True, slots=True)

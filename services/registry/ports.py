@@ -159,7 +159,22 @@ class PlacementRows(Protocol):
         """The copy is used now."""
 
     async def use(self, host_id: str, seen: Sequence[HostedModel]) -> None:
-        """Leases, last use and active lens of the models of a host, as it reports them."""
+        """Leases and last use of the models and lenses of a host, and the active lens, as it reports them."""
+
+    async def touch_lenses(self, host_id: str, lens_ids: Sequence[str]) -> None:
+        """Lenses are used now."""
+
+    async def lenses_leave(self, host_id: str, lens_ids: Sequence[str], job_id: str | None) -> None:
+        """Lenses make room from now on: for a load, or for another lens when there is no job."""
+
+    async def lens_stays(self, host_id: str, lens_id: str, leases: int | None = None) -> None:
+        """A lens stays after all, because of so many leases when they are known."""
+
+    async def lenses_stay(self, job_id: str) -> None:
+        """The lenses that were to make room for a load stay."""
+
+    async def charge(self, job_id: str, host_id: str, size: int) -> None:
+        """The model of a load holds so many bytes more, at most what it needs."""
 
     async def remove(self, model_id: str, host_id: str) -> bool:
         """Forget a residency; whether there was one."""
@@ -219,8 +234,11 @@ class GroupRows(Protocol):
     async def remove_lens(self, lens_id: str) -> None:
         """Forget a lens and where it was; a group in which it was active has none active."""
 
-    async def place_lens(self, lens_id: str, model_id: str, host_id: str, size: int) -> None:
-        """A lens is on a device, or about to be, and costs so many bytes."""
+    async def place_lens(self, lens_id: str, model_id: str, host_id: str, size: int, state: str = "here") -> None:
+        """A lens is on a device, or coming, and costs so many bytes."""
+
+    async def charge_lens(self, lens_id: str, host_id: str, size: int, most: int) -> None:
+        """A lens that is about to be on a device holds so many bytes more, at most what it needs."""
 
     async def displace_lens(self, lens_id: str, host_id: str) -> None:
         """A lens is off a device."""

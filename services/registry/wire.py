@@ -12,6 +12,9 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
+from lensmesh.registry.v1 import devices_pb2
+
+from services.registry.domain import HostedLens, HostedModel
 
 M = TypeVar("M", bound=Message)
 
@@ -55,6 +58,16 @@ def plain(value: Any) -> Any:
 @cache
 def _prefix(enum: EnumDescriptor) -> str:
     return enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
+
+
+def hosted(message: devices_pb2.HostedModel) -> HostedModel:
+    """A model as its host reports it."""
+    fields = to_dict(message)
+    fields["lenses"] = {
+        lens.lens_id: HostedLens(lens.memory_bytes, lens.leases, lens.idle_seconds) for lens in message.lenses
+    }
+    fields["active_lens_id"] = message.active_lens_id or None
+    return HostedModel(**fields)
 
 
 def _read(source: object, name: str) -> Any:

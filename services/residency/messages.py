@@ -103,7 +103,12 @@ def memory_estimate(found: Estimate) -> residency_pb2.MemoryEstimate:
 
 def hosted_lens(attached: Attached) -> devices_pb2.HostedLens:
     """A lens as its host sees it."""
-    return devices_pb2.HostedLens(lens_id=attached.spec.lens_id, memory_bytes=attached.nbytes)
+    return devices_pb2.HostedLens(
+        lens_id=attached.spec.lens_id,
+        memory_bytes=attached.nbytes,
+        leases=attached.leases,
+        idle_seconds=time.monotonic() - attached.last_used,
+    )
 
 
 def hosted_model(resident: Resident) -> devices_pb2.HostedModel:

@@ -223,8 +223,10 @@ class Host:
             missing = [lens_id for lens_id in lens_ids if lens_id not in attached]
             if missing:
                 raise errors.NotFound("the lens is not attached", metadata={"lens_id": missing[0]})
-            ids = await self.pool.run(reading.token_ids, text, token_ids, lease.tokenizer, lease.facts)
             chosen = [attached[lens_id] for lens_id in lens_ids]
+            for item in chosen:
+                stack.enter_context(item.used())
+            ids = await self.pool.run(reading.token_ids, text, token_ids, lease.tokenizer, lease.facts)
             found: dict[str, Reading] = {}
             for source in {item.spec.source_model_id or model_id for item in chosen}:
                 read = [item for item in chosen if (item.spec.source_model_id or model_id) == source]

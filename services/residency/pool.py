@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
 
@@ -250,14 +250,11 @@ class Pool:
         if extension is not None and (attached is None or not attached.lens.altering):
             raise errors.NotFound("the extension is not attached", metadata={"lens_id": extension})
         resident.enter()
-        if attached is not None:
-            attached.leases += 1
         try:
-            yield Lease(resident, extension, self.run)
+            with attached.used() if attached is not None else nullcontext():
+                yield Lease(resident, extension, self.run)
         finally:
             resident.leave()
-            if attached is not None:
-                attached.leases -= 1
 
     async def unload(self, model_id: str, wait_seconds: float = 0) -> int:
         """Take a model and its lenses away; returns the bytes that came back. Nothing to do is no error.
@@ -417,6 +414,8 @@ class Pool:
             if lens_id is not None and lens_id not in resident.lenses:
                 raise errors.NotFound("the lens is not attached", metadata={"lens_id": lens_id})
             resident.active = lens_id
+            if lens_id is not None:
+                resident.lenses[lens_id].last_used = time.monotonic()
         return time.perf_counter() - start
 
     async def _verify(self, resident: Resident) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -24,12 +26,23 @@ class Attached:
     fingerprint: str
     """Of the model while this lens alters it; empty for reading lenses."""
     leases: int = 0
-    """Leases that have it in force, or read through it."""
+    """Calls that have it in force, or read through it."""
+    last_used: float = field(default_factory=time.monotonic)
 
     @property
     def nbytes(self) -> int:
         """What it adds now: when an extension goes, others may take its layers over."""
         return self.lens.nbytes
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """It is not taken off inside the block."""
+        self.leases += 1
+        try:
+            yield
+        finally:
+            self.leases -= 1
+            self.last_used = time.monotonic()
 
 
 @dataclass(slots=True)

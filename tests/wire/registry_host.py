@@ -59,6 +59,8 @@ class FakeHost(
     step: int = 25
     """Percent between the progress messages of a load."""
     lens_error: Exception | None = None
+    lens_fails_always: bool = True
+    """Whether the error comes at every attach, and not at the next one only."""
     perplexity: float = 12.5
     measures: types.Quantization = types.QUANTIZATION_NONE
     transcoders: dict[str, training_pb2.Transcoder] = field(default_factory=dict)
@@ -163,7 +165,8 @@ class FakeHost(
     async def AttachLens(self, request: Any, context: Any) -> Any:
         self.asked.append(("AttachLens", request))
         if self.lens_error is not None:
-            raise self.lens_error
+            error, self.lens_error = self.lens_error, self.lens_error if self.lens_fails_always else None
+            raise error
         lens = devices_pb2.HostedLens(lens_id=request.lens.lens_id, memory_bytes=7 * MB)
         lenses = self.held[request.model_id].lenses
         if all(other.lens_id != lens.lens_id for other in lenses):
@@ -173,6 +176,8 @@ class FakeHost(
     async def DetachLens(self, request: Any, context: Any) -> Any:
         self.asked.append(("DetachLens", request))
         model = self.held[request.model_id]
+        if any(lens.lens_id == request.lens_id and lens.leases for lens in model.lenses):
+            raise errors.Conflict("calls use the lens", reason="IN_USE")
         kept = [lens for lens in model.lenses if lens.lens_id != request.lens_id]
         del model.lenses[:]
         model.lenses.extend(kept)

@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 from lensmesh.common.v1 import types_pb2
-from lensmesh.registry.v1 import devices_pb2
 from lensmesh.residency.v1 import residency_pb2 as pb
 from lensmesh.residency.v1 import residency_pb2_grpc
 
@@ -17,7 +16,7 @@ from services.kit import errors
 from services.kit.status import from_rpc_error
 from services.registry.domain import Facts, HostedModel, LensArtifact, Need, Source
 from services.registry.ports import LoadStep, Switched
-from services.registry.wire import to_dict, to_message
+from services.registry.wire import hosted, to_dict, to_message
 
 SERVICE = "lensmesh.residency.v1.ModelHostService"
 READ_SECONDS = 300.0
@@ -190,14 +189,6 @@ def translated() -> Iterator[None]:
         known = from_rpc_error(error)
         known.transient = known.transient or known.reason in _TRY_AGAIN
         raise known from None
-
-
-def hosted(message: devices_pb2.HostedModel) -> HostedModel:
-    """A model as its host reports it."""
-    fields = to_dict(message)
-    fields["lenses"] = {lens.lens_id: lens.memory_bytes for lens in message.lenses}
-    fields["active_lens_id"] = message.active_lens_id or None
-    return HostedModel(**fields)
 
 
 def _source(source: Source) -> pb.SourceSpec:

@@ -128,7 +128,10 @@ async def _charge(tx: Transaction, model: Model, order: Order, plan: LoadPlan, j
     best = plan.best
     assert best is not None, "only a plan that fits is charged"
     freed = sum(eviction.bytes for eviction in best.evictions if eviction.cause != "park_limit")
+    await tx.placement.lenses_leave(best.host.host_id, [e.lens_id for e in best.evictions if e.lens_id], job)
     for eviction in best.evictions:
+        if eviction.lens_id:
+            continue
         if eviction.cause == "park_limit":  # nothing of the device's; the job's id alone says that it is leaving
             await tx.placement.change(eviction.model_id, best.host.host_id, job_id=job)
             continue

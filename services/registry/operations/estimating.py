@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from services.kit.errors import Invalid, Unavailable
@@ -68,13 +69,27 @@ async def inspected(registry: Registry, model_id: str) -> Model:
 
 
 async def need_of(registry: Registry, source: Source, quantization: str, *, model_id: str = "") -> tuple[Need, float]:
-    """Bytes and seconds that a load is expected to take."""
+    """Bytes and seconds that a load is expected to take; what was in use at the last heartbeat is asked for again."""
+    await _hear_of_leases(registry)
     need = await registry.ask_a_host(lambda address: registry.hosts.estimate(address, source, quantization))
     async with registry.store.transaction() as tx:
         measured, seconds = await tx.models.measured(model_id, quantization)
         speed = await tx.models.load_speed()
     need = need.corrected(measured)
     return need, seconds or (need.weights + need.quantization_state) / float(speed or ASSUMED_BYTES_PER_SECOND)
+
+
+async def _hear_of_leases(registry: Registry) -> None:
+    """A lease of a moment may have been caught by a heartbeat; it shall not keep a model for the next 5 s."""
+    async with registry.store.transaction() as tx:
+        hosts = await tx.placement.hosts()
+    for host in hosts:
+        if any(r.leases or any(lens.leases for lens in r.lenses) for r in host.residents):
+            with suppress(Unavailable):
+                incarnation, held = await registry.hosts.state(host.address)
+                if incarnation == host.incarnation:
+                    async with registry.store.transaction() as tx:
+                        await tx.placement.use(host.host_id, held)
 
 
 async def estimate_model(

@@ -151,6 +151,7 @@ async def analyze(registry: Registry, group_id: str, lens_ids: Sequence[str], qu
             await bring(registry, lens, copy)
     async with registry.store.transaction() as tx:
         await tx.placement.touch(copy.model_id, copy.host_id)
+        await tx.placement.touch_lenses(copy.host_id, wanted)
     return await registry.hosts.analyze(copy.address, copy.model_id, wanted, query)
 
 

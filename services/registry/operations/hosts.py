@@ -183,8 +183,9 @@ async def _update(registry: Registry, host: Host, row: Residency, hosted: Hosted
         for lens_id in on_device.keys() - hosted.lenses.keys():
             if lens_id in row.lens_ids:  # one that was attached meanwhile is not missing
                 await tx.groups.displace_lens(lens_id, host.host_id)
-        for lens_id, size in hosted.lenses.items():
-            await tx.groups.place_lens(lens_id, row.model_id, host.host_id, size)
+        moving = {lens.lens_id for lens in row.lenses if lens.state != "here"}
+        for lens_id in hosted.lenses.keys() - moving:
+            await tx.groups.place_lens(lens_id, row.model_id, host.host_id, hosted.lenses[lens_id].memory_bytes)
         if hosted.parked:
             await _not_on_a_device(tx, model)
         elif model.status not in ("ready", "loading"):
@@ -211,8 +212,8 @@ async def _adopt_or_unload(registry: Registry, host: Host, hosted: HostedModel) 
                 return
             if model.wanted and model.quantization == hosted.quantization and not hosted.parked:
                 await adopt(tx, host, hosted)
-                for lens_id, size in hosted.lenses.items():
-                    await tx.groups.place_lens(lens_id, model.id, host.host_id, size)
+                for lens_id, lens in hosted.lenses.items():
+                    await tx.groups.place_lens(lens_id, model.id, host.host_id, lens.memory_bytes)
                 ready = {"status": "ready", "progress": 100.0, "memory_usage_bytes": hosted.memory_bytes}
                 await tx.models.update(model.id, fingerprint=hosted.fingerprint or None, **ready)
                 await tx.emit("model:ready", model.id, ready_facts(model, host, hosted))
@@ -229,7 +230,8 @@ def _differs(rows: Sequence[Residency], held: Sequence[HostedModel]) -> bool:
     still = [row for row in rows if row.state in ("resident", "parked") and not row.moving]
     expected = {row.model_id: (row.quantization, row.state == "parked", set(row.lens_ids)) for row in still}
     busy = {row.model_id for row in rows if row.moving}
-    found = {m.model_id: (m.quantization, m.parked, set(m.lenses)) for m in held if m.model_id not in busy}
+    moving = {lens.lens_id for row in rows for lens in row.lenses if lens.state != "here"}
+    found = {m.model_id: (m.quantization, m.parked, m.lenses.keys() - moving) for m in held if m.model_id not in busy}
     if expected != found or any(row.state == "lost" for row in rows):
         return True
     measured = {m.model_id: m.memory_bytes for m in held}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
-from services.kit.errors import Conflict, Invalid, LensmeshError, NotFound, Unsupported
+from services.kit.errors import Conflict, Exhausted, Invalid, LensmeshError, NotFound, Unsupported
 from services.kit.ids import new_id
 from services.kit.requests import RequestKey
 from services.registry.domain import (
+    Beside,
     Caller,
     Group,
     Lens,
@@ -21,6 +23,7 @@ from services.registry.domain import (
 )
 from services.registry.operations.loading import ensure_resident
 from services.registry.operations.registry import Registry
+from services.registry.operations.room import charge, make_all_room
 from services.registry.operations.turns import Absent, Wish, serving, switch_events
 from services.registry.operations.unloading import unload_copies
 from services.registry.ports import Switched
@@ -173,15 +176,18 @@ async def _bring_extension(
         await _place(registry, id_, "extension", artifact, copy)
 
 
-async def bring(registry: Registry, lens: Lens, copy: Residency) -> int:
+async def bring(registry: Registry, lens: Lens, copy: Residency, *, evict: bool = True) -> int:
     """Bring a lens to a copy of its base, and the model whose activations it reads to the same device; its bytes.
+
+    Idle lenses and models leave for it unless `evict` is false.
 
     Raises:
         Exhausted: `INSUFFICIENT_MEMORY`.
         LensmeshError: the host refused it; it is nowhere then.
     """
     if lens.activation_source_model_id:
-        await ensure_resident(registry, copy.host_id, lens.activation_source_model_id)
+        beside = Beside(sources=((copy.model_id, 0),), lenses=((lens.id, lens.size_bytes),))
+        await ensure_resident(registry, copy.host_id, lens.activation_source_model_id, beside)
     artifact = LensArtifact(
         lens.artifact_uri or "",
         lens.base_digest or "",
@@ -190,22 +196,22 @@ async def bring(registry: Registry, lens: Lens, copy: Residency) -> int:
         layer=lens.layer,
         activation_source_model_id=lens.activation_source_model_id or "",
     )
-    return await _place(registry, lens.id, lens.kind, artifact, copy)
+    return await _place(registry, lens.id, lens.kind, artifact, copy, evict=evict)
 
 
 async def restore_lenses(registry: Registry, model_id: str, host_id: str) -> None:
     """After a load: attach the lenses of the base's groups, activate the altering one; a failure stays its own.
 
-    Lenses that read a model which is not there wait until they are used.
+    Lenses that read a model which is not there wait until they are used, and so do those for which there is no room.
     """
     async with registry.store.transaction() as tx:
         copy = await serving(tx, model_id)
         groups = await tx.groups.of_model(model_id)
     if copy is None or copy.host_id != host_id:
         return
-    for group in groups:
-        for lens in group.lenses:
-            await _restore(registry, group, lens, copy)
+    wanted = [(group, lens) for group in groups for lens in group.lenses]
+    for group, lens in sorted(wanted, key=lambda pair: pair[0].active_lens_id != pair[1].id):
+        await _restore(registry, group, lens, copy)
 
 
 async def _restore(registry: Registry, group: Group, lens: Lens, copy: Residency) -> None:
@@ -217,10 +223,12 @@ async def _restore(registry: Registry, group: Group, lens: Lens, copy: Residency
         if not any(source.host_id == copy.host_id and source.state == "resident" for source in sources):
             return
     try:
-        await bring(registry, lens, copy)
+        await bring(registry, lens, copy, evict=False)
         if lens.alters and group.active_lens_id == lens.id:
             await registry.hosts.switch_lens(copy.address, copy.model_id, lens.id)
     except LensmeshError as error:
+        if error.reason == "INSUFFICIENT_MEMORY":
+            return
         code, message = error.reason, error.message
     async with registry.store.transaction() as tx:
         await tx.groups.lens_failed(lens.id, code, message)
@@ -229,7 +237,7 @@ async def _restore(registry: Registry, group: Group, lens: Lens, copy: Residency
 async def take_lens_off(registry: Registry, copies: Sequence[Residency], lens_id: str) -> None:
     """Detach a lens from every copy of its base that has it; a parked copy, which cannot be checked, is dropped."""
     for copy in copies:
-        if lens_id not in copy.lens_ids:
+        if all(lens.lens_id != lens_id for lens in copy.lenses):
             continue
         if copy.state == "parked":
             await unload_copies(registry, copy.model_id, wait_seconds=0.0, cause="lens_gone", only=(copy.host_id,))
@@ -264,15 +272,23 @@ def _incompatible(text: str, lens_name: str, lens: object, base_name: str, base:
     )
 
 
-async def _place(registry: Registry, lens_id: str, kind: str, artifact: LensArtifact, copy: Residency) -> int:
-    """Charge the ledger, attach, and correct the charge by what it really costs."""
-    async with registry.store.transaction() as tx:
-        host = await tx.placement.lock_host(copy.host_id)
-        if artifact.size_bytes > host.free_bytes:
-            raise insufficient_memory(artifact.size_bytes, host.free_bytes, host.name)
-        await tx.groups.place_lens(lens_id, copy.model_id, copy.host_id, artifact.size_bytes)
+async def _place(
+    registry: Registry, lens_id: str, kind: str, artifact: LensArtifact, copy: Residency, *, evict: bool = True
+) -> int:
+    """Charge the ledger, attach, and correct the charge by what it really costs.
+
+    Out of memory, whatever the ledger says, everything idle leaves and it is tried once more.
+    """
+    await charge(registry, lens_id, artifact, copy, evict=evict)
+    attach = partial(registry.hosts.attach_lens, copy.address, copy.model_id, lens_id, kind, artifact)
     try:
-        size = await registry.hosts.attach_lens(copy.address, copy.model_id, lens_id, kind, artifact)
+        try:
+            size = await attach()
+        except Exhausted as error:
+            if error.reason != "DEVICE_OOM" or not evict:
+                raise
+            await make_all_room(registry, lens_id, artifact, copy)
+            size = await _attach_or_refuse(attach, artifact, copy)
     except LensmeshError:
         async with registry.store.transaction() as tx:
             await tx.groups.displace_lens(lens_id, copy.host_id)
@@ -280,6 +296,15 @@ async def _place(registry: Registry, lens_id: str, kind: str, artifact: LensArti
     async with registry.store.transaction() as tx:
         await tx.groups.place_lens(lens_id, copy.model_id, copy.host_id, size)
     return size
+
+
+async def _attach_or_refuse(attach: Callable[[], Awaitable[int]], artifact: LensArtifact, copy: Residency) -> int:
+    try:
+        return await attach()
+    except Exhausted as error:
+        if error.reason != "DEVICE_OOM":
+            raise
+        raise insufficient_memory(artifact.size_bytes, 0, f"{copy.host_id}/{copy.device}") from error
 
 
 def _check_fields(new: NewLens) -> None:

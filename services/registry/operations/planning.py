@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from services.registry.domain import ALONE, Beside, Eviction, Host, LoadPlan, Need, Placement, Residency
+from services.registry.domain import ALONE, Beside, Eviction, HeldLens, Host, LoadPlan, Need, Placement, Residency
 
 ASSUMED_BYTES_PER_SECOND = 200_000_000
 """Speed of a load before any was measured."""
@@ -58,6 +58,8 @@ def place(
 ) -> Placement:
     """Whether a model fits one device, and which idle models leave for that, least recently used first.
 
+    Where these are not enough, idle lenses of the models that stay leave, too.
+
     Args:
         required: bytes of a load.
         host: the device with its ledger.
@@ -72,14 +74,73 @@ def place(
     more += sum(size for name, size in beside.lenses if parked is None or name not in parked.lens_ids)
     idle = _in_order_of_leaving(host.residents, {name for name, _ in beside.sources})
     held = [r for r in host.residents if r.state in ("loading", "resident")]
-    obtainable = host.free_bytes + sum(r.bytes for r in idle)
+    lenses = idle_lenses([r for r in host.residents if r not in idle], {name for name, _ in beside.lenses})
+    obtainable = host.free_bytes + sum(r.bytes for r in idle) + sum(lens.bytes for _, lens in lenses)
     surplus = max(0, len(held) + 1 + len(absent) - limit)
     fits = obtainable >= required + more and surplus <= len(idle)
     missing = required + more - host.free_bytes
     chosen = _chosen(missing, surplus, idle) if fits else []
     cause = "memory" if missing > 0 else "resident_limit"
-    evictions = _evictions(chosen, cause, host, parked)
+    alone = _fewest(missing - sum(r.bytes for r in chosen), lenses) if fits else []
+    evictions = (*_evictions(chosen, cause, host, parked), *_of_lenses(alone))
     return Placement(host, fits, host.free_bytes, obtainable, evictions, required, restores=parked is not None)
+
+
+def place_lens(size: int, host: Host, keep: Collection[str], lens_id: str) -> Placement:
+    """Whether a lens fits beside its base, and what leaves for it.
+
+    Idle lenses leave, least recently used first, and when all of them are not enough idle models with theirs.
+
+    Args:
+        size: its bytes.
+        host: the device with its ledger; what the lens holds there already is not counted.
+        keep: models that stay: its base, and what it reads.
+        lens_id: the lens.
+    """
+    mine = sum(lens.bytes for r in host.residents for lens in r.lenses if lens.lens_id == lens_id)
+    free = host.free_bytes + mine
+    models = _in_order_of_leaving(host.residents, keep)
+    lenses = idle_lenses(host.residents, {lens_id})
+    obtainable = free + sum(r.bytes for r in models)
+    obtainable += sum(lens.bytes for r, lens in lenses if r not in models)
+    for count in range(len(models) + 1):
+        gone = models[:count]
+        rest = [pair for pair in lenses if pair[0] not in gone]
+        missing = size - free - sum(r.bytes for r in gone)
+        if missing <= sum(lens.bytes for _, lens in rest):
+            evictions = (*_evictions(gone, "memory", host, None), *_of_lenses(_fewest(missing, rest)))
+            return Placement(host, True, free, obtainable, evictions, size)
+    return Placement(host, False, free, obtainable, (), size)
+
+
+def idle_lenses(residents: Sequence[Residency], keep: Collection[str]) -> list[tuple[Residency, HeldLens]]:
+    """Lenses on the device that nobody uses, each with its base, least recently used first."""
+    found = [
+        (r, lens)
+        for r in residents
+        if r.state == "resident"
+        for lens in r.lenses
+        if lens.state == "here" and not lens.leases and lens.lens_id not in keep
+    ]
+    return sorted(found, key=lambda pair: pair[1].last_used_at)
+
+
+def _fewest(missing: int, lenses: Sequence[tuple[Residency, HeldLens]]) -> list[tuple[Residency, HeldLens]]:
+    """The least recently used lenses whose leaving gives enough bytes; none that is not needed."""
+    chosen: list[tuple[Residency, HeldLens]] = []
+    for pair in lenses:
+        if missing <= sum(lens.bytes for _, lens in chosen):
+            break
+        if pair[1].bytes:
+            chosen.append(pair)
+    for pair in reversed(chosen[:-1]):  # a later, larger one may have made an earlier one needless
+        if sum(lens.bytes for _, lens in chosen) - pair[1].bytes >= missing:
+            chosen.remove(pair)
+    return chosen
+
+
+def _of_lenses(lenses: Sequence[tuple[Residency, HeldLens]]) -> tuple[Eviction, ...]:
+    return tuple(Eviction(r.model_id, lens.bytes, "memory", lens_id=lens.lens_id) for r, lens in lenses)
 
 
 def _in_order_of_leaving(residents: Sequence[Residency], keep: Collection[str]) -> list[Residency]:

@@ -12,6 +12,7 @@ from services.registry.domain import Host, HostedModel, Load, Model, Residency, 
 from services.registry.operations.admission import Order, accept
 from services.registry.operations.lenses import restore_lenses
 from services.registry.operations.registry import Registry
+from services.registry.operations.room import evict_lens, lens_departed
 from services.registry.operations.unloading import clear_device, departed, park, take_off, unload_copies
 from services.registry.ports import LoadLease, LoadStep, Transaction
 
@@ -52,6 +53,7 @@ async def settle(registry: Registry, tx: Transaction, job_id: str, error: Lensme
     model = await tx.models.get(load.model_id, lock=True)
     for residency in await tx.placement.of_job(job_id):
         await _let_go(tx, residency)
+    await tx.placement.lenses_stay(job_id)
     if load.outcome != "running":
         return
     cancelled = error.reason == "CANCELLED"
@@ -89,8 +91,10 @@ async def _prepare(registry: Registry, lease: LoadLease) -> tuple[Model, Residen
             if mine is None or mine.host_id not in live:
                 mine, held = await _place_anew(registry, tx, lease, model, held)
                 live = {host.host_id: host for host in await tx.placement.hosts()}
-        if await _evict(registry, lease, [each for each in held if each.moving and each.state != "loading"]):
-            return model, mine, live[mine.host_id]
+        victims = [each for each in held if each.moving and each.state != "loading"]
+        host = live[mine.host_id]
+        if await _evict(registry, lease, victims) and await _evict_lenses(registry, lease, host):
+            return model, mine, host
 
 
 async def _place_anew(
@@ -98,6 +102,7 @@ async def _place_anew(
 ) -> tuple[Residency, list[Residency]]:
     for residency in held:
         await _let_go(tx, residency)
+    await tx.placement.lenses_stay(lease.id)
     await accept(registry, tx, model, Order.of(lease.payload), job_id=lease.id)
     held = await tx.placement.of_job(lease.id)
     return next(residency for residency in held if residency.state == "loading"), held
@@ -130,6 +135,25 @@ async def _evict(registry: Registry, lease: LoadLease, victims: list[Residency])
         async with lease.commit() as tx:
             await departed(tx, victim, cause=cause, wanted=False, evicted_for=lease.id, parked=parked)
         registry.gauges.evicted(cause)
+    return True
+
+
+async def _evict_lenses(registry: Registry, lease: LoadLease, host: Host) -> bool:
+    """The same for lenses that leave alone, of models that stay."""
+    leaving = [(copy, lens) for copy in host.residents for lens in copy.lenses if lens.job_id == lease.id]
+    for copy, lens in leaving:
+        if not await evict_lens(registry, copy, lens.lens_id):
+            async with lease.commit() as tx:
+                await tx.placement.lens_stays(host.host_id, lens.lens_id, leases=1)
+                for residency in await tx.placement.of_job(lease.id):
+                    if residency.state == "loading":
+                        await tx.placement.remove(residency.model_id, residency.host_id)
+            return False
+        async with lease.commit() as tx:
+            await lens_departed(tx, copy, lens.lens_id, lens.bytes, "memory")
+            await tx.placement.charge(lease.id, host.host_id, lens.bytes)
+        registry.endings.ended(lens.lens_id)
+        registry.gauges.evicted("memory")
     return True
 
 
@@ -195,7 +219,7 @@ async def _restore(registry: Registry, host: Host, hosted: HostedModel) -> tuple
     """Move a parked model back; its lenses come with it."""
     start = time.perf_counter()
     model = await registry.hosts.restore(host.address, hosted.model_id)
-    size = model.memory_bytes + sum(model.lenses.values())
+    size = model.memory_bytes + sum(lens.memory_bytes for lens in model.lenses.values())
     return model, LoadStep(100.0, size, size, "Restored from host memory", model, time.perf_counter() - start)
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from services.kit.errors import Conflict
 from services.kit.ids import new_id
-from services.registry.domain import Beside, Caller, Group, Lens, LoadPlan
+from services.registry.domain import Beside, Caller, Group, Lens, LoadPlan, Residency
 from services.registry.operations.admission import does_not_fit
 from services.registry.operations.estimating import estimate_model
 from services.registry.operations.lenses import restore_lenses, switch_lens
 from services.registry.operations.loading import bring_base, ensure_resident
 from services.registry.operations.registry import Registry
+from services.registry.operations.room import plan as plan_lens
 from services.registry.ports import LoadLease, Switched, Transaction
 
 
@@ -60,7 +61,9 @@ async def switch(registry: Registry, caller: Caller, group_id: str, lens_id: str
 
 
 async def plan_switch(registry: Registry, group_id: str, lens_id: str | None) -> tuple[LoadPlan | None, float]:
-    """What `switch` would do: where the base goes and what leaves for it, None where it is there; expected seconds.
+    """What `switch` would do: where the base goes and what leaves for it, or for the lens; expected seconds.
+
+    There is no plan where both are on the device.
 
     Raises:
         NotFound: no such group or lens.
@@ -70,8 +73,13 @@ async def plan_switch(registry: Registry, group_id: str, lens_id: str | None) ->
         group = await tx.groups.get(group_id)
         if lens_id is not None:
             group.lens(lens_id)
-        if any(copy.state == "resident" for copy in await tx.placement.of_model(group.model_id)):
-            return None, await tx.groups.switch_seconds(group_id, "within") or 0.0
+        copies = await tx.placement.of_model(group.model_id)
+        copy = next((copy for copy in copies if copy.state == "resident"), None)
+        if copy is not None:
+            seconds = await tx.groups.switch_seconds(group_id, "within") or 0.0
+    if copy is not None:
+        absent = None if lens_id is None or lens_id in copy.lens_ids else group.lens(lens_id)
+        return None if absent is None else await _plan_lens(registry, absent, copy), seconds
     return await _plan(registry, group, lens_id)
 
 
@@ -115,6 +123,17 @@ async def _beside(tx: Transaction, lenses: Sequence[Lens]) -> Beside:
         sources=tuple((each.id, each.memory_usage_bytes or each.estimated_memory_bytes or 0) for each in models),
         lenses=tuple((lens.id, lens.size_bytes) for lens in lenses),
     )
+
+
+async def _plan_lens(registry: Registry, lens: Lens, copy: Residency) -> LoadPlan:
+    """What leaves for a lens of a base that is on a device, and for the model it reads."""
+    if source := lens.activation_source_model_id:
+        async with registry.store.transaction() as tx:
+            copies = await tx.placement.of_model(source)
+        if not any(each.host_id == copy.host_id and each.state == "resident" for each in copies):
+            beside = Beside(sources=((copy.model_id, 0),), lenses=((lens.id, lens.size_bytes),))
+            return await estimate_model(registry, source, None, f"{copy.host_id}/{copy.device}", beside)
+    return await plan_lens(registry, lens, copy)
 
 
 async def _plan(registry: Registry, group: Group, lens_id: str | None) -> tuple[LoadPlan, float]:

@@ -98,6 +98,7 @@ async def _together(registry: Registry, model_id: str, wishes: list[Wish]) -> li
             await tx.groups.end_turn(
                 model_id, [(wish.group_id, wish.lens_id, wish.kind, each[wish].seconds) for wish in done]
             )
+            await tx.placement.touch_lenses(copy.host_id, [wish.lens_id for wish in done if wish.lens_id])
             await tx.emit_all([told for wish in done for told in _told(wish, each[wish])])
     return [obstacle or each[wish] for wish, obstacle in zip(wishes, answers, strict=True)]
 

@@ -11,7 +11,7 @@ from lensmesh.registry.v1 import devices_pb2_grpc
 from services.registry.domain import Host, HostedModel, Residency
 from services.registry.operations import hosts, lenses, loading, serving, unloading
 from services.registry.operations.registry import Registry
-from services.registry.wire import to_dict, to_message
+from services.registry.wire import hosted, to_dict, to_message
 
 
 class DeviceServicer(devices_pb2_grpc.DeviceServiceServicer):
@@ -80,11 +80,7 @@ class PlacementServicer(devices_pb2_grpc.PlacementServiceServicer):
 
 
 def _held(request: pb.RegisterHostRequest | pb.HeartbeatRequest) -> list[HostedModel]:
-    held = []
-    for model in request.models:
-        sizes = {lens.lens_id: lens.memory_bytes for lens in model.lenses}
-        held.append(HostedModel(**{**to_dict(model), "lenses": sizes, "active_lens_id": model.active_lens_id or None}))
-    return held
+    return [hosted(model) for model in request.models]
 
 
 def _device(host: Host) -> pb.Device:

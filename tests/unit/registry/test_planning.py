@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.kit.errors import Exhausted
-from services.registry.domain import Beside, Host, Need, Residency
+from services.registry.domain import Beside, HeldLens, Host, Need, Residency
 from services.registry.operations.admission import does_not_fit
-from services.registry.operations.planning import may_leave, place, plan_load
+from services.registry.operations.planning import may_leave, place, place_lens, plan_load
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -31,6 +31,10 @@ def resident(model_id: str, size: int, age: int, **changes: Any) -> Residency:
         "last_used_at": NOW - timedelta(seconds=age),
     }
     return Residency(model_id, **{**facts, **changes})
+
+
+def held(lens_id: str, size: int, age: int = 0, **changes: Any) -> HeldLens:
+    return HeldLens(lens_id, size, NOW - timedelta(seconds=age), **changes)
 
 
 def host(name: str = "h", budget: int = 100, *residents: Residency, **changes: Any) -> Host:
@@ -83,7 +87,7 @@ def test_models_in_use_pinned_or_on_the_move_stay(change: dict[str, Any]) -> Non
 
 
 def test_lens_bytes_come_back_with_their_base() -> None:
-    assert evicted(90, host("h", 100, resident("a", 50, 9, lens_bytes=45))) == ["a"]
+    assert evicted(90, host("h", 100, resident("a", 50, 9, lenses=(held("l", 45),)))) == ["a"]
 
 
 def test_reserved_bytes_are_nobodys() -> None:
@@ -227,7 +231,7 @@ def test_room_for_the_lenses_is_made_unless_they_are_parked_with_their_base() ->
     on = host("h", 100, resident("idle", 40, 5))
     assert [e.model_id for e in place(50, on, 10, None, lenses).evictions] == ["idle"]
     assert place(20, on, 10, None, lenses).evictions == ()
-    parked = resident("m", 50, 5, state="parked", lens_bytes=20, lens_ids=("l1",))
+    parked = resident("m", 50, 5, state="parked", lenses=(held("l1", 20),))
     on = host("h", 100, resident("idle", 10, 5), parked, used_bytes=10)
     assert place(80, on, 10, parked, lenses).evictions == ()
 
@@ -239,3 +243,47 @@ def test_room_for_the_sources_is_made_with_the_room_for_their_base() -> None:
     parked = host("h", 100, resident("s", 20, 5, state="parked"), used_bytes=0)
     assert place(80, parked, 10, None, beside(s=90)).fits
     assert not place(50, on, 2, None, beside(here=30, absent=0)).fits
+
+
+def leaving(size: int, on: Host, keep: tuple[str, ...] = ("base",)) -> list[tuple[str, str]] | None:
+    placement = place_lens(size, on, keep, "new")
+    assert sum(e.bytes for e in placement.evictions) >= (size - placement.available_bytes if placement.fits else 0)
+    return [(e.model_id, e.lens_id) for e in placement.evictions] if placement.fits else None
+
+
+def test_idle_lenses_of_any_base_leave_for_a_lens_before_models_do_and_its_base_never() -> None:
+    lenses = (
+        held("used", 10, 99, leases=1),
+        held("old", 10, 9),
+        held("young", 10, 1),
+        held("going", 10, 50, state="leaving"),
+    )
+    base = resident("base", 30, 99, lenses=lenses)
+    other = resident("other", 10, 50, lenses=(held("older", 10, 20),))
+    on = host("h", 100, base, other, resident("small", 10, 40), used_bytes=100)
+    assert leaving(5, on) == [("base" if lens == "old" else "other", lens) for lens in ("older",)]
+    assert leaving(20, on) == [("other", "older"), ("base", "old")]
+    assert leaving(30, on) == [("other", "older"), ("base", "old"), ("base", "young")]
+    assert leaving(40, on) == [("other", ""), ("base", "old"), ("base", "young")]
+    assert leaving(50, on) == [("other", ""), ("small", ""), ("base", "old"), ("base", "young")]
+    assert leaving(51, on) is None
+    assert leaving(40, on, ("base", "other")) == [("small", ""), ("other", "older"), ("base", "old"), ("base", "young")]
+
+
+def test_a_larger_lens_makes_the_leaving_of_an_older_small_one_needless() -> None:
+    base = resident("base", 30, 9, lenses=(held("small", 5, 9), held("large", 30, 1), held("tiny", 1, 99)))
+    assert leaving(25, host("h", 66, base)) == [("base", "large")]
+
+
+def test_a_lens_that_is_there_already_needs_only_what_is_more() -> None:
+    assert leaving(30, host("h", 60, resident("base", 30, 9, lenses=(held("new", 30),)))) == []
+
+
+def test_lenses_of_a_model_that_cannot_leave_give_way_to_a_load() -> None:
+    pinned = resident("base", 40, 9, pinned=True, lenses=(held("a", 20, 9), held("b", 20, 5)))
+    on = host("h", 100, pinned, resident("idle", 10, 1), used_bytes=90)
+    assert evicted(20, on) == ["idle"]
+    plan = place(40, on, 10)
+    assert [(e.model_id, e.lens_id) for e in plan.evictions] == [("idle", ""), ("base", "a")]
+    assert plan.obtainable_bytes == 60
+    assert evicted(61, on) is None

@@ -70,10 +70,14 @@ class PostgresGroups:
         """Forget a lens."""
         await self._conn.execute(_QUERIES["remove_lens"], lens_id)
 
-    async def place_lens(self, lens_id: str, model_id: str, host_id: str, size: int) -> None:
-        """A lens is on a device."""
-        row = {"lens_id": lens_id, "model_id": model_id, "host_id": host_id, "charge_bytes": size}
+    async def place_lens(self, lens_id: str, model_id: str, host_id: str, size: int, state: str = "here") -> None:
+        """A lens is on a device, or coming."""
+        row = {"lens_id": lens_id, "model_id": model_id, "host_id": host_id, "charge_bytes": size, "state": state}
         await columns.put(self._conn, "lens_residencies", ["lens_id", "host_id"], row)
+
+    async def charge_lens(self, lens_id: str, host_id: str, size: int, most: int) -> None:
+        """More bytes of a lens that is about to be there."""
+        await self._conn.execute(_QUERIES["charge_lens"], lens_id, host_id, size, most)
 
     async def displace_lens(self, lens_id: str, host_id: str) -> None:
         """A lens is off a device."""

@@ -47,6 +47,10 @@ WITH gone AS (DELETE FROM lenses WHERE id = $1 RETURNING id),
      freed AS (DELETE FROM lens_residencies WHERE lens_id = $1)
 UPDATE groups SET active_lens_id = NULL WHERE active_lens_id = $1
 
+-- charge_lens --
+UPDATE lens_residencies SET charge_bytes = least($4::bigint, charge_bytes + $3::bigint)
+WHERE lens_id = $1 AND host_id = $2
+
 -- displace_lens --
 DELETE FROM lens_residencies WHERE lens_id = $1 AND host_id = $2
 

@@ -12,7 +12,7 @@ import asyncpg
 from services.kit.database import load_queries
 from services.kit.errors import NotFound, Unavailable
 from services.registry.adapters.rows import columns
-from services.registry.domain import Host, HostedModel, Residency
+from services.registry.domain import HeldLens, Host, HostedModel, Residency
 
 _QUERIES = load_queries(__file__, "placement.sql")
 
@@ -113,6 +113,30 @@ class PostgresPlacement:
             [max(0.0, model.idle_seconds) for model in seen],
         )
         await self._conn.execute(_QUERIES["use"], host_id, *reported)
+        held = [pair for model in seen for pair in model.lenses.items()]
+        lenses = [(lens_id, lens.leases, max(0.0, lens.idle_seconds)) for lens_id, lens in held]
+        if lenses:
+            await self._conn.execute(_QUERIES["use_lenses"], host_id, *map(list, zip(*lenses, strict=True)))
+
+    async def touch_lenses(self, host_id: str, lens_ids: Sequence[str]) -> None:
+        """Lenses are used now."""
+        await self._conn.execute(_QUERIES["touch_lenses"], host_id, list(lens_ids))
+
+    async def lenses_leave(self, host_id: str, lens_ids: Sequence[str], job_id: str | None) -> None:
+        """Lenses make room from now on."""
+        await self._conn.execute(_QUERIES["lenses_leave"], host_id, list(lens_ids), job_id)
+
+    async def lens_stays(self, host_id: str, lens_id: str, leases: int | None = None) -> None:
+        """A lens stays after all."""
+        await self._conn.execute(_QUERIES["lens_stays"], host_id, lens_id, leases)
+
+    async def lenses_stay(self, job_id: str) -> None:
+        """The lenses of a load stay."""
+        await self._conn.execute(_QUERIES["lenses_stay"], job_id)
+
+    async def charge(self, job_id: str, host_id: str, size: int) -> None:
+        """A load holds so many bytes more."""
+        await self._conn.execute(_QUERIES["charge"], job_id, host_id, size)
 
     async def remove(self, model_id: str, host_id: str) -> bool:
         """Forget a residency."""
@@ -125,7 +149,7 @@ class PostgresPlacement:
         else:
             await self.remove(copy.model_id, copy.host_id)
         if copy.state != "parked":
-            await self._conn.execute(_QUERIES["charge"], job_id, copy.host_id, copy.bytes)
+            await self.charge(job_id, copy.host_id, copy.bytes)
 
     async def reserve(self, host_id: str, owner: str, size: int, *, holder_id: str) -> None:
         """Write a reservation."""
@@ -175,4 +199,5 @@ class PostgresPlacement:
 
 
 def _residency(row: asyncpg.Record) -> Residency:
-    return columns.build(Residency, {**row, "lens_ids": tuple(row["lens_ids"]), "needed_by": tuple(row["needed_by"])})
+    lenses = tuple(HeldLens(*held) for held in row["lenses"])
+    return columns.build(Residency, {**row, "lenses": lenses, "needed_by": tuple(row["needed_by"])})

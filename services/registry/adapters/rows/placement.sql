@@ -39,14 +39,14 @@ DELETE FROM reservations WHERE holder_id = $1
 
 -- residencies --
 -- $1 a host, $2 a model, $3 a job; null is any. The copy that serves is the oldest one.
-SELECT r.*, m.pinned, h.address, h.device, h.incarnation, coalesce(l.bytes, 0)::bigint AS lens_bytes,
-       coalesce(l.ids, '{}') AS lens_ids, coalesce(s.ids, '{}') AS needed_by
+SELECT r.*, m.pinned, h.address, h.device, h.incarnation, coalesce(l.held, '{}') AS lenses,
+       coalesce(s.ids, '{}') AS needed_by
 FROM residencies r
 JOIN hosts h USING (host_id)
 JOIN models m ON m.id = r.model_id
 LEFT JOIN LATERAL (
-    SELECT sum(charge_bytes) AS bytes, array_agg(lens_id::text ORDER BY lens_id) AS ids FROM lens_residencies
-    WHERE model_id = r.model_id AND host_id = r.host_id
+    SELECT array_agg((lens_id::text, charge_bytes, last_used_at, leases, state, job_id) ORDER BY lens_id) AS held
+    FROM lens_residencies WHERE model_id = r.model_id AND host_id = r.host_id
 ) l ON true
 LEFT JOIN LATERAL (
     SELECT array_agg(DISTINCT p.model_id::text) AS ids FROM lens_residencies p JOIN lenses ON lenses.id = p.lens_id
@@ -57,6 +57,7 @@ WHERE ($1::text IS NULL OR r.host_id = $1) AND ($2::text IS NULL OR r.model_id =
 ORDER BY r.state <> 'resident', r.loaded_at, r.host_id, r.model_id
 
 -- revert_unloads --
+WITH lenses AS (UPDATE lens_residencies SET state = 'here' WHERE state <> 'here' AND job_id IS NULL)
 UPDATE residencies SET state = 'resident' WHERE state IN ('unloading', 'parking') AND job_id IS NULL
 
 -- arrived --
@@ -72,6 +73,28 @@ UPDATE residencies r SET leases = s.leases, active_lens_id = nullif(s.active, ''
     last_used_at = greatest(r.last_used_at, clock_timestamp() - make_interval(secs => s.idle))
 FROM unnest($2::text[], $3::integer[], $4::text[], $5::float8[]) AS s (model_id, leases, active, idle)
 WHERE r.host_id = $1 AND r.model_id = s.model_id
+
+-- use_lenses --
+-- Leases and last use, as the host reports them.
+UPDATE lens_residencies l SET leases = s.leases,
+    last_used_at = greatest(l.last_used_at, clock_timestamp() - make_interval(secs => s.idle))
+FROM unnest($2::text[], $3::integer[], $4::float8[]) AS s (lens_id, leases, idle)
+WHERE l.host_id = $1 AND l.lens_id = s.lens_id
+
+-- touch_lenses --
+UPDATE lens_residencies SET last_used_at = clock_timestamp() WHERE host_id = $1 AND lens_id = ANY ($2::text[])
+
+-- lenses_leave --
+-- For a load, or with a null job for another lens.
+UPDATE lens_residencies SET state = 'leaving', job_id = $3 WHERE host_id = $1 AND lens_id = ANY ($2::text[])
+
+-- lens_stays --
+-- $3 is the number of leases that keep it there, null when it is not known that any does.
+UPDATE lens_residencies SET state = 'here', job_id = NULL, leases = coalesce($3, leases)
+WHERE host_id = $1 AND lens_id = $2
+
+-- lenses_stay --
+UPDATE lens_residencies SET state = 'here', job_id = NULL WHERE job_id = $1
 
 -- remove --
 DELETE FROM residencies WHERE model_id = $1 AND host_id = $2 RETURNING model_id
