@@ -10,6 +10,7 @@ from lensmesh.extraction.v1.extraction_pb2_grpc import add_ExtractionServiceServ
 from services.extraction.adapters.caches import PublishedCaches
 from services.extraction.adapters.metrics import ExtractionMetrics
 from services.extraction.adapters.peers import RegisteredDatasets, RegisteredModels
+from services.extraction.adapters.places import StagedPlaces
 from services.extraction.adapters.postgres import PostgresStore
 from services.extraction.adapters.residency import PooledModels
 from services.extraction.adapters.run import ClaimedRun, handled
@@ -19,6 +20,7 @@ from services.extraction.domain import JOB_KIND
 from services.extraction.job import ExtractionJob
 from services.extraction.operations import Operations
 from services.extraction.servicer import ExtractionServicer
+from services.extraction.streaming import Streams
 from services.kit.jobs import Claim
 from services.kit.server import Context, Part, Servicer
 from services.residency.catalogue import Catalogue
@@ -43,6 +45,8 @@ async def compose(context: Context) -> Part:
     datasets = RegisteredDatasets(registry, shared.dataset_roots, shared.state_dir / "datasets")
     models = PooledModels(context.residency, registry.ensure_resident, context.artifacts)
     job = ExtractionJob(catalogue, models, datasets, caches)
+    places = StagedPlaces(context.artifacts.root)
+    streams = Streams(catalogue, models, datasets, places, most_streams=settings.max_activation_streams)
     operations = Operations(store, caches, catalogue, datasets, device=context.device, meters=metrics)
 
     async def extract(claim: Claim) -> dict[str, Any]:
@@ -55,7 +59,7 @@ async def compose(context: Context) -> Part:
         servicers=[
             Servicer(
                 add=add_ExtractionServiceServicer_to_server,
-                implementation=ExtractionServicer(operations),
+                implementation=ExtractionServicer(operations, streams),
                 name="lensmesh.extraction.v1.ExtractionService",
             )
         ],

@@ -22,3 +22,5 @@ class ExtractionSettings(Settings):
     """Hours for which a cache answers the same request again."""
     activation_cache_unused_days: Annotated[float, Field(gt=0)] = 30.0
     """Days without a reader after which a cache is deleted."""
+    max_activation_streams: Annotated[int, Field(ge=1)] = 4
+    """Live streams of activations that one process feeds at the same time, each with a buffer of its own."""

@@ -73,6 +73,23 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
+class WantedStream:
+    """Activations that somebody wants as they are computed."""
+
+    wanted: Wanted
+    cursor: int
+    """Rows that the reader has already."""
+    offset: int
+    """Bytes that it has of the block behind them."""
+    rows: int
+    """Rows after which the stream ends; 0 is never."""
+    buffer_bytes: int
+    """Most bytes held for mixing; 0 is the default."""
+    place: str
+    """The reader's directory; empty where it has none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """A request with every default resolved; plain JSON, part of the job."""
 

@@ -8,26 +8,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from services.extraction import preparing
 from services.extraction.compute import (
     Moments,
     Plan,
     UnitFiller,
     hook_point_entries,
-    identity_errors,
-    make_plan,
     sequence_tensors,
     statistics_tensors,
 )
-from services.extraction.compute.plan import NothingCounted
 from services.extraction.domain import BaseModel, Task
 from services.extraction.job_ports import LeasedModel, Models, Product, Run
 from services.extraction.ports import Caches, Catalogue, Datasets, Tokenized
 from services.extraction.requests import row_bytes
-from services.kit import errors
 from services.residency.shards import DTYPES, FileEntry, Manifest, ShardEntry
-from services.residency.texts import special_ids, tokenizer_digest
+from services.residency.texts import tokenizer_digest
 
 POLL_SECONDS = 0.5
 EVENT_STEP = 5.0
@@ -117,17 +112,16 @@ class ExtractionJob:
 
     async def _prepared(self, run: Run, task: Task, model: LeasedModel) -> _Work:
         record, survey = await self._inputs(task)
-        if record.digest != model.description["digest"]:
-            raise errors.Failed("the model's files are not those that were registered", reason="CHECKSUM_MISMATCH")
+        preparing.check_files(record, model)
         tokenized = await run.unless_stopped(
             self._datasets.tokenize(task.dataset_id, task.options, model.tokenizer, model.facts.vocab_size)
         )
-        plan = await asyncio.to_thread(_plan, task, tokenized, model)
+        plan = await asyncio.to_thread(preparing.planned, task.options, tokenized, model)
         return _Work(task, task.options.key(record, survey), record, model, tokenized, plan)
 
     async def _extract(self, run: Run, work: _Work) -> str:
         done = await run.resume(work.plan, work.samples, work.size_bytes)
-        identity = await work.model.run(_identity, work)
+        identity = await work.model.run(preparing.identity, work.task.options, work.tokenized, work.plan, work.model)
         meter = _Meter(run, work, done)
         await _fill(run, work, done, meter)
         moments = await run.moments(work.plan)
@@ -207,27 +201,6 @@ async def _fill(run: Run, work: _Work, done: set[int], meter: _Meter) -> None:
     finally:
         if writing is not None:
             await asyncio.gather(writing, return_exceptions=True)
-
-
-def _plan(task: Task, tokenized: Tokenized, model: LeasedModel) -> Plan:
-    options = task.options
-    try:
-        return make_plan(
-            tokenized.sequences,
-            layout=options.layout,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            row_bytes=row_bytes(options, model.facts, int(tokenized.sequences.lengths.max())),
-            uncounted_ids=special_ids(model.tokenizer) if model.tokenizer is not None else (),
-        )
-    except NothingCounted as error:
-        raise errors.Invalid(str(error), reason="DATASET_UNUSABLE", violations=[("dataset_id", str(error))]) from error
-
-
-def _identity(work: _Work) -> dict[str, float]:
-    batch = work.plan.units[0].batches[0]
-    ids, mask = map(torch.from_numpy, work.tokenized.sequences.padded(batch.indices, batch.length))
-    return identity_errors(work.model.model, work.model.family, work.task.options.hook_points, ids, mask)
 
 
 def _manifest(

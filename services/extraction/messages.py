@@ -9,8 +9,9 @@ from typing import Any
 from lensmesh.common.v1 import types_pb2
 from lensmesh.extraction.v1 import extraction_pb2 as pb
 
-from services.extraction.domain import Cache, Extraction, Filter, Planned, Wanted
+from services.extraction.domain import Cache, Extraction, Filter, Planned, Wanted, WantedStream
 from services.extraction.operations import Damage
+from services.extraction.streaming import Facts, Part
 from services.kit.paging import Page, asked
 from services.residency.shards import Layout
 
@@ -44,6 +45,47 @@ def wanted(request: pb.ExtractActivationsRequest) -> Wanted:
         seed=request.seed,
         max_tokens=request.max_tokens,
         apply_rmsnorm_scaling=request.apply_rmsnorm_scaling,
+    )
+
+
+def wanted_stream(request: pb.StreamActivationsRequest) -> WantedStream:
+    """What a stream's reader asks for."""
+    return WantedStream(
+        wanted=wanted(request.extraction),
+        cursor=request.cursor,
+        offset=request.offset,
+        rows=request.rows,
+        buffer_bytes=request.buffer_bytes,
+        place=request.place,
+    )
+
+
+def stream_facts(facts: Facts) -> pb.StreamActivationsResponse:
+    """The first message of a stream."""
+    return pb.StreamActivationsResponse(
+        facts=pb.StreamedActivations(
+            hook_points=facts.hook_points,
+            widths=facts.widths,
+            dtype=types_pb2.Dtype.Value(f"DTYPE_{facts.dtype.upper()}"),
+            rows_per_pass=facts.rows_per_pass,
+            by_handle=facts.by_handle,
+            model_digest=facts.model_digest,
+            identity_error=facts.identity_error,
+        )
+    )
+
+
+def stream_part(part: Part) -> pb.StreamActivationsResponse:
+    """A block, or a chunk of one."""
+    return pb.StreamActivationsResponse(
+        block=pb.ActivationBlock(
+            first_row=part.first_row,
+            rows=part.rows,
+            size_bytes=part.size_bytes,
+            handle=part.handle,
+            offset=part.offset,
+            chunk=part.chunk,
+        )
     )
 
 

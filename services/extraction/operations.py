@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.extraction import preparing
 from services.extraction.domain import (
     Cache,
     Extraction,
@@ -18,7 +19,7 @@ from services.extraction.domain import (
     Wanted,
 )
 from services.extraction.ports import Caches, Catalogue, Datasets, Meters, Store
-from services.extraction.requests import estimate, resolve
+from services.extraction.requests import estimate
 from services.kit import errors
 from services.kit.files import chunks
 from services.kit.paging import Page
@@ -94,12 +95,7 @@ class Operations:
         return await self._store.queue(new, key)
 
     async def _considered(self, wanted: Wanted) -> tuple[NewExtraction, Match, Cache | None]:
-        model = await self._catalogue.model(wanted.model_id)
-        survey = await self._datasets.survey(wanted.dataset_id)
-        uri = ""
-        if wanted.extension_id:
-            uri = await self._catalogue.extension_uri(wanted.model_id, wanted.extension_id)
-        options = resolve(wanted, model, survey, uri)
+        model, survey, options = await preparing.look_up(self._catalogue, self._datasets, wanted)
         rates = await self._store.rates(wanted.model_id, wanted.dataset_id, options)
         expected = estimate(options, model, survey, rates=rates, device=self._device)
         key = options.key(model, survey)

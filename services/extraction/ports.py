@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from services.extraction.domain import (
     BaseModel,
@@ -157,6 +159,24 @@ class Caches(Protocol):
             errors.NotFound: it is being deleted.
             errors.Failed: `ARTIFACT_LOST`.
         """
+
+
+class Place(Protocol):
+    """A directory that a reader on this host offers for blocks."""
+
+    async def put(self, tensors: Mapping[str, Tensor]) -> tuple[str, int]:
+        """Write a block once the reader has left room for it; the file's name and bytes.
+
+        Raises:
+            errors.Exhausted: `CACHE_FULL`.
+        """
+
+
+class Places(Protocol):
+    """Directories of readers."""
+
+    def find(self, name: str) -> Place | None:
+        """A reader's directory, None where this host does not have it."""
 
 
 class Meters(Protocol):

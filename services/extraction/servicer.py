@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from google.api import httpbody_pb2
@@ -12,6 +13,7 @@ from lensmesh.extraction.v1 import extraction_pb2_grpc
 
 from services.extraction import messages
 from services.extraction.operations import Operations
+from services.extraction.streaming import Streams
 from services.kit.idempotency import request_key
 
 _SERVICE = "lensmesh.extraction.v1.ExtractionService"
@@ -21,8 +23,9 @@ SHARD_TYPE = "application/octet-stream"
 class ExtractionServicer(extraction_pb2_grpc.ExtractionServiceServicer):
     """Activations of models over datasets."""
 
-    def __init__(self, operations: Operations) -> None:
+    def __init__(self, operations: Operations, streams: Streams) -> None:
         self._operations = operations
+        self._streams = streams
 
     async def ExtractActivations(
         self, request: pb.ExtractActivationsRequest, context: Any
@@ -88,3 +91,13 @@ class ExtractionServicer(extraction_pb2_grpc.ExtractionServiceServicer):
     async def OpenCache(self, request: pb.OpenCacheRequest, context: Any) -> pb.OpenedCache:
         """Handle and manifest for a reader inside the mesh."""
         return messages.opened(await self._operations.open(request.id))
+
+    async def StreamActivations(
+        self, request: pb.StreamActivationsRequest, context: Any
+    ) -> AsyncIterator[pb.StreamActivationsResponse]:
+        """Activations as they are computed."""
+        async with self._streams.open(messages.wanted_stream(request)) as stream:
+            yield messages.stream_facts(stream.facts)
+            async with aclosing(stream.parts()) as parts:
+                async for part in parts:
+                    yield messages.stream_part(part)

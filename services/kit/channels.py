@@ -56,6 +56,21 @@ def open_channel(address: str, settings: Settings, services: tuple[str, ...] = (
     return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
 
 
+def open_blocking_channel(address: str, settings: Settings) -> grpc.Channel:
+    """The same for a process without an event loop; only calls that answer with a stream carry the mesh's token.
+
+    Args:
+        address: host:port.
+        settings: where the service token and the TLS roots are.
+    """
+    if settings.tls_ca_file is not None:
+        credentials = grpc.ssl_channel_credentials(settings.tls_ca_file.read_bytes())
+        channel = grpc.secure_channel(address, credentials, options=OPTIONS)
+    else:
+        channel = grpc.insecure_channel(address, options=OPTIONS)
+    return grpc.intercept_channel(channel, _BlockingStreamToken(settings.service_token_path.read_text().strip()))
+
+
 def service_config(services: tuple[str, ...]) -> dict[str, Any]:
     """Service config that retries the idempotent methods of these services."""
     names = [{"service": m.service, "method": m.name} for s in services for m in methods_of(s) if m.idempotent]
@@ -85,3 +100,22 @@ class _StreamMetadata(grpc.aio.UnaryStreamClientInterceptor):
 
     async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
         return await continuation(_with_metadata(client_call_details, self._token()), request)
+
+
+class _BlockingStreamToken(grpc.UnaryStreamClientInterceptor):
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        details = _Details(client_call_details, (("authorization", f"Bearer {self._token}"),))
+        return continuation(details, request)
+
+
+class _Details(grpc.ClientCallDetails):
+    """A call's details with other metadata."""
+
+    def __init__(self, details: Any, metadata: tuple[tuple[str, str], ...]) -> None:
+        self.method, self.timeout = details.method, details.timeout
+        self.metadata = metadata
+        self.credentials, self.wait_for_ready = details.credentials, details.wait_for_ready
+        self.compression = details.compression

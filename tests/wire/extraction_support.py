@@ -112,6 +112,7 @@ class Mesh:
     context: Context
     part: Part
     settings: Settings
+    address: str
 
     @asynccontextmanager
     async def working(self, incarnation: str = "w1", slots: int = 2) -> AsyncIterator[Worker]:
@@ -217,4 +218,4 @@ async def meshing(database: Database, state: Path, *, lease_seconds: float = 5.0
         own = [(s.add, s.implementation, s.name) for s in (*residency.servicers, *part.servicers)]
         address = await stack.enter_async_context(serving(shared, own))
         channel = await stack.enter_async_context(open_channel(address, shared))
-        yield Mesh(extraction_pb2_grpc.ExtractionServiceStub(channel), registry, context, part, shared)
+        yield Mesh(extraction_pb2_grpc.ExtractionServiceStub(channel), registry, context, part, shared, address)

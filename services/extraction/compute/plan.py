@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from blake3 import blake3
@@ -78,6 +79,8 @@ def make_plan(
     row_bytes: int,
     uncounted_ids: Sequence[int] = (),
     unit_bytes: int = UNIT_BYTES,
+    unit_share: float = UNIT_SHARE,
+    most_unit_bytes: int = MOST_UNIT_BYTES,
 ) -> Plan:
     """Cut sequences into units of at most `unit_bytes`, 1M rows and 5 % of the job, but at least 64 sequences.
 
@@ -93,6 +96,8 @@ def make_plan(
         row_bytes: bytes of all hook points' vectors of one token.
         uncounted_ids: token ids that are no rows.
         unit_bytes: most bytes of a unit.
+        unit_share: most of the job's rows in a unit, 0 to 1.
+        most_unit_bytes: bytes of a unit beyond which the least number of sequences gives way.
 
     Raises:
         NothingCounted: no token would be a row.
@@ -102,10 +107,10 @@ def make_plan(
         raise NothingCounted("every token of the dataset is a special token")
     rows = np.add.reduceat(counted, sequences.offsets[:-1], dtype=np.int64)
     cuts = _cut_rows if layout == "rows" else _cut_sequences
-    most = (min(unit_bytes // row_bytes, UNIT_ROWS), MOST_UNIT_BYTES // row_bytes)
+    limits = _Limits(min(unit_bytes // row_bytes, UNIT_ROWS), most_unit_bytes // row_bytes, unit_share)
     units: list[Unit] = []
     first_batch = 0
-    for batches in cuts(sequences.lengths, rows, seed, batch_size, most):
+    for batches in cuts(sequences.lengths, rows, seed, batch_size, limits):
         chosen = np.sort(np.concatenate([batch.indices for batch in batches]))
         units.append(Unit(len(units), chosen, tuple(batches), first_batch, int(rows[chosen].sum())))
         first_batch += len(batches)
@@ -122,11 +127,15 @@ def make_plan(
     )
 
 
-Most = tuple[int, int]
-"""Rows that a unit may have, and rows that it may have even for the sake of enough sequences."""
+class _Limits(NamedTuple):
+    """Rows that a unit may have, rows that it may have even for the sake of enough sequences, and its share of all."""
+
+    rows: int
+    most_rows: int
+    share: float
 
 
-def _cut_rows(lengths: np.ndarray, rows: np.ndarray, seed: int, batch_size: int, most: Most) -> list[list[Batch]]:
+def _cut_rows(lengths: np.ndarray, rows: np.ndarray, seed: int, batch_size: int, limits: _Limits) -> list[list[Batch]]:
     """Permute the sequences, batch them by length within windows, permute each window's batches, cut them into units.
 
     Sorting a whole window costs next to no padding, and a unit still gets batches of all lengths.
@@ -138,22 +147,24 @@ def _cut_rows(lengths: np.ndarray, rows: np.ndarray, seed: int, batch_size: int,
         window = plan_batches(lengths, batch_size, order[low : low + WINDOW])
         batches += [window[place] for place in permutation(len(window), seed, "batches", number)]
     sizes = [(len(batch.indices), int(rows[batch.indices].sum())) for batch in batches]
-    return [batches[part] for part in _cut(sizes, most)]
+    return [batches[part] for part in _cut(sizes, limits)]
 
 
-def _cut_sequences(lengths: np.ndarray, rows: np.ndarray, seed: int, batch_size: int, most: Most) -> list[list[Batch]]:
+def _cut_sequences(
+    lengths: np.ndarray, rows: np.ndarray, seed: int, batch_size: int, limits: _Limits
+) -> list[list[Batch]]:
     """Cut the sequences as they are; every one takes the room of the longest. Batches go by length within a unit."""
     order, longest = np.arange(len(rows)), int(lengths.max())
-    return [plan_batches(lengths, batch_size, order[part]) for part in _cut([(1, longest)] * len(rows), most)]
+    return [plan_batches(lengths, batch_size, order[part]) for part in _cut([(1, longest)] * len(rows), limits)]
 
 
-def _cut(sizes: Sequence[tuple[int, int]], most: Most) -> list[slice]:
+def _cut(sizes: Sequence[tuple[int, int]], limits: _Limits) -> list[slice]:
     """Runs of items (sequences, rows), each as long as a unit may be."""
-    limit = min(most[0], int(sum(rows for _, rows in sizes) * UNIT_SHARE))
+    limit = min(limits.rows, int(sum(rows for _, rows in sizes) * limits.share))
     parts, start, sequences, rows = [], 0, 0, 0
     for place, (more_sequences, more_rows) in enumerate(sizes):
         enough = sequences >= UNIT_SEQUENCES and rows + more_rows > limit
-        if place > start and (enough or rows + more_rows > most[1]):
+        if place > start and (enough or rows + more_rows > limits.most_rows):
             parts.append(slice(start, place))
             start, sequences, rows = place, 0, 0
         sequences += more_sequences

@@ -371,3 +371,61 @@ class OpenedCache(_message.Message):
     cache: ActivationCache
     widths: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, cache: _Optional[_Union[ActivationCache, _Mapping]] = ..., widths: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class StreamActivationsRequest(_message.Message):
+    __slots__ = ("extraction", "cursor", "offset", "rows", "buffer_bytes", "place")
+    EXTRACTION_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    BUFFER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    extraction: ExtractActivationsRequest
+    cursor: int
+    offset: int
+    rows: int
+    buffer_bytes: int
+    place: str
+    def __init__(self, extraction: _Optional[_Union[ExtractActivationsRequest, _Mapping]] = ..., cursor: _Optional[int] = ..., offset: _Optional[int] = ..., rows: _Optional[int] = ..., buffer_bytes: _Optional[int] = ..., place: _Optional[str] = ...) -> None: ...
+
+class StreamedActivations(_message.Message):
+    __slots__ = ("hook_points", "widths", "dtype", "rows_per_pass", "by_handle", "model_digest", "identity_error")
+    HOOK_POINTS_FIELD_NUMBER: _ClassVar[int]
+    WIDTHS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_PER_PASS_FIELD_NUMBER: _ClassVar[int]
+    BY_HANDLE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_ERROR_FIELD_NUMBER: _ClassVar[int]
+    hook_points: _containers.RepeatedScalarFieldContainer[str]
+    widths: _containers.RepeatedScalarFieldContainer[int]
+    dtype: _types_pb2.Dtype
+    rows_per_pass: int
+    by_handle: bool
+    model_digest: str
+    identity_error: float
+    def __init__(self, hook_points: _Optional[_Iterable[str]] = ..., widths: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., rows_per_pass: _Optional[int] = ..., by_handle: _Optional[bool] = ..., model_digest: _Optional[str] = ..., identity_error: _Optional[float] = ...) -> None: ...
+
+class ActivationBlock(_message.Message):
+    __slots__ = ("first_row", "rows", "size_bytes", "handle", "offset", "chunk")
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    first_row: int
+    rows: int
+    size_bytes: int
+    handle: str
+    offset: int
+    chunk: bytes
+    def __init__(self, first_row: _Optional[int] = ..., rows: _Optional[int] = ..., size_bytes: _Optional[int] = ..., handle: _Optional[str] = ..., offset: _Optional[int] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class StreamActivationsResponse(_message.Message):
+    __slots__ = ("facts", "block")
+    FACTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    facts: StreamedActivations
+    block: ActivationBlock
+    def __init__(self, facts: _Optional[_Union[StreamedActivations, _Mapping]] = ..., block: _Optional[_Union[ActivationBlock, _Mapping]] = ...) -> None: ...

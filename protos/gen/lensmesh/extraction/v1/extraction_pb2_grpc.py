@@ -97,6 +97,11 @@ class ExtractionServiceStub:
                 request_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.OpenCacheRequest.SerializeToString,
                 response_deserializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.OpenedCache.FromString,
                 _registered_method=True)
+        self.StreamActivations = channel.unary_stream(
+                '/lensmesh.extraction.v1.ExtractionService/StreamActivations',
+                request_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.StreamActivationsRequest.SerializeToString,
+                response_deserializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.StreamActivationsResponse.FromString,
+                _registered_method=True)
 
 
 class ExtractionServiceServicer:
@@ -187,6 +192,13 @@ class ExtractionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamActivations(self, request, context):
+        """Activations as they are computed, for a trainer; the model stays leased meanwhile, and computing waits for the reader.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExtractionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -249,6 +261,11 @@ def add_ExtractionServiceServicer_to_server(servicer, server):
                     servicer.OpenCache,
                     request_deserializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.OpenCacheRequest.FromString,
                     response_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.OpenedCache.SerializeToString,
+            ),
+            'StreamActivations': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamActivations,
+                    request_deserializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.StreamActivationsRequest.FromString,
+                    response_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.StreamActivationsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -576,6 +593,33 @@ class ExtractionService:
             '/lensmesh.extraction.v1.ExtractionService/OpenCache',
             lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.OpenCacheRequest.SerializeToString,
             lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.OpenedCache.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamActivations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lensmesh.extraction.v1.ExtractionService/StreamActivations',
+            lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.StreamActivationsRequest.SerializeToString,
+            lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.StreamActivationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

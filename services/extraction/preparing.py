@@ -1,0 +1,69 @@
+"""What comes before the first batch, whether a cache is filled or a stream is fed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from services.extraction.compute import Plan, identity_errors, make_plan
+from services.extraction.compute.plan import NothingCounted
+from services.extraction.domain import BaseModel, Options, Survey, Wanted
+from services.extraction.job_ports import LeasedModel
+from services.extraction.ports import Catalogue, Datasets, Tokenized
+from services.extraction.requests import resolve, row_bytes
+from services.kit import errors
+from services.residency.texts import special_ids
+
+
+async def look_up(catalogue: Catalogue, datasets: Datasets, wanted: Wanted) -> tuple[BaseModel, Survey, Options]:
+    """What a request is about, and its options with every default resolved.
+
+    Raises:
+        errors.Invalid: a field is wrong.
+        errors.NotFound: there is no such model or dataset.
+    """
+    model = await catalogue.model(wanted.model_id)
+    survey = await datasets.survey(wanted.dataset_id)
+    uri = await catalogue.extension_uri(wanted.model_id, wanted.extension_id) if wanted.extension_id else ""
+    return model, survey, resolve(wanted, model, survey, uri)
+
+
+def check_files(record: BaseModel, model: LeasedModel) -> None:
+    """That what runs is what was registered.
+
+    Raises:
+        errors.Failed: `CHECKSUM_MISMATCH`.
+    """
+    if record.digest != model.description["digest"]:
+        raise errors.Failed("the model's files are not those that were registered", reason="CHECKSUM_MISMATCH")
+
+
+def planned(options: Options, tokenized: Tokenized, model: LeasedModel, **changes: Any) -> Plan:
+    """Units and batches; `changes` go to `make_plan`.
+
+    Raises:
+        errors.Invalid: `DATASET_UNUSABLE`: no token would be a row.
+    """
+    asked: dict[str, Any] = {
+        "layout": options.layout,
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "row_bytes": row_bytes(options, model.facts, int(tokenized.sequences.lengths.max())),
+        "uncounted_ids": special_ids(model.tokenizer) if model.tokenizer is not None else (),
+    }
+    try:
+        return make_plan(tokenized.sequences, **asked | changes)
+    except NothingCounted as error:
+        raise errors.Invalid(str(error), reason="DATASET_UNUSABLE", violations=[("dataset_id", str(error))]) from error
+
+
+def identity(options: Options, tokenized: Tokenized, plan: Plan, model: LeasedModel) -> dict[str, float]:
+    """Relative errors of the identity check on the plan's first batch; on the device's thread.
+
+    Raises:
+        IdentityFailed: a captured pair is no input and output of its MLP.
+    """
+    batch = plan.units[0].batches[0]
+    ids, mask = map(torch.from_numpy, tokenized.sequences.padded(batch.indices, batch.length))
+    return identity_errors(model.model, model.family, options.hook_points, ids, mask)
