@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from services.extraction.compute.capture import PAIR_INPUTS
 from services.extraction.domain import BaseModel, Estimate, Options, Rates, Survey, Wanted
 from services.kit import errors
@@ -75,11 +77,15 @@ def estimate(options: Options, model: BaseModel, dataset: Survey, *, rates: Rate
 
 def row_bytes(options: Options, known: Facts, max_length: int) -> int:
     """Bytes of all hook points' vectors of one token, in sequences of at most `max_length` tokens."""
+    return sum(widths(options.hook_points, known, max_length)) * DTYPES[options.dtype].itemsize
+
+
+def widths(names: Sequence[str], known: Facts, max_length: int) -> list[int]:
+    """Numbers per token at each hook point, in sequences of at most `max_length` tokens."""
     queries, keys = known.num_heads * known.head_dim, known.num_kv_heads * known.head_dim
-    widths = {"mlp_hidden": known.intermediate_size, "q": queries, "z": queries, "k": keys, "v": keys}
-    widths["pattern"] = known.num_heads * max_length
-    sites = [site_of(name)[1] for name in options.hook_points]
-    return sum(widths.get(site, known.hidden_size) for site in sites) * DTYPES[options.dtype].itemsize
+    special = {"mlp_hidden": known.intermediate_size, "q": queries, "z": queries, "k": keys, "v": keys}
+    special["pattern"] = known.num_heads * max_length
+    return [special.get(site_of(name)[1], known.hidden_size) for name in names]
 
 
 def _hook_points(wanted: Wanted, model: BaseModel) -> tuple[str, ...]:

@@ -8,16 +8,15 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from services.extraction import preparing
-from services.extraction.compute import Plan, Unit, UnitFiller, capture
+from services.extraction.compute import Plan, Unit, UnitFiller
 from services.extraction.domain import Options, WantedStream
 from services.extraction.job_ports import LeasedModel, Models
 from services.extraction.ports import Catalogue, Datasets, Place, Places, Tokenized
-from services.extraction.requests import row_bytes
+from services.extraction.requests import row_bytes, widths
 from services.kit import errors
 from services.kit.files import CHUNK_BYTES
 from services.residency.shards import DTYPES
@@ -146,18 +145,13 @@ class _Rows:
         found = await self._model.run(preparing.identity, self._options, self._tokenized, plan, self._model)
         return Facts(
             hook_points=self._options.hook_points,
-            widths=await self._model.run(self._widths),
+            widths=tuple(widths(self._options.hook_points, self._model.facts, self._longest)),
             dtype=self._options.dtype,
             rows_per_pass=plan.tokens,
             by_handle=by_handle,
             model_digest=model_digest,
             identity_error=max(found.values(), default=None),
         )
-
-    def _widths(self) -> tuple[int, ...]:
-        model, names = self._model.model, self._options.hook_points
-        found = next(capture(model, [torch.zeros(1, 1, dtype=torch.int64)], names))
-        return tuple(found[name].shape[-1] for name in names)
 
     async def blocks(self, cursor: int, end: int) -> AsyncGenerator[_Block]:
         """From the block that holds row `cursor` up to the one that holds the last row before `end`; 0 is never."""
