@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import time
+from collections import OrderedDict
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from services.kit import errors
 ALGORITHMS = ["HS256", "RS256", "ES256", "EdDSA"]
 LEEWAY_SECONDS = 60
 MIN_SECRET_BYTES = 32
+MAX_REMEMBERED = 1000
+"""Tokens whose signatures are not checked again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class TokenVerifier:
         )
         self._keys: KeySet | None = None
         self._keys_version: tuple[int, int] | None = None
+        self._signed: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     def verify(self, authorization: str | None) -> Caller:
         """The caller behind an `authorization` value `Bearer <token>`.
@@ -101,13 +105,20 @@ class TokenVerifier:
         return bool(expected) and hmac.compare_digest(token.encode(), expected.encode())
 
     def _decode(self, token: str) -> dict[str, Any]:
+        """Its claims: their times are checked every time, its signature once while the keys stay the same."""
         try:
-            decoded = jwt.decode(token, self._current_keys(), algorithms=ALGORITHMS)
-            self._claims.validate(decoded.claims)
+            keys = self._current_keys()
+            claims = self._signed.get(token)
+            if claims is None:
+                claims = dict(jwt.decode(token, keys, algorithms=ALGORITHMS).claims)
+            self._claims.validate(claims)
         except (JoseError, ValueError, TypeError, KeyError) as error:
             cause = getattr(error, "error", None) or "malformed"
             raise errors.Unauthenticated("the token is not valid", metadata={"cause": cause}) from error
-        return dict(decoded.claims)
+        self._signed[token] = claims
+        if len(self._signed) > MAX_REMEMBERED:
+            self._signed.popitem(last=False)
+        return dict(claims)
 
     def _current_keys(self) -> KeySet:
         try:
@@ -115,6 +126,7 @@ class TokenVerifier:
             version = (stat.st_mtime_ns, stat.st_size)
             if self._keys is None or version != self._keys_version:
                 self._keys, self._keys_version = _read_keys(self._key_file), version
+                self._signed.clear()
         except OSError as error:
             raise errors.Unavailable("the keys that verify tokens cannot be read") from error
         return self._keys

@@ -77,6 +77,16 @@ def test_a_clock_may_be_a_minute_off_but_not_ten(verifier: auth.TokenVerifier, k
     assert cause(verifier, f"Bearer {token(keys, lifetime_seconds=-600)}") == "expired_token"
 
 
+def test_a_known_token_expires_all_the_same(
+    verifier: auth.TokenVerifier, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = token(keys)
+    assert verifier.verify(f"Bearer {known}").subject == "ada"
+    later = time.time() + 600
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert cause(verifier, f"Bearer {known}") == "expired_token"
+
+
 def test_a_token_from_the_future_is_refused(verifier: auth.TokenVerifier, keys: Path) -> None:
     later = int(time.time()) + 3600
     assert cause(verifier, f"Bearer {token(keys, nbf=later)}") != "missing"
