@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from services.kit.jobs import Cancelled, Claim, Handler, JobStore
 from services.registry.adapters.postgres import LOAD_KIND, PRELOAD_KIND, SWITCH_KIND, PostgresTransaction
-from services.registry.domain import load_failure
+from services.registry.failures import load_failure
 from services.registry.operations.groups import run_preload
 from services.registry.operations.registry import Registry
 from services.registry.operations.running import run_load, settle

@@ -18,7 +18,8 @@ from services.registry.adapters.rows.datasets import PostgresDatasets
 from services.registry.adapters.rows.groups import PostgresGroups
 from services.registry.adapters.rows.models import PostgresModels
 from services.registry.adapters.rows.placement import PostgresPlacement
-from services.registry.domain import Counted, Model, load_failure
+from services.registry.domain import Counted, Model
+from services.registry.failures import load_failure
 from services.registry.ports import Answered
 
 LOAD_KIND = "model_load"

@@ -8,7 +8,8 @@ from typing import Any
 
 from services.kit.errors import Exhausted
 from services.kit.ids import new_id
-from services.registry.domain import ALONE, Beside, Caller, Host, LoadPlan, Model, Need, insufficient_memory
+from services.registry.domain import ALONE, Beside, Caller, Host, LoadPlan, Model, Need
+from services.registry.failures import insufficient_memory
 from services.registry.operations.planning import plan_load
 from services.registry.operations.registry import Registry, no_host
 from services.registry.ports import Transaction

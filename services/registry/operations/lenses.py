@@ -11,16 +11,8 @@ from functools import partial
 from services.kit.errors import Conflict, Exhausted, Invalid, LensmeshError, NotFound, Unsupported
 from services.kit.ids import new_id
 from services.kit.requests import RequestKey
-from services.registry.domain import (
-    Beside,
-    Caller,
-    Group,
-    Lens,
-    LensArtifact,
-    Model,
-    Residency,
-    insufficient_memory,
-)
+from services.registry.domain import Beside, Caller, Group, Lens, LensArtifact, Model, Residency
+from services.registry.failures import insufficient_memory
 from services.registry.operations.loading import ensure_resident
 from services.registry.operations.registry import Registry
 from services.registry.operations.room import charge, make_all_room

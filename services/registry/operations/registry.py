@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from services.kit.errors import Unavailable
+from services.registry.job_ports import Gauges
 from services.registry.operations.turns import Turns
-from services.registry.ports import DatasetFiles, Gauges, ModelHosts, Peers, Store
+from services.registry.ports import DatasetFiles, ModelHosts, Peers, Store
 
 T = TypeVar("T")
 

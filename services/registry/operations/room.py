@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 from services.kit.errors import Conflict, NotFound
-from services.registry.domain import (
-    Eviction,
-    Host,
-    Lens,
-    LensArtifact,
-    LoadPlan,
-    Need,
-    Placement,
-    Residency,
-    insufficient_memory,
-)
+from services.registry.domain import Eviction, Host, Lens, LensArtifact, LoadPlan, Need, Placement, Residency
+from services.registry.failures import insufficient_memory
 from services.registry.operations.planning import place_lens
 from services.registry.operations.registry import Registry
 from services.registry.operations.unloading import departed, park, take_off

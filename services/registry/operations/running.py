@@ -8,13 +8,15 @@ from datetime import datetime
 from typing import Any
 
 from services.kit.errors import Conflict, Exhausted, Failed, LensmeshError
-from services.registry.domain import Host, HostedModel, Load, Model, Residency, insufficient_memory
+from services.registry.domain import Host, HostedModel, Load, Model, Residency
+from services.registry.failures import insufficient_memory
+from services.registry.job_ports import LoadLease
 from services.registry.operations.admission import Order, accept
 from services.registry.operations.lenses import restore_lenses
 from services.registry.operations.registry import Registry
 from services.registry.operations.room import evict_lens, lens_departed
 from services.registry.operations.unloading import clear_device, departed, park, take_off, unload_copies
-from services.registry.ports import LoadLease, LoadStep, Transaction
+from services.registry.ports import LoadStep, Transaction
 
 STEP_PERCENT = 5.0
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from services.kit.errors import Conflict, Invalid, Unsupported
-from services.registry.domain import Host, Residency, insufficient_memory
+from services.registry.domain import Host, Residency
+from services.registry.failures import insufficient_memory
 from services.registry.operations.lenses import bring
 from services.registry.operations.registry import Registry
 

@@ -10,13 +10,14 @@ from typing import Any
 from services.kit.errors import Conflict
 from services.kit.ids import new_id
 from services.registry.domain import Beside, Caller, Group, Lens, LoadPlan, Residency
+from services.registry.job_ports import LoadLease
 from services.registry.operations.admission import does_not_fit
 from services.registry.operations.estimating import estimate_model
 from services.registry.operations.lenses import restore_lenses, switch_lens
 from services.registry.operations.loading import bring_base, ensure_resident
 from services.registry.operations.registry import Registry
 from services.registry.operations.room import plan as plan_lens
-from services.registry.ports import LoadLease, Switched, Transaction
+from services.registry.ports import Switched, Transaction
 
 
 @dataclass(frozen=True, slots=True)

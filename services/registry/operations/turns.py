@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from services.kit.errors import LensmeshError, NotFound
 from services.kit.gathering import Gathering
-from services.registry.domain import Residency, not_resident
+from services.registry.domain import Residency
+from services.registry.failures import not_resident
 from services.registry.ports import Switched, Transaction
 
 if TYPE_CHECKING:
