@@ -11,6 +11,7 @@ from typing import Any, Literal
 from blake3 import blake3
 
 from services.residency.shards import Layout
+from services.residency.texts import Encoding, SpecialTokens
 
 JOB_KIND = "extraction"
 EVENT_PREFIX = "extraction"
@@ -70,6 +71,8 @@ class Wanted:
     seed: int = 0
     max_tokens: int = 0
     apply_rmsnorm_scaling: bool = False
+    special_tokens: SpecialTokens = "tokenizer"
+    packing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,13 @@ class Options:
     extension_uri: str
     """Handle of that extension's files, which names their content; empty without one."""
     seed: int
+    special_tokens: SpecialTokens = "tokenizer"
+    packing: bool = False
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the dataset's rows become sequences."""
+        return Encoding(self.max_length, self.special_tokens, self.packing, spans=True)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON."""

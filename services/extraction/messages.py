@@ -14,6 +14,7 @@ from services.extraction.operations import Damage
 from services.extraction.streaming import Facts, Part
 from services.kit.paging import Page, asked
 from services.residency.shards import Layout
+from services.residency.texts import SpecialTokens
 
 LAYOUTS: Mapping[int, Layout | None] = {
     pb.LAYOUT_UNSPECIFIED: None,
@@ -25,6 +26,13 @@ DTYPES: Mapping[int, str] = {
     types_pb2.DTYPE_FLOAT32: "float32",
     types_pb2.DTYPE_BFLOAT16: "bfloat16",
     types_pb2.DTYPE_FLOAT16: "float16",
+}
+
+SPECIAL_TOKENS: Mapping[int, SpecialTokens] = {
+    pb.SPECIAL_TOKENS_UNSPECIFIED: "tokenizer",
+    pb.SPECIAL_TOKENS_TOKENIZER: "tokenizer",
+    pb.SPECIAL_TOKENS_NONE: "none",
+    pb.SPECIAL_TOKENS_BOS: "bos",
 }
 
 
@@ -45,6 +53,8 @@ def wanted(request: pb.ExtractActivationsRequest) -> Wanted:
         seed=request.seed,
         max_tokens=request.max_tokens,
         apply_rmsnorm_scaling=request.apply_rmsnorm_scaling,
+        special_tokens=SPECIAL_TOKENS[request.special_tokens],
+        packing=request.packing,
     )
 
 
@@ -159,6 +169,7 @@ def cache_message(cache: Cache, *, with_shards: bool = True) -> pb.ActivationCac
     """One cache; lists leave its shards out."""
     manifest = cache.manifest
     points, model, extension = manifest["hook_points"], manifest["model"], manifest["extension"]
+    dataset = manifest["dataset"]
     return pb.ActivationCache(
         id=cache.id,
         model_id=cache.model_id,
@@ -179,6 +190,10 @@ def cache_message(cache: Cache, *, with_shards: bool = True) -> pb.ActivationCac
         statistics=[_statistics(point) for point in points],
         created_at=cache.created_at,
         last_accessed_at=cache.last_accessed_at,
+        rows_read=dataset["rows_read"],
+        bad_rows=dataset["bad_rows"],
+        truncated_rows=dataset["truncated_rows"],
+        truncated_tokens=dataset["truncated_tokens"],
     )
 
 

@@ -52,6 +52,8 @@ def resolve(wanted: Wanted, model: BaseModel, dataset: Survey, extension_uri: st
         extension_id=wanted.extension_id,
         extension_uri=extension_uri,
         seed=wanted.seed,
+        special_tokens=wanted.special_tokens,
+        packing=wanted.packing,
     )
 
 
@@ -60,11 +62,14 @@ def estimate(options: Options, model: BaseModel, dataset: Survey, *, rates: Rate
     by_size = dataset.size_bytes / BYTES_PER_TOKEN
     rows = dataset.rows or options.sample_count or max(1, int(by_size / options.max_length))
     samples = min(rows, options.sample_count or rows)
-    per_sample = rates.tokens_per_sample or min(options.max_length, max(1.0, by_size / rows))
+    per_sample = rates.tokens_per_sample or max(1.0, by_size / rows)
+    if not options.packing:
+        per_sample = min(per_sample, options.max_length)
     tokens = samples * per_sample
     if options.max_tokens:
         tokens = min(tokens, options.max_tokens)
-    stored = samples * options.max_length if options.layout == "sequences" else tokens
+    padded = options.layout == "sequences" and not options.packing
+    stored = samples * options.max_length if padded else tokens
     per_token = row_bytes(options, facts(model.config), options.max_length)
     depth = max(_depth(name, model) for name in options.hook_points)
     guess = FLOPS["cuda" if device.startswith("cuda") else "cpu"] / (2 * max(1, model.parameter_count) * depth)

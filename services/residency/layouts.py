@@ -108,7 +108,7 @@ def _projections(attention: str, out: str, inner: str = "") -> dict[str, Tap]:
 def _fused(attention: str, matrix: str, out: str, groups: int = 1, queries: int = 1) -> dict[str, Tap]:
     """Sites of an attention module with one matrix for queries, keys and values together."""
     parts: tuple[Part, ...] = ("q", "k", "v")
-    heads = {part: Tap(f"{attention}.{matrix}", "output", Cut(part, groups, queries)) for part in parts}
+    heads: dict[str, Tap] = {part: Tap(f"{attention}.{matrix}", "output", Cut(part, groups, queries)) for part in parts}
     return {**heads, "z": Tap(f"{attention}.{out}", "input"), "pattern": Tap(attention, "pattern")}
 
 

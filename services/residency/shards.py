@@ -7,10 +7,13 @@ manifest.json            `Manifest` as JSON
 statistics.safetensors   per hook point, over all counted tokens: `<hook point>.mean` and `<hook point>.second_moment`
                          (mean of x * x per dimension), F64 [d]
 sequences.safetensors    where the rows come from, n sequences of the dataset in its order:
-                         `row` I64 [n] dataset row; `offset` I64 [n + 1] into `ids`; `ids` I32 [tokens] token ids,
-                         special ones included; `batch` I32 [n] number of the forward batch it went through (the
-                         sequences of a number, longest first, then by index, padded on the right, are that batch;
-                         -1: in none)
+                         `offset` I64 [n + 1] into `ids`; `ids` I32 [tokens] token ids, special ones included;
+                         `batch` I32 [n] number of the forward batch it went through (the sequences of a number,
+                         longest first, then by index, padded on the right, are that batch; -1: in none).
+                         Sequences are made of m pieces of dataset rows, of one each without packing: `row` I64 [m]
+                         dataset row; `start` I64 [m] where the piece begins in `ids`; `first` I64 [m] number of its
+                         first token within the row. `span` I32 [tokens, 2], where the tokenizer tells: first character
+                         of each token in its row's text and the one behind its last, -1 for special tokens.
 shard-00000.safetensors  activations. Layout `rows`, one row per counted token: `<hook point>` [rows, d];
                          `tok`, `seq`, `pos` I32 [rows]: token id, index into sequences.safetensors, position there.
                          Layout `sequences`, dataset order, S the cache's longest sequence, padded on the right with
@@ -111,7 +114,7 @@ class Manifest:
         model: `id, digest, revision, quantization, dtype, family` of the model that ran.
         extension: `id, digest` of the extension that was active, or None.
         dataset: `id, digest, source, identifier, split, text_field, rows_read, bad_rows, truncated_rows,
-            truncated_tokens, max_length`.
+            truncated_tokens, max_length, special_tokens, packing`.
         tokenizer: `digest`, or None for a dataset that came tokenised.
         plan: `seed, batch_size, unit_rows, digest`: what fixed the order and the batches.
         identity_errors: largest relative error of the identity check, per layer of an MLP pair.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,6 +25,7 @@ INPUT_IDS = "input_ids"
 """Column of token ids; a dataset that has it, and not its text column, counts as tokenised already."""
 
 _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_MOST_ID = np.iinfo(np.int32).max
 _CHUNK = 1000
 """Rows tokenised at once: enough for the tokenizer's threads, little memory."""
 
@@ -213,18 +214,45 @@ def _read(record: DatasetRecord, path: Path | None, cache_dir: str | None) -> Ta
     return datasets.load_dataset(str(path), split=record.split, cache_dir=cache_dir)
 
 
+SpecialTokens = Literal["tokenizer", "none", "bos"]
+"""What is put around a row's tokens: what its tokenizer puts there, nothing, or one BOS before them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How rows become sequences.
+
+    Attributes:
+        max_length: tokens of a sequence at most.
+        special_tokens: see `SpecialTokens`; rows that come tokenised are taken as they are.
+        packing: join the rows, each ended by the tokenizer's EOS, and cut them every `max_length` tokens, so that no
+            token is dropped and a sequence may hold several rows, which see one another. Else a row is a sequence of
+            its own, and what is behind `max_length` is dropped.
+        spans: record where each token stands in its row's text.
+    """
+
+    max_length: int
+    special_tokens: SpecialTokens = "tokenizer"
+    packing: bool = False
+    spans: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Token sequences, at most one per dataset row, in the dataset's order.
+    """Token sequences in the dataset's order, made of pieces of its rows: without packing, of one each.
 
     Attributes:
         ids: int32 [tokens], one sequence after the other.
         offsets: int64 [n + 1]; sequence i is ids[offsets[i]:offsets[i + 1]]. None is empty.
-        rows: int64 [n], the dataset row of each sequence; its first token is the row's first token.
+        rows: int64 [m], the dataset row of each piece.
         rows_read: dataset rows that were looked at.
         bad_rows: rows without usable text or ids.
         truncated_rows: rows that were longer than max_length.
         truncated_tokens: tokens that were cut off.
+        starts: int64 [m], where each piece begins in `ids`, ascending; None: where its sequence does.
+        firsts: int64 [m], number of each piece's first token among its row's tokens; None: 0.
+        spans: int32 [tokens, 2], first character of each token in its row's text and the one behind its last; -1 for
+            tokens that are no text, such as special ones, and for rows that come tokenised. None: not recorded.
     """
 
     ids: np.ndarray
@@ -234,14 +262,23 @@ class Sequences:
     bad_rows: int
     truncated_rows: int
     truncated_tokens: int
+    starts: np.ndarray | None = None
+    firsts: np.ndarray | None = None
+    spans: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.offsets) - 1
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each sequence, int64 [n]."""
         return np.diff(self.offsets)
+
+    @property
+    def pieces(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Row, start in `ids` and number of the first token within the row, of each piece; int64 [m] each."""
+        starts = self.offsets[:-1] if self.starts is None else self.starts
+        return self.rows, starts, np.zeros_like(self.rows) if self.firsts is None else self.firsts
 
     def sequence(self, index: int) -> np.ndarray:
         """Token ids of one sequence, int32."""
@@ -264,75 +301,149 @@ class Sequences:
             return self
         max_tokens = int(np.searchsorted(counted, max_tokens)) + 1
         count = int(np.searchsorted(self.offsets, max_tokens))
-        offsets = np.minimum(self.offsets[: count + 1], max_tokens)
-        return Sequences(
-            self.ids[:max_tokens],
-            offsets,
-            self.rows[:count],
-            self.rows_read,
-            self.bad_rows,
-            self.truncated_rows,
-            self.truncated_tokens,
+        rows, starts, firsts = self.pieces
+        pieces = int(np.searchsorted(starts, max_tokens))
+        return replace(
+            self,
+            ids=self.ids[:max_tokens],
+            offsets=np.minimum(self.offsets[: count + 1], max_tokens),
+            rows=rows[:pieces],
+            starts=starts[:pieces],
+            firsts=firsts[:pieces],
+            spans=None if self.spans is None else self.spans[:max_tokens],
         )
 
 
+_Row = tuple[np.ndarray, np.ndarray | None]
+"""A row's token ids, int32 [n], and their spans, int32 [n, 2]."""
+
+
 def tokenize(
-    rows: Rows, tokenizer: Any, max_length: int, row_limit: int | None = None, vocab_size: int | None = None
+    rows: Rows,
+    tokenizer: Any,
+    encoding: Encoding | int,
+    row_limit: int | None = None,
+    vocab_size: int | None = None,
 ) -> Sequences:
-    """Tokenise the first `row_limit` rows (all when None) with the tokenizer's own special tokens.
+    """Tokenise the first `row_limit` rows (all when None).
 
     Args:
         rows: an opened dataset.
         tokenizer: a Hugging Face tokenizer, fast ones run in parallel; unused for a tokenised dataset.
-        max_length: tokens kept of a row; what is cut off is counted.
+        encoding: how; a number is that max_length and every default.
         row_limit: rows to look at.
         vocab_size: ids at or above it make a row of a tokenised dataset bad.
 
     Raises:
-        DatasetError: row_limit is beyond the dataset (`sample_count`), or no row is usable (`dataset_id`).
+        DatasetError: row_limit is beyond the dataset (`sample_count`), no row is usable (`dataset_id`), or the
+            tokenizer has no BOS to begin with (`special_tokens`).
     """
+    if isinstance(encoding, int):
+        encoding = Encoding(encoding)
     if row_limit is not None and row_limit > len(rows):
         raise DatasetError("sample_count", f"the dataset has {len(rows)} rows, {row_limit} were asked for")
     stop = len(rows) if row_limit is None else row_limit
-    kept: list[np.ndarray] = []
+    kept: list[_Row] = []
     origin: list[int] = []
-    truncated_rows = truncated_tokens = 0
-    for row, ids in enumerate(_encoded(rows, tokenizer, stop)):
-        if ids is None or not len(ids):
+    for number, row in enumerate(_encoded(rows, tokenizer, encoding, stop)):
+        if row is None or not len(row[0]):
             continue
-        if rows.tokenized and (min(ids) < 0 or (vocab_size is not None and max(ids) >= vocab_size)):
+        if rows.tokenized and vocab_size is not None and row[0].max() >= vocab_size:
             continue
-        if len(ids) > max_length:
-            truncated_rows += 1
-            truncated_tokens += len(ids) - max_length
-        kept.append(np.asarray(ids[:max_length], dtype=np.int32))
-        origin.append(row)
+        kept.append(row)
+        origin.append(number)
     if not kept:
         raise DatasetError("dataset_id", f"none of the dataset's {stop} rows holds usable text")
-    offsets = np.zeros(len(kept) + 1, dtype=np.int64)
-    np.cumsum([len(ids) for ids in kept], out=offsets[1:])
+    cut = _packed if encoding.packing else _each
+    return cut(kept, np.asarray(origin, dtype=np.int64), encoding.max_length, stop)
+
+
+def _each(kept: list[_Row], origin: np.ndarray, max_length: int, stop: int) -> Sequences:
+    """A sequence of each row's beginning."""
+    lengths = np.asarray([len(ids) for ids, _ in kept], dtype=np.int64)
+    over = np.maximum(lengths - max_length, 0)
     return Sequences(
-        ids=np.concatenate(kept),
-        offsets=offsets,
-        rows=np.asarray(origin, dtype=np.int64),
+        ids=np.concatenate([ids[:max_length] for ids, _ in kept]),
+        offsets=np.concatenate([[0], np.cumsum(lengths - over)]),
+        rows=origin,
         rows_read=stop,
         bad_rows=stop - len(kept),
-        truncated_rows=truncated_rows,
-        truncated_tokens=truncated_tokens,
+        truncated_rows=int((over > 0).sum()),
+        truncated_tokens=int(over.sum()),
+        spans=_joined([spans[:max_length] for _, spans in kept if spans is not None]),
     )
 
 
-def _encoded(rows: Rows, tokenizer: Any, stop: int) -> Iterator[Sequence[int] | None]:
+def _packed(kept: list[_Row], origin: np.ndarray, max_length: int, stop: int) -> Sequences:
+    """The rows one behind the other, cut every `max_length` tokens; the last sequence may be shorter."""
+    row_starts = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in kept])])
+    total = int(row_starts[-1])
+    offsets = np.append(np.arange(0, total, max_length), total)
+    starts = np.union1d(row_starts[:-1], offsets[:-1])
+    row_of = np.searchsorted(row_starts, starts, side="right") - 1
+    return Sequences(
+        ids=np.concatenate([ids for ids, _ in kept]),
+        offsets=offsets,
+        rows=origin[row_of],
+        rows_read=stop,
+        bad_rows=stop - len(kept),
+        truncated_rows=0,
+        truncated_tokens=0,
+        starts=starts,
+        firsts=starts - row_starts[row_of],
+        spans=_joined([spans for _, spans in kept if spans is not None]),
+    )
+
+
+def _joined(spans: list[np.ndarray]) -> np.ndarray | None:
+    return np.concatenate(spans) if spans else None
+
+
+def _encoded(rows: Rows, tokenizer: Any, encoding: Encoding, stop: int) -> Iterator[_Row | None]:
     if rows.tokenized:
-        yield from rows.token_ids(0, stop)
+        for ids in rows.token_ids(0, stop):
+            usable_ids = ids is not None and 0 <= min(ids) <= max(ids) <= _MOST_ID
+            yield _row(ids or (), None, encoding.spans) if usable_ids else None
         return
+    before, after = _around(tokenizer, encoding)
+    located = encoding.spans and bool(getattr(tokenizer, "is_fast", False))
+    own = encoding.special_tokens == "tokenizer"
     for low in range(0, stop, _CHUNK):
         texts = list(rows.texts(low, min(low + _CHUNK, stop)))
         usable = [text for text in texts if text is not None]
         # verbose=False: the tokenizer warns about long texts, which are cut here, where the cut is counted.
-        encoded = iter(tokenizer(usable, verbose=False)[INPUT_IDS] if usable else ())
+        options = {"add_special_tokens": own, "return_offsets_mapping": located, "verbose": False}
+        found = tokenizer(usable, **options) if usable else {INPUT_IDS: []}
+        places = found["offset_mapping"] if located and usable else [None] * len(usable)
+        encoded = zip(found[INPUT_IDS], places, strict=True)
         for text in texts:
-            yield None if text is None else next(encoded)
+            yield None if text is None else _row(*next(encoded), encoding.spans, before, after)
+
+
+def _around(tokenizer: Any, encoding: Encoding) -> tuple[list[int], list[int]]:
+    """Ids that are put before and behind every row's tokens."""
+    if encoding.special_tokens == "bos" and tokenizer.bos_token_id is None:
+        raise DatasetError("special_tokens", "the model's tokenizer has no BOS token")
+    before = [tokenizer.bos_token_id] if encoding.special_tokens == "bos" else []
+    ends = encoding.packing and tokenizer.eos_token_id is not None
+    return before, [tokenizer.eos_token_id] if ends else []
+
+
+def _row(
+    ids: Sequence[int], places: Any, spans: bool, before: Sequence[int] = (), after: Sequence[int] = ()
+) -> _Row | None:
+    if not len(ids):
+        return None
+    behind = [] if list(ids[-1:]) == list(after) else list(after)
+    whole = np.asarray([*before, *ids, *behind], dtype=np.int32)
+    if not spans:
+        return whole, None
+    found = np.full((len(whole), 2), -1, dtype=np.int32)
+    if places is not None:
+        inner = np.asarray(places, dtype=np.int32).reshape(-1, 2)
+        inner[inner[:, 0] == inner[:, 1]] = -1
+        found[len(before) : len(before) + len(ids)] = inner
+    return whole, found
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from blake3 import blake3
 from lensmesh.common.v1 import types_pb2
 from lensmesh.registry.v1 import datasets_pb2, groups_pb2, groups_pb2_grpc
 
@@ -15,7 +16,16 @@ from services.extraction.domain import BaseModel, Options, Survey
 from services.extraction.ports import Tokenized
 from services.kit import errors
 from services.residency.catalogue import LOOK_UP_SECONDS, Catalogue, json_of, translated_calls
-from services.residency.texts import DatasetError, DatasetRecord, content_digest, open_rows, special_ids, tokenize
+from services.residency.texts import (
+    DatasetError,
+    DatasetRecord,
+    content_digest,
+    open_rows,
+    special_ids,
+    tokenize,
+    tokenizer_digest,
+)
+from services.residency.tokens import TokenStore
 
 GROUPS_PAGE = 500
 DEFAULT_BATCH_SIZE = 8
@@ -74,6 +84,7 @@ class RegisteredDatasets:
         self._catalogue = catalogue
         self._roots = roots
         self._cache_dir = cache_dir
+        self._store = TokenStore(cache_dir / "tokens")
 
     async def survey(self, dataset_id: str) -> Survey:
         """A local or inline dataset is opened and hashed; of a hub dataset the registry's row must do."""
@@ -107,11 +118,26 @@ class RegisteredDatasets:
         columns = (record.split, record.text_field, record.prompt_field, record.target_field)
         return f"{content_digest(record, self._roots)} {columns}", len(rows)
 
+    def _name(self, record: DatasetRecord, options: Options, tokenizer: Any, vocab_size: int) -> str | None:
+        """Digest of whatever decides the tokens; None where only the hub knows the dataset's content."""
+        if record.source == "huggingface" and not record.digest:
+            return None
+        content = record.digest if record.source == "huggingface" else content_digest(record, self._roots)
+        columns = (record.identifier, record.split, record.text_field, record.prompt_field, record.target_field)
+        made_by = tokenizer_digest(tokenizer) if tokenizer is not None else ""
+        facts = (content, columns, made_by, options.encoding, options.sample_count, vocab_size)
+        return blake3(repr(facts).encode()).hexdigest()
+
     def _tokenize(self, record: DatasetRecord, options: Options, tokenizer: Any, vocab_size: int) -> Tokenized:
         rows = open_rows(record, self._roots, self._cache_dir)
         if tokenizer is None and not rows.tokenized:
             raise DatasetError("model_id", "the model has no tokenizer; give a dataset that is tokenised already")
-        sequences = tokenize(rows, tokenizer, options.max_length, options.sample_count, vocab_size)
+        name = self._name(record, options, tokenizer, vocab_size)
+        sequences = self._store.load(name) if name else None
+        if sequences is None:
+            sequences = tokenize(rows, tokenizer, options.encoding, options.sample_count, vocab_size)
+            if name:
+                self._store.save(name, sequences)
         description = {
             "id": record.id,
             "digest": record.digest or "",
@@ -123,6 +149,8 @@ class RegisteredDatasets:
             "bad_rows": sequences.bad_rows,
             "truncated_rows": sequences.truncated_rows,
             "truncated_tokens": sequences.truncated_tokens,
+            "special_tokens": "as given" if rows.tokenized else options.special_tokens,
+            "packing": options.packing,
         }
         if options.max_tokens:
             sequences = sequences.limited(options.max_tokens, special_ids(tokenizer) if tokenizer is not None else ())

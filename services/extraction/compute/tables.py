@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,12 +21,16 @@ def sequence_tensors(sequences: Sequences, plan: Plan) -> dict[str, Tensor]:
     for unit in plan.units:
         for number, batch in enumerate(unit.batches, unit.first_batch):
             batch_of[torch.from_numpy(batch.indices)] = number
-    return {
-        "row": torch.from_numpy(sequences.rows),
+    rows, starts, firsts = map(np.ascontiguousarray, sequences.pieces)
+    tensors = {
+        "row": torch.from_numpy(rows),
+        "start": torch.from_numpy(starts),
+        "first": torch.from_numpy(firsts),
         "offset": torch.from_numpy(sequences.offsets),
         "ids": torch.from_numpy(sequences.ids),
         "batch": batch_of,
     }
+    return tensors if sequences.spans is None else tensors | {"span": torch.from_numpy(sequences.spans)}
 
 
 def merged(parts: Iterable[Mapping[str, Moments]]) -> dict[str, Moments]:

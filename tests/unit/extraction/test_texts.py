@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from services.residency.texts import (
     DatasetError,
     DatasetRecord,
+    Encoding,
     content_digest,
     open_rows,
     plan_batches,
@@ -21,6 +23,7 @@ from services.residency.texts import (
     tokenize,
     tokenizer_digest,
 )
+from services.residency.tokens import TokenStore
 from tests import models
 
 TEXTS = ["def add(left, right):", "the quick brown fox", "x = 1"]
@@ -134,6 +137,98 @@ def test_long_rows_are_cut_and_the_cut_is_recorded():
     assert found.truncated_rows == sum(len(ids) > 4 for ids in full)
     for index, ids in enumerate(full):
         assert found.sequence(index).tolist() == ids[:4]
+
+
+def ids_of(text):
+    return models.tokenizer()(text)["input_ids"]
+
+
+def test_packed_rows_lose_no_token_and_are_ended_by_eos():
+    texts = ("one two", "three", "four five six")
+    found = tokenize(open_rows(inline(*texts)), models.tokenizer(), Encoding(5, packing=True))
+    stream = [token for text in texts for token in [*ids_of(text), 2]]
+    assert found.ids.tolist() == stream
+    assert found.lengths.tolist() == [5] * (len(stream) // 5) + ([len(stream) % 5] if len(stream) % 5 else [])
+    assert (found.truncated_rows, found.truncated_tokens) == (0, 0)
+    rows, starts, firsts = found.pieces
+    assert set(found.offsets[:-1]) <= set(starts.tolist())
+    for row, start, first, stop in zip(rows, starts, firsts, [*starts[1:], len(stream)], strict=True):
+        whole = [*ids_of(texts[row]), 2]
+        assert found.ids[start:stop].tolist() == whole[first : first + stop - start]
+
+
+def test_special_tokens_are_the_tokenizers_none_or_one_bos():
+    tokenizer = models.tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    plain = ids_of("one two")
+
+    def of(**options):
+        return tokenize(open_rows(inline("one two")), tokenizer, Encoding(99, **options)).ids.tolist()
+
+    assert of() == of(packing=True) == [1, *plain, 2]
+    assert of(special_tokens="none") == plain
+    assert of(special_tokens="bos") == [1, *plain]
+    assert of(special_tokens="bos", packing=True) == [1, *plain, 2]
+    tokenizer.bos_token = None
+    with pytest.raises(DatasetError) as caught:
+        of(special_tokens="bos")
+    assert caught.value.field == "special_tokens"
+
+
+def test_spans_name_the_characters_of_each_token(root):
+    texts = ("naïve café, 三つ", "plain words")
+    encoding = Encoding(64, special_tokens="bos", spans=True)
+    found = tokenize(open_rows(inline(*texts)), models.tokenizer(), encoding)
+    for row, text in enumerate(texts):
+        low, high = found.offsets[row : row + 2]
+        spans = found.spans[low:high].tolist()
+        assert spans[0] == [-1, -1]
+        assert [spans[1][0], spans[-1][1]] == [0, len(text)]
+        for token, (start, stop) in zip(found.ids[low + 1 : high], spans[1:], strict=True):
+            decoded = models.tokenizer().decode([token])
+            assert decoded == text[start:stop] or "\ufffd" in decoded
+    datasets.Dataset.from_dict({"input_ids": [[3, 4]]}).save_to_disk(str(root / "ids"))
+    given = tokenize(open_rows(local("ids"), [root]), None, encoding)
+    assert given.spans.tolist() == [[-1, -1]] * 2
+    assert given.ids.tolist() == [3, 4], "rows that come tokenised are taken as they are"
+
+
+@pytest.mark.parametrize("encoding", [Encoding(6, spans=True), Encoding(6, packing=True), Encoding(6)])
+def test_tokens_are_kept_and_damaged_ones_are_not_read(tmp_path, encoding):
+    found = tokenize(open_rows(inline()), models.tokenizer(), encoding).limited(9)
+    store = TokenStore(tmp_path / "tokens")
+    assert store.load("a") is None
+    store.save("a", found)
+    again = store.load("a")
+    for name in ("ids", "offsets", "rows", "starts", "firsts", "spans"):
+        kept, there = getattr(found, name), getattr(again, name)
+        assert (kept is None and there is None) or np.array_equal(kept, there)
+    assert (again.rows_read, again.truncated_tokens) == (found.rows_read, found.truncated_tokens)
+    path = tmp_path / "tokens" / "a.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert store.load("a") is None
+    path.write_bytes(content[:40])
+    assert store.load("a") is None
+
+
+def test_tokens_used_least_recently_go_first(tmp_path):
+    found = tokenize(open_rows(inline()), models.tokenizer(), 6)
+    TokenStore(tmp_path).save("size", found)
+    size = (tmp_path / "size.safetensors").stat().st_size
+    (tmp_path / "size.safetensors").unlink()
+    store = TokenStore(tmp_path, 2 * size)
+    for age, name in enumerate(("first", "second")):
+        store.save(name, found)
+        os.utime(tmp_path / f"{name}.safetensors", (1000 + age, 1000 + age))
+    store.load("first")
+    store.save("third", found)
+    assert store.load("second") is None
+    assert store.load("first") is not None
+    assert store.load("third") is not None
 
 
 def test_more_rows_than_there_are():

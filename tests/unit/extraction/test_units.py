@@ -13,7 +13,7 @@ from services.extraction.compute.plan import MOST_UNIT_BYTES, UNIT_SEQUENCES, No
 from services.extraction.compute.tables import hook_point_entries, merged
 from services.residency.families import family_of
 from services.residency.hooks import capture_hooks
-from services.residency.texts import Sequences
+from services.residency.texts import DatasetRecord, Encoding, Sequences, open_rows, tokenize
 from tests import models
 
 X, Y = "blocks.1.mlp.hook_in", "blocks.3.hook_mlp_out"
@@ -169,6 +169,34 @@ def test_every_row_leads_back_to_its_token_and_gives_the_same_bits_again(gpt2, r
             for column in range(1, int(mask[row].sum())):
                 for name in (X, Y):
                     assert torch.equal(values[name][index, column], found[name][row, column])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("layout", ["rows", "sequences"])
+def test_every_row_leads_back_to_its_dataset_row_token_and_characters(gpt2, packing, layout):
+    texts = ("", *models.TEXTS)
+    rows = open_rows(DatasetRecord("ds_1", "inline", texts=texts))
+    tokenizer = models.tokenizer()
+    sequences = tokenize(rows, tokenizer, Encoding(12, special_tokens="bos", packing=packing, spans=True))
+    plan = plan_of(sequences, layout)
+    tables = {name: tensor.numpy() for name, tensor in sequence_tensors(sequences, plan).items()}
+    seen = set()
+    for _, tensors, _ in fill_units(gpt2, sequences, plan, hook_points=[X], dtype=torch.float32):
+        if layout == "rows":
+            places = torch.stack([tensors[name] for name in ("tok", "seq", "pos")], 1).tolist()
+        else:
+            grid = tensors["mask"].nonzero().tolist()
+            places = [(int(tensors["tok"][row, pos]), int(tensors["seq"][row]), pos) for row, pos in grid]
+        for tok, seq, pos in places:
+            token = tables["offset"][seq] + pos
+            piece = np.searchsorted(tables["start"], token, side="right") - 1
+            row, number = tables["row"][piece], tables["first"][piece] + token - tables["start"][piece]
+            whole = tokenizer(texts[row], return_offsets_mapping=True)
+            assert whole["input_ids"][number - 1] == tok, "number 0 is the BOS"
+            assert tuple(tables["span"][token]) == whole["offset_mapping"][number - 1]
+            seen.add((int(row), int(number)))
+    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+    assert len(seen) == plan.tokens == sum(length if packing else min(length, 11) for length in lengths)
 
 
 def test_patterns_of_all_lengths_lie_in_one_table():

@@ -33,6 +33,13 @@ class Layout(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LAYOUT_ROWS: _ClassVar[Layout]
     LAYOUT_SEQUENCES: _ClassVar[Layout]
 
+class SpecialTokens(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SPECIAL_TOKENS_UNSPECIFIED: _ClassVar[SpecialTokens]
+    SPECIAL_TOKENS_TOKENIZER: _ClassVar[SpecialTokens]
+    SPECIAL_TOKENS_NONE: _ClassVar[SpecialTokens]
+    SPECIAL_TOKENS_BOS: _ClassVar[SpecialTokens]
+
 class CacheMatch(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CACHE_MATCH_UNSPECIFIED: _ClassVar[CacheMatch]
@@ -49,13 +56,17 @@ EXTRACTION_STATUS_PAUSED: ExtractionStatus
 LAYOUT_UNSPECIFIED: Layout
 LAYOUT_ROWS: Layout
 LAYOUT_SEQUENCES: Layout
+SPECIAL_TOKENS_UNSPECIFIED: SpecialTokens
+SPECIAL_TOKENS_TOKENIZER: SpecialTokens
+SPECIAL_TOKENS_NONE: SpecialTokens
+SPECIAL_TOKENS_BOS: SpecialTokens
 CACHE_MATCH_UNSPECIFIED: CacheMatch
 CACHE_MATCH_HIT: CacheMatch
 CACHE_MATCH_SUBSET: CacheMatch
 CACHE_MATCH_MISS: CacheMatch
 
 class ExtractActivationsRequest(_message.Message):
-    __slots__ = ("model_id", "dataset_id", "layer_indices", "hook_points", "sites", "layout", "sample_count", "batch_size", "max_length", "dtype", "extension_id", "seed", "validate_only", "request_id", "max_tokens", "apply_rmsnorm_scaling")
+    __slots__ = ("model_id", "dataset_id", "layer_indices", "hook_points", "sites", "layout", "sample_count", "batch_size", "max_length", "dtype", "extension_id", "seed", "validate_only", "request_id", "max_tokens", "apply_rmsnorm_scaling", "special_tokens", "packing")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     DATASET_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_INDICES_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +83,8 @@ class ExtractActivationsRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     APPLY_RMSNORM_SCALING_FIELD_NUMBER: _ClassVar[int]
+    SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PACKING_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     dataset_id: str
     layer_indices: _containers.RepeatedScalarFieldContainer[int]
@@ -88,7 +101,9 @@ class ExtractActivationsRequest(_message.Message):
     request_id: str
     max_tokens: int
     apply_rmsnorm_scaling: bool
-    def __init__(self, model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., layer_indices: _Optional[_Iterable[int]] = ..., hook_points: _Optional[_Iterable[str]] = ..., sites: _Optional[_Iterable[str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., sample_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., extension_id: _Optional[str] = ..., seed: _Optional[int] = ..., validate_only: _Optional[bool] = ..., request_id: _Optional[str] = ..., max_tokens: _Optional[int] = ..., apply_rmsnorm_scaling: _Optional[bool] = ...) -> None: ...
+    special_tokens: SpecialTokens
+    packing: bool
+    def __init__(self, model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., layer_indices: _Optional[_Iterable[int]] = ..., hook_points: _Optional[_Iterable[str]] = ..., sites: _Optional[_Iterable[str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., sample_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., extension_id: _Optional[str] = ..., seed: _Optional[int] = ..., validate_only: _Optional[bool] = ..., request_id: _Optional[str] = ..., max_tokens: _Optional[int] = ..., apply_rmsnorm_scaling: _Optional[bool] = ..., special_tokens: _Optional[_Union[SpecialTokens, str]] = ..., packing: _Optional[bool] = ...) -> None: ...
 
 class ExtractActivationsResponse(_message.Message):
     __slots__ = ("extraction_id", "status", "estimated_time_seconds", "estimated_bytes", "cache", "fits_limit", "message")
@@ -241,7 +256,7 @@ class HookPointStatistics(_message.Message):
     def __init__(self, hook_point: _Optional[str] = ..., width: _Optional[int] = ..., mean_norm: _Optional[float] = ..., variance: _Optional[float] = ...) -> None: ...
 
 class ActivationCache(_message.Message):
-    __slots__ = ("id", "model_id", "dataset_id", "hook_points", "layout", "dtype", "tokens", "samples", "max_length", "size_bytes", "storage_uri", "model_digest", "revision", "quantization", "extension_id", "shards", "statistics", "created_at", "last_accessed_at")
+    __slots__ = ("id", "model_id", "dataset_id", "hook_points", "layout", "dtype", "tokens", "samples", "max_length", "size_bytes", "storage_uri", "model_digest", "revision", "quantization", "extension_id", "shards", "statistics", "created_at", "last_accessed_at", "rows_read", "bad_rows", "truncated_rows", "truncated_tokens")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     DATASET_ID_FIELD_NUMBER: _ClassVar[int]
@@ -261,6 +276,10 @@ class ActivationCache(_message.Message):
     STATISTICS_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     LAST_ACCESSED_AT_FIELD_NUMBER: _ClassVar[int]
+    ROWS_READ_FIELD_NUMBER: _ClassVar[int]
+    BAD_ROWS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     id: str
     model_id: str
     dataset_id: str
@@ -280,7 +299,11 @@ class ActivationCache(_message.Message):
     statistics: _containers.RepeatedCompositeFieldContainer[HookPointStatistics]
     created_at: _timestamp_pb2.Timestamp
     last_accessed_at: _timestamp_pb2.Timestamp
-    def __init__(self, id: _Optional[str] = ..., model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., hook_points: _Optional[_Iterable[str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., tokens: _Optional[int] = ..., samples: _Optional[int] = ..., max_length: _Optional[int] = ..., size_bytes: _Optional[int] = ..., storage_uri: _Optional[str] = ..., model_digest: _Optional[str] = ..., revision: _Optional[str] = ..., quantization: _Optional[_Union[_types_pb2.Quantization, str]] = ..., extension_id: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ..., statistics: _Optional[_Iterable[_Union[HookPointStatistics, _Mapping]]] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_accessed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    rows_read: int
+    bad_rows: int
+    truncated_rows: int
+    truncated_tokens: int
+    def __init__(self, id: _Optional[str] = ..., model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., hook_points: _Optional[_Iterable[str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., tokens: _Optional[int] = ..., samples: _Optional[int] = ..., max_length: _Optional[int] = ..., size_bytes: _Optional[int] = ..., storage_uri: _Optional[str] = ..., model_digest: _Optional[str] = ..., revision: _Optional[str] = ..., quantization: _Optional[_Union[_types_pb2.Quantization, str]] = ..., extension_id: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ..., statistics: _Optional[_Iterable[_Union[HookPointStatistics, _Mapping]]] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_accessed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., rows_read: _Optional[int] = ..., bad_rows: _Optional[int] = ..., truncated_rows: _Optional[int] = ..., truncated_tokens: _Optional[int] = ...) -> None: ...
 
 class GetActivationCacheRequest(_message.Message):
     __slots__ = ("id",)

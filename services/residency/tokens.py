@@ -1,0 +1,83 @@
+"""Tokenised datasets on this host, so that a resumed, a repeated or a wider extraction does not tokenise again."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+from blake3 import blake3
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from services.residency.texts import Sequences
+
+ARRAYS = ("ids", "offsets", "rows", "starts", "firsts", "spans")
+COUNTS = ("rows_read", "bad_rows", "truncated_rows", "truncated_tokens")
+LIMIT_BYTES = 10 * 10**9
+"""Most bytes kept; what was used least recently goes first."""
+
+
+class TokenStore:
+    """Files named by the digest of whatever decides their content. Each may vanish at any time: it is made again."""
+
+    def __init__(self, folder: Path, limit_bytes: int = LIMIT_BYTES) -> None:
+        self._folder = folder
+        self._limit = limit_bytes
+
+    def load(self, name: str) -> Sequences | None:
+        """What `save` was given under this name; None where it is not there, or not what was written."""
+        path = self._path(name)
+        try:
+            with safe_open(path, framework="np") as file:
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+                told = json.loads(file.metadata()["lensmesh"])
+            os.utime(path)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+        if _digest(arrays) != told.pop("digest", None):
+            return None
+        return Sequences(**arrays, **told)
+
+    def save(self, name: str, sequences: Sequences) -> None:
+        """Keep sequences; a full disk only means that they are not kept."""
+        arrays = {key: np.ascontiguousarray(array) for key in ARRAYS if (array := getattr(sequences, key)) is not None}
+        told = {key: getattr(sequences, key) for key in COUNTS} | {"digest": _digest(arrays)}
+        path = self._path(name)
+        staged = path.with_name(f".{name}.{uuid4().hex}")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with staged.open("wb") as file:
+                file.write(save(arrays, metadata={"lensmesh": json.dumps(told)}))
+                file.flush()
+                os.fsync(file.fileno())
+            staged.rename(path)
+        except OSError:
+            staged.unlink(missing_ok=True)
+        self._tidy()
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
+
+    def _tidy(self) -> None:
+        with suppress(OSError):
+            files = sorted(
+                ((path.stat(), path) for path in self._folder.iterdir()), key=lambda found: found[0].st_mtime
+            )
+            used = sum(status.st_size for status, _ in files)
+            for status, path in files:
+                if used <= self._limit:
+                    return
+                path.unlink()
+                used -= status.st_size
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = blake3()
+    for key in sorted(arrays):
+        digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape}".encode())
+        digest.update(arrays[key].tobytes())
+    return digest.hexdigest()
