@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from services.kit.ids import new_id
+from services.residency.kernels import BITSANDBYTES, kernel_of
 from services.residency.loading import PART, persistent_buffers
 from services.residency.quantize import parts_of
 
@@ -133,7 +134,9 @@ class DiskCache:
 
 
 def _key(digest: str, quantization: str, device: str) -> str:
-    return f"{digest}-{quantization}-{device.partition(':')[0]}-{version('bitsandbytes')}"
+    kernel = kernel_of(quantization, device)
+    made_by = f"{kernel}-{version('bitsandbytes')}" if kernel == BITSANDBYTES else kernel
+    return f"{digest}-{quantization}-{device.partition(':')[0]}-{made_by}"
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

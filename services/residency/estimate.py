@@ -102,7 +102,7 @@ def laid_out(
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and path in linear:
             weights += weight_bytes(quantization, numel)
-            state += state_bytes(quantization, *_features(linear[path]))
+            state += state_bytes(quantization, *_features(linear[path]), device)
         else:
             weights += numel * dtype_of(name).itemsize
     known = facts(model.config.to_dict())

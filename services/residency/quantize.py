@@ -1,4 +1,4 @@
-"""Turn the linear maps of a model into bitsandbytes' int8 or int4 modules, one weight at a time.
+"""Turn the linear maps of a model into int8 or int4 modules, one weight at a time: bitsandbytes', where it runs.
 
 Everything else (embeddings, norms, the unembedding) keeps its dtype. Two settings are measured necessities: int8
 without outlier decomposition (`llm_int8_threshold` 0.0), since with the default a row's result depends on its batch;
@@ -15,6 +15,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from services.residency import weight_only
+from services.residency.kernels import TORCH, kernel_of
+from services.residency.weight_only import WeightOnlyLinear
 
 Quantization = Literal["none", "fp16", "bf16", "int8", "int4"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
@@ -39,8 +43,10 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     }
 
 
-def state_bytes(quantization: str, out_features: int, in_features: int) -> int:
+def state_bytes(quantization: str, out_features: int, in_features: int, device: str) -> int:
     """Bytes of scales and tables beside one quantised weight."""
+    if kernel_of(quantization, device) == TORCH:
+        return weight_only.state_bytes(quantization, out_features, in_features)
     if quantization == "int8":
         return 4 * out_features
     blocks = math.ceil(out_features * in_features / INT4_BLOCK)
@@ -52,7 +58,7 @@ def weight_bytes(quantization: str, numel: int) -> int:
     return numel if quantization == "int8" else math.ceil(numel / 2)
 
 
-def quantized_linear(weight: Tensor, bias: bool, quantization: str, dtype: torch.dtype, device: str) -> nn.Module:
+def bitsandbytes_linear(weight: Tensor, *, bias: bool, quantization: str, dtype: torch.dtype, device: str) -> nn.Module:
     """A bitsandbytes module with the given weight; its bias, where there is one, is on the meta device still.
 
     Args:
@@ -99,7 +105,13 @@ def replace_linear(
     """
     old = model.get_submodule(path)
     weight = stored.T.contiguous() if isinstance(old, Conv1D) else stored
-    _replace(model, path, quantized_linear(weight, old.bias is not None, quantization, dtype, device))
+    if kernel_of(quantization, device) == TORCH:
+        new: nn.Module = WeightOnlyLinear.of(weight, quantization, device)
+    else:
+        new = bitsandbytes_linear(
+            weight, bias=old.bias is not None, quantization=quantization, dtype=dtype, device=device
+        )
+    _replace(model, path, new)
 
 
 def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
@@ -111,9 +123,34 @@ def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(parent, name, new)
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether any module in it holds its weight in 8 or 4 bits."""
+    return any(isinstance(each, WeightOnlyLinear) or _is_bitsandbytes(each) for each in module.modules())
+
+
+def _is_bitsandbytes(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("bitsandbytes")
+
+
+def dequantized(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] that a quantised linear map stands for."""
+    import bitsandbytes as bnb  # noqa: PLC0415 - as in `bitsandbytes_linear`
+
+    if isinstance(module, WeightOnlyLinear):
+        return module.dequantized(dtype)
+    weight: Any = module.weight
+    if isinstance(module, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    state: Any = module.state
+    scales = state.SCB if state.SCB is not None else weight.SCB
+    return bnb.functional.int8_vectorwise_dequant(weight.data, scales).to(dtype)
+
+
 def parts_of(module: nn.Module) -> dict[str, Tensor]:
     """What a quantised module's weight consists of, for `put_back`; nothing for other modules."""
-    if not type(module).__module__.startswith("bitsandbytes"):
+    if isinstance(module, WeightOnlyLinear):
+        return module.parts
+    if not _is_bitsandbytes(module):
         return {}
     weight: Any = module.weight
     if hasattr(weight, "quant_state"):
@@ -126,10 +163,15 @@ def put_back(
     model: nn.Module, path: str, parts: dict[str, Tensor], *, quantization: str, dtype: torch.dtype, device: str
 ) -> None:
     """Put a module of `parts_of` another model's in the place of the linear map at `path`, keeping its bias."""
-    import bitsandbytes as bnb  # noqa: PLC0415 - as in `quantized_linear`
-
     old = model.get_submodule(path)
     out_features, in_features = old.weight.T.shape if isinstance(old, Conv1D) else old.weight.shape
+    if kernel_of(quantization, device) == TORCH:
+        own = WeightOnlyLinear(in_features, out_features, quantization)
+        own.put({name: part.to(device) for name, part in parts.items()})
+        _replace(model, path, own)
+        return
+    import bitsandbytes as bnb  # noqa: PLC0415 - as in `bitsandbytes_linear`
+
     weight = parts.pop("weight").to(device)
     module = _empty_linear(in_features, out_features, old.bias is not None, quantization, dtype)
     if quantization == "int8":

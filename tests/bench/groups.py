@@ -190,9 +190,10 @@ def switches(root: Path, megabytes: int, lenses: int, count: int, kills: int) ->
             fingerprint = bench.ready(model_id)["fingerprint"]
             assert prints.setdefault(model_id, fingerprint) == fingerprint, "the base computes other bits"
             if turn in at:
+                before = bench.ready(model_id)["loaded_at"]
                 bench.device.send_signal(signal.SIGKILL)
-                time.sleep(1)  # until its end is noticed, the old rows would do for an answer
-                bench.ready(model_id)
+                bench.until(lambda m=model_id, t=before: bench.ready(m)["loaded_at"] != t)  # else the old rows would do
+                bench.until(lambda g=group: bench.api.call("GetGroupStatus", id=g)["fully_loaded"])
         _agree(bench, groups, active)
         rows = [
             (f"switch {kind}, median of {len(found)}", statistics.median(found) * 1000, "ms")
@@ -208,8 +209,12 @@ def switches(root: Path, megabytes: int, lenses: int, count: int, kills: int) ->
 def _switch(bench: Bench, group: str, lens: str, *, checked: bool) -> bool:
     """Switch and wait; whether the plan named exactly who left."""
     plan = bench.until(lambda: bench.api.call("SwitchLens", id=group, lens_id=lens, validate_only=True))
-    expected = {e["model_id"] for e in plan.get("plan", {}).get("placements", [{}])[0].get("evictions", [])}
+    named = {
+        (e["model_id"], e.get("lens_id", ""))
+        for e in plan.get("plan", {}).get("placements", [{}])[0].get("evictions", [])
+    }
     before = _on_device(bench)
+    expected = {each for each in before if each in named or (each[0], "") in named}
     start = time.perf_counter()
     done = bench.until(lambda: bench.api.call("SwitchLens", id=group, lens_id=lens))
     if "job_id" in done:
@@ -227,9 +232,14 @@ def _ended(bench: Bench, job_id: str) -> dict[str, Any] | None:
     return job if job["status"] in ("completed", "failed", "cancelled") else None
 
 
-def _on_device(bench: Bench) -> set[str]:
+def _on_device(bench: Bench) -> set[tuple[str, str]]:
+    """(model, lens) of every lens that is there, and (model, "") of every model."""
     devices = bench.until(lambda: bench.api.call("ListDevices")["devices"])
-    return {model["model_id"] for device in devices for model in device.get("models", [])}
+    found = {(model["model_id"], "") for device in devices for model in device.get("models", [])}
+    for group in bench.until(lambda: bench.api.call("ListGroups")["groups"]):
+        lenses = [lens for lens in group.get("lenses", []) if lens.get("residency") == "device"]
+        found |= {(group["model_id"], lens["id"]) for lens in lenses}
+    return found
 
 
 def _agree(bench: Bench, groups: list[tuple[str, list[str]]], active: dict[str, str]) -> None:

@@ -9,6 +9,8 @@ import pytest
 from torch import Tensor
 
 from services.demo.corpus import is_held_out
+from services.residency import quantize
+from services.residency.kernels import BITSANDBYTES, TORCH
 from services.residency.loading import load_model, load_tokenizer
 from services.residency.perplexity import batch_loss, perplexity
 
@@ -30,7 +32,11 @@ def measured(quantization: str, held_out: tuple[Tensor, ...]) -> float:
     return perplexity(batch_loss(model, rows, rows.new_ones(rows.shape)) for rows in held_out).perplexity
 
 
-def test_int8_costs_at_most_one_per_cent_and_int4_at_most_five(held_out: tuple[Tensor, ...]) -> None:
+@pytest.mark.parametrize("kernel", [BITSANDBYTES, TORCH])
+def test_int8_costs_at_most_one_per_cent_and_int4_at_most_five(
+    held_out: tuple[Tensor, ...], kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "kernel_of", lambda quantization, device: kernel)
     unquantized = measured("none", held_out)
     over = {name: measured(name, held_out) / unquantized - 1 for name in ("int8", "int4")}
     assert 0 < abs(over["int8"]) <= 0.01

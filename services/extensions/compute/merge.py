@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from services.residency.fingerprint import LENGTH, fixed_input
 from services.residency.lenses.extension import Extension, ExtensionRefused, Extensions
 from services.residency.lenses.extension_files import attachable
+from services.residency.quantize import is_quantized
 
 WHOLE = "whole_model."
 """What precedes the names of a base's own parameters where they are trained with an extension's."""
@@ -113,7 +114,7 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _require_unquantized(model: PreTrainedModel) -> None:
-    if any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
+    if is_quantized(model):
         raise ExtensionRefused("base", "is quantised, and its weights cannot take an extension in without rounding it")
 
 

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from services.residency.park import relocate
+from services.residency.quantize import is_quantized
 
 OVERFLOWS_IN_FP16 = frozenset({"t5", "mt5", "umt5", "longt5"})
 """Model types whose activations exceed what float16 can hold (transformers#14189, #4287)."""
@@ -38,7 +39,7 @@ def place(model: PreTrainedModel, device: str) -> PreTrainedModel:
         device: torch device, or `auto` for the best one there is.
     """
     device = automatic_device() if device == "auto" else device
-    if any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
+    if is_quantized(model):
         relocate(model, lambda tensor: tensor.to(device))
         return model
     dtype = automatic_dtype(model.config.model_type, device)

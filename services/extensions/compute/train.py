@@ -14,7 +14,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -28,6 +27,7 @@ from services.extensions.compute.settings import TrainSettings, figures_of
 from services.extensions.compute.stopping import EarlyStopping
 from services.extensions.compute.team import ALONE, Team
 from services.residency.lenses.extension import ExtensionRefused, Extensions
+from services.residency.quantize import is_quantized
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -102,7 +102,7 @@ class Trainer:
         self._budget = self._rank_budget()
         self.device = self._optimizer.device
         with attached.using(None):
-            self._quantized = {id(module) for module in model.modules()} if _is_quantized(model) else set()
+            self._quantized = {id(module) for module in model.modules()} if is_quantized(model) else set()
         self._rng = self._first_rng()
 
     @property
@@ -286,10 +286,6 @@ class Trainer:
 def _rng_of(rank: int) -> str:
     """What the names of a process's random states begin with."""
     return f"rng{rank or ''}."
-
-
-def _is_quantized(model: nn.Module) -> bool:
-    return any(type(module).__module__.startswith("bitsandbytes") for module in model.modules())
 
 
 def require_fit(model: PreTrainedModel, examples: Examples, settings: TrainSettings) -> None:

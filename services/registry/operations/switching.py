@@ -98,8 +98,8 @@ async def run_switch(registry: Registry, lease: LoadLease) -> dict[str, Any]:
     copy = await lease.unless_stopped(bring_base(registry, group.model_id, beside))
     for source, _ in beside.sources:
         await lease.unless_stopped(ensure_resident(registry, copy.host_id, source))
-    if beside.sources:  # lenses that read them waited for them when the base was loaded
-        await restore_lenses(registry, copy.model_id, copy.host_id)
+    # The job ends when the group is whole; lenses that read a source waited for it when the base was loaded.
+    await lease.unless_stopped(restore_lenses(registry, copy.model_id, copy.host_id))
     switched = await switch_lens(registry, group_id, lens_id, began=start)
     return {"group_id": group_id, "lens_id": lens_id, "device": copy.device, "seconds": switched.seconds}
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from services.residency.families import LAYER_ID, submodule
 from services.residency.lenses.extension import Edit, Extension, ExtensionRefused
 from services.residency.loading import target_dtypes
-from services.residency.quantize import linear_modules
+from services.residency.quantize import dequantized, is_quantized, linear_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ def _copy(model: PreTrainedModel, source: nn.Module, stack: Stack) -> nn.Module:
     for path in adapted:
         _put(block, path, block.get_submodule(path).base_layer)
     for path, module in linear_modules(block).items():
-        if type(module).__module__.startswith("bitsandbytes"):
+        if is_quantized(module):
             _put(block, path, _unquantized(submodule(source, path), dtype_of(path)))
     if stack.relative_bias:
         attention = block.get_submodule(stack.relative_bias)
@@ -176,15 +176,8 @@ def _put(block: nn.Module, path: str, module: nn.Module) -> None:
 
 def _unquantized(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
     """PEFT's own helper is not used: on a CPU it moves int8 weights in place, after which the base cannot run."""
-    import bitsandbytes as bnb  # noqa: PLC0415 - seconds to import, and only quantised bases need it
-
     module = getattr(module, "base_layer", module)
-    weight: torch.Tensor = module.weight
-    if isinstance(module, bnb.nn.Linear4bit):
-        weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-    else:
-        scales = module.state.SCB if module.state.SCB is not None else weight.SCB
-        weight = bnb.functional.int8_vectorwise_dequant(weight.data, scales)
+    weight = dequantized(module, dtype)
     linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach().to(dtype, copy=True))
     if module.bias is not None:

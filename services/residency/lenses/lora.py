@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from services.residency.lenses.extension import Edit, Extension, ExtensionRefused
 from services.residency.quantize import linear_modules
+from services.residency.weight_only import WeightOnlyLinear
 
 ADAPTER = "lensmesh_task"
 """PEFT's name for the adapter inside its wrappers; a name of the user's could collide with a module path there."""
@@ -214,7 +215,10 @@ def _require_trainable_int4(model: nn.Module) -> None:
 def _require_readable(model: nn.Module, targets: Iterable[str]) -> None:
     """To read an int8 weight on a CPU, PEFT moves it in place, after which the base cannot run any more."""
     for path in targets:
-        weight = model.get_submodule(path).weight
+        module = model.get_submodule(path)
+        if isinstance(module, WeightOnlyLinear):
+            raise ExtensionRefused("lora.variant", "dora cannot read the weights of this device's quantised bases")
+        weight = module.weight
         if weight.dtype == torch.int8 and weight.device.type == "cpu":
             raise ExtensionRefused("lora.variant", "dora cannot read the weights of an int8 base on the CPU")
 
