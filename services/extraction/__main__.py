@@ -8,6 +8,7 @@ from typing import Any
 from lensmesh.extraction.v1.extraction_pb2_grpc import add_ExtractionServiceServicer_to_server
 
 from services.extraction.adapters.caches import PublishedCaches
+from services.extraction.adapters.help import Helper, HelpingRun
 from services.extraction.adapters.metrics import ExtractionMetrics
 from services.extraction.adapters.peers import RegisteredDatasets, RegisteredModels
 from services.extraction.adapters.places import StagedPlaces
@@ -52,6 +53,23 @@ async def compose(context: Context) -> Part:
     async def extract(claim: Claim) -> dict[str, Any]:
         return await handled(ClaimedRun(claim, caches, metrics), job.run)
 
+    helper = Helper(context.database, caches, incarnation=context.incarnation, device=context.device)
+
+    async def help_with(extraction_id: str) -> None:
+        await job.help(
+            HelpingRun(
+                context.database,
+                caches,
+                metrics,
+                extraction_id=extraction_id,
+                holder=context.incarnation,
+                lease=context.jobs.lease,
+            )
+        )
+
+    async def help_others() -> None:
+        await helper.keep_helping(lambda: job.idle, help_with)
+
     async def tidy() -> None:
         await keep_tidy(context.database, caches, metrics)
 
@@ -65,5 +83,5 @@ async def compose(context: Context) -> Part:
         ],
         handlers={JOB_KIND: extract},
         limits={JOB_KIND: settings.max_concurrent_extractions},
-        background=[tidy],
+        background=[tidy, help_others],
     )

@@ -12,13 +12,14 @@ from services.extraction import preparing
 from services.extraction.compute import (
     Moments,
     Plan,
+    Unit,
     UnitFiller,
     hook_point_entries,
     sequence_tensors,
     statistics_tensors,
 )
 from services.extraction.domain import BaseModel, Task
-from services.extraction.job_ports import LeasedModel, Models, Product, Run
+from services.extraction.job_ports import Filler, Help, LeasedModel, Models, Product, Run
 from services.extraction.ports import Caches, Catalogue, Datasets, Tokenized
 from services.extraction.requests import row_bytes
 from services.residency.shards import DTYPES, FileEntry, Manifest, ShardEntry
@@ -73,6 +74,7 @@ class ExtractionJob:
         self._models = models
         self._datasets = datasets
         self._caches = caches
+        self._running = 0
 
     async def run(self, run: Run) -> dict[str, Any]:
         """Do what the claim says; returns the job's result.
@@ -93,8 +95,32 @@ class ExtractionJob:
         await run.waiting("the model")
         await run.unless_stopped(self._models.bring(task.model_id))
         await run.waiting(None)
+        self._running += 1
+        try:
+            async with self._models.lease(task.model_id, task.options.extension_uri) as model:
+                return {"cache_id": await self._extract(run, await self._prepared(run, task, model))}
+        finally:
+            self._running -= 1
+
+    @property
+    def idle(self) -> bool:
+        """Whether no extraction of this process's own runs."""
+        return not self._running
+
+    async def help(self, run: Help) -> None:
+        """Make units of an extraction that another process has claimed.
+
+        Raises:
+            NotNeeded: there is nothing to help.
+            errors.LensmeshError: as `run`.
+        """
+        task = await run.begin()
+        await self._models.bring(task.model_id)
         async with self._models.lease(task.model_id, task.options.extension_uri) as model:
-            return {"cache_id": await self._extract(run, await self._prepared(run, task, model))}
+            work = await self._prepared(run, task, model)
+            run.joins(work.plan)
+            async with run.leasing():
+                await _fill(run, work, None)
 
     async def _reused(self, run: Run, task: Task) -> str | None:
         """Complete with a cache that another extraction made meanwhile."""
@@ -110,7 +136,7 @@ class ExtractionJob:
     async def _inputs(self, task: Task) -> tuple[BaseModel, Any]:
         return await self._catalogue.model(task.model_id), await self._datasets.survey(task.dataset_id)
 
-    async def _prepared(self, run: Run, task: Task, model: LeasedModel) -> _Work:
+    async def _prepared(self, run: Filler, task: Task, model: LeasedModel) -> _Work:
         record, survey = await self._inputs(task)
         preparing.check_files(record, model)
         tokenized = await run.unless_stopped(
@@ -123,7 +149,14 @@ class ExtractionJob:
         done = await run.resume(work.plan, work.samples, work.size_bytes)
         identity = await work.model.run(preparing.identity, work.task.options, work.tokenized, work.plan, work.model)
         meter = _Meter(run, work, done)
-        await _fill(run, work, done, meter)
+        while True:
+            await _fill(run, work, meter)
+            await meter.catch_up(done := await run.done())
+            if len(done) == len(work.plan.units):
+                break
+            await run.waiting("units that other processes make")
+            await run.unless_stopped(asyncio.sleep(POLL_SECONDS))
+        await run.waiting(None)
         moments = await run.moments(work.plan)
         product = Product(
             plan=work.plan,
@@ -143,14 +176,30 @@ class _Meter:
     """Tells how far an extraction is: an event every 5 %, the row more often."""
 
     def __init__(self, run: Run, work: _Work, done: set[int]) -> None:
-        finished = [unit for unit in work.plan.units if unit.index in done]
         self._run = run
+        self._units = work.plan.units
         self._total = work.samples
-        self._samples = sum(len(unit.sequences) for unit in finished)
-        self._tokens = sum(unit.rows for unit in finished)
+        self._samples = self._tokens = 0
+        self._counted: set[int] = set()
+        self._count(done)
         self._tokens_before = self._tokens
         self._told = self._percent // EVENT_STEP
         self._started = self._written = time.monotonic()
+
+    def begin(self, unit: Unit) -> None:
+        """Its batches will be counted one by one."""
+        self._counted.add(unit.index)
+
+    async def catch_up(self, done: set[int]) -> None:
+        """Count the units that others made."""
+        self._count(done)
+        await self.add(0, 0)
+
+    def _count(self, done: set[int]) -> None:
+        for index in done - self._counted:
+            self._samples += len(self._units[index].sequences)
+            self._tokens += self._units[index].rows
+        self._counted |= done
 
     @property
     def _percent(self) -> float:
@@ -180,19 +229,23 @@ class _Meter:
         await self._run.progress(self._percent, figures, tell=tell)
 
 
-async def _fill(run: Run, work: _Work, done: set[int], meter: _Meter) -> None:
-    """Compute the units that are missing; one is written while the next one is computed."""
+async def _fill(run: Filler, work: _Work, meter: _Meter | None) -> None:
+    """Make units until none is left to lease; one is written while the next one is computed."""
     options, model = work.task.options, work.model
     writing: asyncio.Task[None] | None = None
     try:
-        for unit in (unit for unit in work.plan.units if unit.index not in done):
+        while (index := await run.lease_unit()) is not None:
+            unit = work.plan.units[index]
+            if meter is not None:
+                meter.begin(unit)
             filler = await asyncio.to_thread(
                 UnitFiller, work.tokenized.sequences, work.plan, unit, options.hook_points, DTYPES[options.dtype]
             )
             for batch in unit.batches:
                 await run.checkpoint()
                 rows = await model.run(filler.run, model.model, model.family, batch)
-                await meter.add(len(batch.indices), rows)
+                if meter is not None:
+                    await meter.add(len(batch.indices), rows)
             if writing is not None:
                 await writing
             writing = asyncio.create_task(run.save_unit(unit, filler.tensors, filler.moments))

@@ -80,14 +80,18 @@ class Models(Protocol):
         """
 
 
-class Run(Protocol):
-    """A claimed job: what it is to do, and what it writes, which counts only while the claim is its own."""
+class NotNeeded(Exception):
+    """The extraction that is helped has ended, is to stop, or is none that this process can help."""
+
+
+class Filler(Protocol):
+    """Who fills units of an extraction."""
 
     async def begin(self) -> Task:
         """What is to be done.
 
         Raises:
-            errors.NotFound: the extraction was deleted.
+            errors.NotFound, NotNeeded: the extraction was deleted.
         """
 
     async def checkpoint(self) -> None:
@@ -95,6 +99,35 @@ class Run(Protocol):
 
     async def unless_stopped(self, work: Awaitable[T]) -> T:
         """The result of `work`, which is dropped when the job is to stop."""
+
+    async def lease_unit(self) -> int | None:
+        """Number of a unit that is now ours to make; None where every unit is done or somebody's."""
+
+    async def save_unit(self, unit: Unit, tensors: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> None:
+        """Write a unit's files, then its row.
+
+        Raises:
+            errors.Exhausted: `CACHE_FULL`.
+            NotNeeded: somebody else made it, or the job has ended.
+        """
+
+
+class Help(Filler, Protocol):
+    """Help with a job that another process claims."""
+
+    def joins(self, plan: Plan) -> None:
+        """That the plan is the job's.
+
+        Raises:
+            NotNeeded: it is not.
+        """
+
+    def leasing(self) -> AbstractAsyncContextManager[None]:
+        """Units are leased within the block."""
+
+
+class Run(Filler, Protocol):
+    """A claimed job: what it is to do, and what it writes, which counts only while the claim is its own."""
 
     async def waiting(self, reason: str | None) -> None:
         """Say what the job waits for, or that it goes on."""
@@ -109,12 +142,8 @@ class Run(Protocol):
             errors.Exhausted: `CACHE_FULL`.
         """
 
-    async def save_unit(self, unit: Unit, tensors: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> None:
-        """Write a unit's files, then its row.
-
-        Raises:
-            errors.Exhausted: `CACHE_FULL`.
-        """
+    async def done(self) -> set[int]:
+        """Units that are done, whoever made them."""
 
     async def progress(self, percent: float, figures: Mapping[str, Any], *, tell: bool) -> None:
         """The job's progress; with an event where `tell`."""

@@ -60,6 +60,7 @@ def floor(body: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Tensor]])
 def extract(model: nn.Module, sequences: Sequences, plan: Plan, points: list[str], folder: Path) -> None:
     """Everything a worker does with tensors and files: capture, shuffle, sum up, write, flush, hash."""
     work = WorkFolder(folder, "bench")
+    work.open("")
     writing: Future | None = None
 
     def write(unit: int, tensors: dict[str, torch.Tensor], moments: dict[str, Moments]) -> None:

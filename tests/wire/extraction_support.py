@@ -184,7 +184,9 @@ class Mesh:
 
 
 @asynccontextmanager
-async def meshing(database: Database, state: Path, *, lease_seconds: float = 5.0) -> AsyncIterator[Mesh]:
+async def meshing(
+    database: Database, state: Path, *, lease_seconds: float = 5.0, incarnation: str = "incarnation-1"
+) -> AsyncIterator[Mesh]:
     """Registry, residency and extraction; the stub calls as the mesh itself."""
     shared = Settings(state_dir=state, dataset_roots=[state / "data"])
     shared.service_token_path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +208,7 @@ async def meshing(database: Database, state: Path, *, lease_seconds: float = 5.0
             metrics=new_registry(),
             registry=await stack.enter_async_context(open_channel(registry_address, shared)),
             host_id="device-0",
-            incarnation="incarnation-1",
+            incarnation=incarnation,
             device="cpu",
             address="",
             services=("extraction",),

@@ -51,7 +51,9 @@ async def undisturbed(mesh: Mesh, **changes: Any) -> str:
 
 
 async def units(mesh: Mesh) -> list[int]:
-    rows = await mesh.context.database.pool.fetch("SELECT unit FROM extraction_units ORDER BY unit")
+    rows = await mesh.context.database.pool.fetch(
+        "SELECT unit FROM extraction_units WHERE digest IS NOT NULL ORDER BY unit"
+    )
     return [row["unit"] for row in rows]
 
 

@@ -100,7 +100,9 @@ async def test_what_nobody_needs_goes_away(open_mesh: Any) -> None:
         waiting = await mesh.extract(seed=9)
         root, pool = mesh.context.artifacts.root, mesh.context.database.pool
         for extraction_id in (kept.extraction_id, waiting.extraction_id, "ext_act_unknown"):
-            WorkFolder(root, extraction_id).write(0, 1, {"x": torch.zeros(1)}, {"x": torch.zeros(1)})
+            folder = WorkFolder(root, extraction_id)
+            folder.open("")
+            folder.write(0, 1, {"x": torch.zeros(1)}, {"x": torch.zeros(1)})
         month_ago = datetime.now(UTC) - timedelta(days=31)
         await pool.execute(
             "UPDATE activation_cache SET last_accessed_at = $1 WHERE id = $2", month_ago, unused.cache_id

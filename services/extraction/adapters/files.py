@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,16 @@ class WorkFolder:
         place = root / cls.PLACE
         return sorted(path.name for path in place.iterdir()) if place.is_dir() else []
 
+    def open(self, plan_digest: str) -> None:
+        """Make the folder, for units of this plan."""
+        self._path.mkdir(parents=True, exist_ok=True)
+        (self._path / "plan").write_text(plan_digest)
+
+    def opened_for(self, plan_digest: str) -> bool:
+        """Whether the folder is here, on this very disk, for units of this plan."""
+        plan = self._path / "plan"
+        return plan.is_file() and plan.read_text() == plan_digest
+
     def shard(self, unit: int, fence: int) -> Path:
         """File of a unit's shard."""
         return self._path / f"unit-{unit:05d}.{fence}.safetensors"
@@ -39,8 +50,11 @@ class WorkFolder:
         return self._path / f"unit-{unit:05d}.{fence}.moments.safetensors"
 
     def write(self, unit: int, fence: int, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> FileEntry:
-        """Write a unit; returns the shard's entry. Whatever an earlier try left is replaced."""
-        self._path.mkdir(parents=True, exist_ok=True)
+        """Write a unit; returns the shard's entry. Whatever an earlier try left is replaced.
+
+        Raises:
+            FileNotFoundError: the folder is not open, or was discarded.
+        """
         write_tensors(self.moments(unit, fence), moments)
         entry = write_tensors(self.shard(unit, fence), tensors)
         _sync(self._path)
@@ -56,6 +70,13 @@ class WorkFolder:
     def read_moments(self, unit: int, fence: int) -> dict[str, Tensor]:
         """A unit's sums."""
         return load_file(self.moments(unit, fence))
+
+    def discard_unit(self, unit: int, fence: int) -> None:
+        """Delete a unit's files, and the folder where nothing else is in it."""
+        for path in (self.shard(unit, fence), self.moments(unit, fence)):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._path.rmdir()
 
     def discard(self) -> None:
         """Delete everything."""

@@ -43,23 +43,75 @@ JOIN jobs j ON j.id = o.job_id AND j.state IN ('running', 'finalizing')
 WHERE e.id = $1 ORDER BY o.created_at, o.id LIMIT 1
 
 -- set_plan --
-UPDATE extractions SET plan_digest = $2, total_samples = $3 WHERE id = $1
+UPDATE extractions SET plan_digest = $2, total_samples = $3, units_total = $4, store_id = $5 WHERE id = $1
 
 -- drop_units --
--- Units of another plan, or on another host, are worth nothing here.
-DELETE FROM extraction_units u USING extractions e
+-- Units of another plan, or on another host, are worth nothing here. Rows stay, for their fences.
+UPDATE extraction_units u SET size_bytes = NULL, digest = NULL, lease_until = '-infinity' FROM extractions e
 WHERE u.extraction_id = $1 AND e.id = $1 AND (u.store_id <> $2 OR e.plan_digest IS DISTINCT FROM $3)
 
+-- drop_unit --
+UPDATE extraction_units SET size_bytes = NULL, digest = NULL, lease_until = '-infinity'
+WHERE extraction_id = $1 AND unit = $2
+
+-- release_units --
+UPDATE extraction_units SET lease_until = '-infinity' WHERE extraction_id = $1 AND holder = $2 AND digest IS NULL
+
 -- units --
-SELECT unit, fence, size_bytes, digest FROM extraction_units WHERE extraction_id = $1 ORDER BY unit
+SELECT unit, fence, size_bytes, digest FROM extraction_units
+WHERE extraction_id = $1 AND digest IS NOT NULL ORDER BY unit
+
+-- lock_units --
+SELECT pg_advisory_xact_lock(hashtextextended('extraction_units:' || $1, 0))
+
+-- lease_unit --
+-- The first unit that nobody has done or holds, while the extraction's job runs; for ever where $5 is null.
+INSERT INTO extraction_units (extraction_id, unit, store_id, fence, holder, lease_until)
+SELECT e.id, wanted.unit, $2, 1, $3, coalesce(clock_timestamp() + $5::interval, 'infinity')
+FROM extractions e JOIN jobs j ON j.id = e.job_id
+CROSS JOIN generate_series(0, e.units_total - 1) AS wanted(unit)
+LEFT JOIN extraction_units u ON u.extraction_id = e.id AND u.unit = wanted.unit
+WHERE e.id = $1 AND e.plan_digest = $4 AND j.state = 'running' AND NOT j.cancel_requested AND NOT j.pause_requested
+  AND (u.unit IS NULL OR (u.digest IS NULL AND u.lease_until <= clock_timestamp()))
+ORDER BY wanted.unit LIMIT 1
+ON CONFLICT (extraction_id, unit) DO UPDATE
+SET store_id = excluded.store_id, fence = extraction_units.fence + 1, holder = excluded.holder,
+    lease_until = excluded.lease_until
+RETURNING unit, fence
+
+-- keep_units --
+-- Longer leases of who helps; whether there is still something to help.
+WITH helped AS (
+    SELECT e.id FROM extractions e JOIN jobs j ON j.id = e.job_id
+    WHERE e.id = $1 AND e.plan_digest = $3 AND j.state = 'running' AND NOT j.cancel_requested AND NOT j.pause_requested
+), kept AS (
+    UPDATE extraction_units u SET lease_until = clock_timestamp() + $4 FROM helped
+    WHERE u.extraction_id = helped.id AND u.holder = $2 AND u.digest IS NULL AND u.lease_until > clock_timestamp()
+)
+SELECT count(*) > 0 FROM helped
+
+-- lock_job --
+-- The job of an extraction while it runs; it stays as it is until the transaction ends.
+SELECT j.id FROM jobs j JOIN extractions e ON e.job_id = j.id WHERE e.id = $1 AND j.state = 'running' FOR SHARE OF j
 
 -- add_unit --
--- Again, where it is not known whether the first time counted.
-INSERT INTO extraction_units (extraction_id, unit, store_id, fence, size_bytes, digest) VALUES ($1, $2, $3, $4, $5, $6)
-ON CONFLICT (extraction_id, unit) DO UPDATE SET store_id = $3, fence = $4, size_bytes = $5, digest = $6
+-- Under the unit's own fence; again, where it is not known whether the first time counted.
+UPDATE extraction_units SET size_bytes = $4, digest = $5, lease_until = '-infinity'
+WHERE extraction_id = $1 AND unit = $2 AND fence = $3 AND (digest IS NULL OR digest = $5)
+RETURNING unit
 
--- drop_unit --
-DELETE FROM extraction_units WHERE extraction_id = $1 AND unit = $2
+-- to_help --
+-- An extraction that another process of this store and kind of device works on, with units that nobody has.
+SELECT e.id FROM extractions e JOIN jobs j ON j.id = e.job_id JOIN job_workers w ON w.incarnation = j.owner
+WHERE j.state = 'running' AND NOT j.cancel_requested AND NOT j.pause_requested AND j.owner <> $1
+  AND split_part(w.device, ':', 1) = split_part($2, ':', 1) AND e.store_id = $3 AND NOT e.id = ANY ($4)
+  AND e.units_total - 1 > (
+      SELECT count(*) FROM extraction_units u
+      WHERE u.extraction_id = e.id AND (u.digest IS NOT NULL OR u.lease_until > clock_timestamp()))
+ORDER BY j.started_at, e.id LIMIT 1
+
+-- helped --
+SELECT options, model_id, dataset_id, plan_digest FROM extractions WHERE id = $1
 
 -- drop_all_units --
 DELETE FROM extraction_units WHERE extraction_id = $1

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import asyncpg
 from torch import Tensor
 
 from services.extraction.adapters.caches import NewCache, PublishedCaches
@@ -37,6 +39,8 @@ class ClaimedRun:
         self._id = claim.job.resource_id
         self._folder = WorkFolder(caches.artifacts.root, self._id)
         self._units: Units = {}
+        self._fences: dict[int, int] = {}
+        self._plan_digest = ""
         self._task: Task | None = None
 
     async def begin(self) -> Task:
@@ -76,36 +80,66 @@ class ClaimedRun:
 
     async def resume(self, plan: Plan, samples: int, size_bytes: int) -> set[int]:
         """Rows of another plan or host are dropped, and so are those whose files are not what they were."""
+        store_id = self._caches.artifacts.store_id
+        await asyncio.to_thread(self._folder.open, plan.digest)
         async with self._claim.commit() as conn:
-            await conn.execute(QUERIES["drop_units"], self._id, self._caches.artifacts.store_id, plan.digest)
-            await conn.execute(QUERIES["set_plan"], self._id, plan.digest, samples)
-            rows = await conn.fetch(QUERIES["units"], self._id)
-        for row in rows:
-            unit = (row["fence"], row["size_bytes"], row["digest"])
-            if await asyncio.to_thread(self._folder.intact, row["unit"], *unit):
-                self._units[row["unit"]] = unit
-            else:
+            await conn.execute(QUERIES["drop_units"], self._id, store_id, plan.digest)
+            await conn.execute(QUERIES["release_units"], self._id, self._claim.job.id)
+            await conn.execute(QUERIES["set_plan"], self._id, plan.digest, samples, len(plan.units), store_id)
+        self._plan_digest = plan.digest
+        await self.done()
+        for unit, (fence, size, digest) in list(self._units.items()):
+            if not await asyncio.to_thread(self._folder.intact, unit, fence, size, digest):
+                del self._units[unit]
                 async with self._claim.commit() as conn:
-                    await conn.execute(QUERIES["drop_unit"], self._id, row["unit"])
+                    await conn.execute(QUERIES["drop_unit"], self._id, unit)
         await self._caches.make_room(size_bytes - sum(size for _, size, _ in self._units.values()))
+        return set(self._units)
+
+    async def lease_unit(self) -> int | None:
+        """For ever: whoever takes the job over releases it."""
+        leased: int | None = None
+
+        async def lease() -> None:
+            nonlocal leased
+            async with self._claim.commit() as conn:
+                row = await lease_unit(
+                    conn,
+                    self._id,
+                    store_id=self._caches.artifacts.store_id,
+                    holder=self._claim.job.id,
+                    plan_digest=self._plan_digest,
+                    lease=None,
+                )
+            if row is not None:
+                leased, self._fences[row["unit"]] = row["unit"], row["fence"]
+
+        await self._claim.insist(lease)
+        return leased
+
+    async def done(self) -> set[int]:
+        """As the rows say, whoever made them."""
+
+        async def read() -> None:
+            async with self._claim.commit() as conn:
+                rows = await conn.fetch(QUERIES["units"], self._id)
+            self._units = {row["unit"]: (row["fence"], row["size_bytes"], row["digest"]) for row in rows}
+
+        await self._claim.insist(read)
         return set(self._units)
 
     async def save_unit(self, unit: Unit, tensors: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> None:
         """Files first, the row last; only then the unit counts."""
-        sums: dict[str, Tensor] = {}
-        for name, found in moments.items():
-            sums |= found.tensors(name)
-        fence = self._claim.fence
+        fence = self._fences[unit.index]
         with full_disk_named():
-            entry = await asyncio.to_thread(self._folder.write, unit.index, fence, tensors, sums)
-        row = (fence, entry.size_bytes, entry.digest)
+            entry = await asyncio.to_thread(self._folder.write, unit.index, fence, tensors, sums(moments))
 
         async def commit() -> None:
             async with self._claim.commit() as conn:
-                await conn.execute(QUERIES["add_unit"], self._id, unit.index, self._caches.artifacts.store_id, *row)
+                row = (self._id, unit.index, fence, entry.size_bytes, entry.digest)
+                assert await conn.fetchval(QUERIES["add_unit"], *row) is not None, "nobody else leases our units"
 
         await self._claim.insist(commit)
-        self._units[unit.index] = row
         self._metrics.written(unit.rows, entry.size_bytes)
 
     async def moments(self, plan: Plan) -> dict[str, Moments]:
@@ -181,6 +215,28 @@ class ClaimedRun:
             hook_points=list(manifest.names),
             manifest=manifest.to_dict(),
         )
+
+
+def sums(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
+    """Tensors of a unit's sums."""
+    found: dict[str, Tensor] = {}
+    for name, moment in moments.items():
+        found |= moment.tensors(name)
+    return found
+
+
+async def lease_unit(
+    conn: asyncpg.Connection,
+    extraction_id: str,
+    *,
+    store_id: str,
+    holder: str,
+    plan_digest: str,
+    lease: timedelta | None,
+) -> asyncpg.Record | None:
+    """Number and fence of a unit that is nobody's, one caller after the other; in a transaction."""
+    await conn.execute(QUERIES["lock_units"], extraction_id)
+    return await conn.fetchrow(QUERIES["lease_unit"], extraction_id, store_id, holder, plan_digest, lease)
 
 
 async def handled(run: ClaimedRun, work: Callable[[ClaimedRun], Awaitable[dict[str, Any]]]) -> dict[str, Any]:

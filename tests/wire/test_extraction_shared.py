@@ -1,0 +1,142 @@
+"""Several processes fill one cache: every unit is leased, made once, and the bytes are those of a single run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lensmesh.extraction.v1 import extraction_pb2 as pb
+
+from services.extraction.adapters import help as helping
+from services.extraction.adapters.help import HelpingRun
+from services.extraction.adapters.postgres import QUERIES
+from services.extraction.adapters.run import ClaimedRun
+from services.kit.database import Database
+from services.residency.shards import ShardReader
+from tests.support import eventually
+from tests.wire.extraction_support import DATASET, Mesh, meshing
+from tests.wire.test_extraction import texts
+from tests.wire.test_extraction_interrupted import UNITS, contiguous_events, undisturbed
+
+
+@pytest.fixture
+async def mesh(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Mesh]:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(helping, "LOOK_SECONDS", 0.05)
+    async with meshing(database, tmp_path / "state", lease_seconds=1.5) as mesh:
+        mesh.registry.texts = {DATASET: texts(64 * UNITS)}
+        yield mesh
+
+
+@pytest.fixture
+async def other(database: Database, tmp_path: Path, mesh: Mesh) -> AsyncIterator[Mesh]:
+    """A second process on the same host."""
+    async with meshing(database, tmp_path / "state", lease_seconds=1.5, incarnation="incarnation-2") as other:
+        other.registry.texts = mesh.registry.texts
+        yield other
+
+
+async def holders(mesh: Mesh) -> dict[str, int]:
+    """Units that are done, by who made them."""
+    counted = "SELECT holder, count(*) AS units FROM extraction_units WHERE digest IS NOT NULL GROUP BY holder"
+    return {row["holder"]: row["units"] for row in await mesh.context.database.pool.fetch(counted)}
+
+
+async def test_two_processes_make_one_cache_and_every_sequence_once(
+    mesh: Mesh, other: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = await undisturbed(mesh)
+    made: dict[str, int] = {}
+    lease, publish = ClaimedRun.lease_unit, ClaimedRun.publish
+
+    async def leased_once_helped(self: ClaimedRun) -> int | None:
+        if self._fences:  # the first unit is ours, the next one waits until somebody helped
+            await eventually(lambda: _helped(mesh))
+        return await lease(self)
+
+    async def noted(self: ClaimedRun, product: Any) -> str:
+        made.update(await holders(mesh))
+        return await publish(self, product)
+
+    monkeypatch.setattr(ClaimedRun, "lease_unit", leased_once_helped)
+    monkeypatch.setattr(ClaimedRun, "publish", noted)
+    started = await mesh.extract()
+    async with other.background(), mesh.working():
+        found = await mesh.ended(started.extraction_id)
+    assert (found.status, found.storage_uri) == (pb.EXTRACTION_STATUS_COMPLETED, expected)
+    assert sum(made.values()) == UNITS
+    assert set(made) == {found.job_id, "incarnation-2"}
+    reader = ShardReader(mesh.folder_of(found))
+    assert reader.verify() == []
+    seen = torch.cat([reader.shard(index)["seq"].unique() for index in range(UNITS)])
+    assert sorted(seen.tolist()) == list(range(64 * UNITS))
+    assert found.samples_processed == 64 * UNITS
+    assert other.registry.loads == 1
+    assert (await contiguous_events(mesh, started.extraction_id))[-1] == "completed"
+    assert mesh.unfinished() == []
+
+
+async def _helped(mesh: Mesh) -> bool:
+    return "incarnation-2" in await holders(mesh)
+
+
+async def test_a_helper_that_was_killed_loses_its_unit_and_can_give_nothing_any_more(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = await undisturbed(mesh)
+    late: list[object] = []
+    resume, publish = ClaimedRun.resume, ClaimedRun.publish
+
+    async def with_a_dead_helper(self: ClaimedRun, *arguments: Any) -> set[int]:
+        done = await resume(self, *arguments)
+        await mesh.context.database.pool.execute(
+            "INSERT INTO extraction_units (extraction_id, unit, store_id, fence, holder, lease_until)"
+            " VALUES ($1, 2, $2, 1, 'dead', clock_timestamp() + interval '0.3 seconds')",
+            self._id,
+            mesh.context.artifacts.store_id,
+        )
+        return done
+
+    async def too_late(self: ClaimedRun, product: Any) -> str:
+        late.append(await mesh.context.database.pool.fetchval(QUERIES["add_unit"], self._id, 2, 1, 10, "other"))
+        return await publish(self, product)
+
+    monkeypatch.setattr(ClaimedRun, "resume", with_a_dead_helper)
+    monkeypatch.setattr(ClaimedRun, "publish", too_late)
+    done = await mesh.extracted()
+    assert done.storage_uri == expected
+    assert late == [None]
+
+
+async def test_help_ends_with_the_job(mesh: Mesh, other: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, left = asyncio.Event(), asyncio.Event()
+    save = HelpingRun.save_unit
+
+    async def late(self: HelpingRun, *arguments: Any) -> None:
+        held.set()
+        await left.wait()
+        await save(self, *arguments)
+
+    async def never(self: ClaimedRun) -> int | None:
+        await self.unless_stopped(asyncio.Event().wait())
+        return None
+
+    monkeypatch.setattr(HelpingRun, "save_unit", late)
+    monkeypatch.setattr(ClaimedRun, "lease_unit", never)
+    started = await mesh.extract()
+    async with other.background(), mesh.working():
+        await held.wait()
+        await mesh.stub.CancelExtraction(pb.CancelExtractionRequest(id=started.extraction_id))
+        assert (await mesh.ended(started.extraction_id)).status == pb.EXTRACTION_STATUS_CANCELLED
+        left.set()
+        await eventually(lambda: _true(other.registry.pool.residents[0].leases == 0))
+    assert await holders(mesh) == {}
+    assert mesh.unfinished() == []
+
+
+async def _true(value: bool) -> bool:
+    return value
