@@ -51,6 +51,8 @@ class Part:
     """Job kinds it works on."""
     limits: dict[str, int] = field(default_factory=dict)
     """How many jobs of a kind may run in the whole mesh."""
+    slots: int = 0
+    """Jobs that must be able to run side by side, because some wait for others."""
     background: list[Callable[[], Coroutine[Any, Any, None]]] = field(default_factory=list)
     """Run until cancelled; when one ends by an error the process ends, and the supervisor starts it anew."""
     readiness: dict[str, Callable[[], Awaitable[None]]] = field(default_factory=dict)
@@ -126,7 +128,7 @@ async def run(context: Context, parts: list[Part], *, metrics_address: str, slot
                 device=context.device,
                 incarnation=context.incarnation,
                 limits=limits,
-                slots=slots,
+                slots=max(slots, *(part.slots for part in parts)),
                 drain_seconds=context.settings.drain_seconds,
             )
             metrics.show_worker(context.metrics, worker.counts)

@@ -19,7 +19,7 @@ from services.registry.adapters.jobs import handlers
 from services.registry.adapters.metrics import RegistryMetrics
 from services.registry.adapters.model_hosts import SERVICE, GrpcModelHosts
 from services.registry.adapters.peers import GrpcPeers
-from services.registry.adapters.postgres import LOAD_KIND, SWITCH_KIND, PostgresStore
+from services.registry.adapters.postgres import LOAD_KIND, PRELOAD_KIND, SWITCH_KIND, PostgresStore
 from services.registry.config import RegistrySettings
 from services.registry.operations import hosts
 from services.registry.operations.registry import Limits, Registry
@@ -59,6 +59,7 @@ async def compose(context: Context) -> Part:
             max_resident_models=settings.max_resident_models,
             host_timeout=settings.host_timeout,
             heartbeat_seconds=settings.heartbeat_seconds,
+            minimum_residency=settings.minimum_residency,
         ),
     )
     broker = Broker(context.settings.nats_url)
@@ -76,7 +77,8 @@ async def compose(context: Context) -> Part:
     return Part(
         servicers=_servicers(registry, context, Feeds(hub, context.jobs)),
         handlers=handlers(registry, context.jobs),
-        limits={LOAD_KIND: settings.max_concurrent_loads, SWITCH_KIND: 1},
+        limits=dict.fromkeys((LOAD_KIND, SWITCH_KIND, PRELOAD_KIND), settings.max_concurrent_loads),
+        slots=3 * settings.max_concurrent_loads,  # switches and preloads wait for loads
         background=[
             broker.run,
             Relay(context.database, broker, OWNERS).run,

@@ -18,6 +18,8 @@ class RegistrySettings(Settings):
     """Loads that run at the same time in the whole mesh; the others wait as queued jobs."""
     max_resident_models: Annotated[int, Field(ge=1)] = 3
     """Models that one host process holds at the same time."""
+    minimum_residency: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds for which a model that has come to a device leaves it after all others, and for no preload."""
     host_timeout: Annotated[float, Field(gt=0)] = 15.0
     """Seconds of silence after which a host counts as lost."""
     preload: str = ""

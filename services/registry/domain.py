@@ -199,6 +199,14 @@ class Residency:
     device: str = ""
     """As torch names it."""
     incarnation: str = ""
+    exclusive: bool = False
+    """Whether a group of it wants the device alone."""
+    reads: tuple[str, ...] = ()
+    """Models whose activations lenses of its groups read."""
+    resident_seconds: float | None = None
+    """How long it has been on the device."""
+    cause: str | None = None
+    """Why it leaves, while it does."""
 
     @property
     def lens_ids(self) -> tuple[str, ...]:
@@ -286,11 +294,15 @@ class HostedModel:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What shall have room on a device beside a base, with bytes by id."""
+    """What shall have room on a device beside a base, with bytes by id, and who may have to leave for it."""
 
     sources: tuple[tuple[str, int], ...] = ()
     """Models whose activations its lenses read."""
     lenses: tuple[tuple[str, int], ...] = ()
+    alone: bool = False
+    """Whether every other model has to leave."""
+    patient: bool = False
+    """Whether models stay that have come within the minimum residency."""
 
 
 ALONE = Beside()
@@ -303,7 +315,7 @@ class Eviction:
     model_id: str
     bytes: int
     cause: str
-    """memory, resident_limit, or park_limit for one that is parked already."""
+    """memory, resident_limit, exclusive, or park_limit for one that is parked already."""
     parked: bool = False
     """Whether it stays in host memory."""
     lens_id: str = ""
@@ -324,6 +336,10 @@ class Placement:
     required_bytes: int
     restores: bool = False
     """Whether the model is parked there, and is moved back rather than loaded."""
+    shared: int = 0
+    """Models there whose activations its lenses read."""
+    taken_by: str = ""
+    """A model in use that stands in the way of one that is to be alone."""
 
     @property
     def device(self) -> str:
@@ -385,6 +401,8 @@ class Group:
     active_lens_id: str | None
     created_by: str
     created_at: datetime
+    exclusive: bool = False
+    """Whether it wants a device alone: other models leave for it, and none comes beside it."""
     lenses: tuple[Lens, ...] = ()
 
     def lens(self, lens_id: str) -> Lens:

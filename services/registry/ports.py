@@ -246,6 +246,9 @@ class GroupRows(Protocol):
     async def lenses_on(self, model_id: str, host_id: str) -> dict[str, int]:
         """Bytes by lens id."""
 
+    async def exclusive(self, model_id: str) -> bool:
+        """Whether a group of a base wants the device alone."""
+
     async def begin_turn(self, model_id: str, lens_ids: Sequence[str]) -> dict[str, set[str]]:
         """Lock the groups of a base; which of the lenses each of them has, by group."""
 
@@ -337,7 +340,10 @@ class Transaction(Protocol):
         """Queue the job that preloads a group."""
 
     async def enqueue_switch(self, job_id: str, payload: Mapping[str, Any], subject: str) -> int:
-        """Queue the job that switches to another group, behind those of users who have fewer waiting; its place."""
+        """Queue the job that switches to another group, behind those of users who have fewer waiting; its place.
+
+        Jobs whose payloads name the same `host_id` take turns.
+        """
 
     async def job_outcome(self, job_id: str) -> tuple[str, LensmeshError]:
         """A job's state, and why it failed or was cancelled, when it did."""

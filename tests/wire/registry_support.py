@@ -246,7 +246,7 @@ async def running(
                 device="",
                 incarnation=context.incarnation,
                 limits=part.limits,
-                slots=8,
+                slots=part.slots,
                 drain_seconds=1.0,
             )
             tasks.append(asyncio.create_task(own_worker.run()))

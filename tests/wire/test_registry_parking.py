@@ -232,3 +232,63 @@ async def test_an_extension_reads_no_activations(mesh: Mesh) -> None:
         group_id=a[0].id, kind=types.LENS_KIND_EXTENSION, extension_id="x_1", activation_source_model_id=source.id
     )
     assert (await refused(mesh.groups.AttachLens(request))).fields == ["activation_source_model_id"]
+
+
+async def test_switches_on_two_devices_run_side_by_side_and_on_one_take_turns(mesh: Mesh) -> None:
+    hosts = [await add_host(mesh, host_id=name) for name in ("left", "right")]
+    groups = [await group(mesh, name) for name in "abc"]
+    for host in hosts:
+        host.gate.clear()
+    jobs = [(await switch(mesh, groups[0]))]
+    await eventually(lambda: hosts[0].loading + hosts[1].loading == 1)
+    jobs.append(await switch(mesh, groups[1]))
+    await eventually(lambda: [host.loading for host in hosts] == [1, 1])
+    jobs.append(await switch(mesh, groups[2]))
+    assert [job.position for job in jobs] == [1, 1, 2]
+    for host in hosts:
+        host.gate.set()
+    for job in jobs:
+        assert (await mesh.settled(job.job_id)).status == jobs_pb2.JOB_STATE_COMPLETED
+    assert [host.most_loading for host in hosts] == [1, 1]
+
+
+async def test_a_group_that_wants_a_device_alone_gets_it_and_makes_way(mesh: Mesh) -> None:
+    host = await add_host(mesh, budget=1000 * MB, park=1000 * MB)
+    model = await mesh.create("a")
+    alone = await mesh.groups.CreateGroup(pb.CreateGroupRequest(name="a", model_id=model.id, exclusive=True))
+    assert alone.exclusive
+    other = await group(mesh, "b")
+    await switched(mesh, other)
+    plan = (await mesh.groups.SwitchLens(pb.SwitchLensRequest(id=alone.id, validate_only=True))).plan
+    assert [(e.model_id, e.cause, e.parked) for e in plan.placements[0].evictions] == [
+        (other[0].model_id, "exclusive", True)
+    ]
+    job = await mesh.groups.SwitchLens(pb.SwitchLensRequest(id=alone.id))
+    assert (await mesh.settled(job.job_id)).status == jobs_pb2.JOB_STATE_COMPLETED
+    assert {name for name, held in host.held.items() if not held.parked} == {model.id}
+    evicted = [data for name, data in await mesh.events(other[0].model_id) if name == "model:evicted"]
+    assert [(data["cause"], data["parked"]) for data in evicted] == [("exclusive", True)]
+    await switched(mesh, other)
+    assert {name for name, held in host.held.items() if not held.parked} == {other[0].model_id}
+
+
+async def test_a_preload_takes_nobodys_place_who_came_lately_but_a_switch_does(mesh: Mesh) -> None:
+    host = await add_host(mesh)
+    a, b = await group(mesh, "a"), await group(mesh, "b")
+    await switched(mesh, a)
+    preload = await mesh.groups.PreloadGroup(pb.PreloadGroupRequest(id=b[0].id))
+    job = await mesh.settled(preload.task_id)
+    assert (job.status, job.error_code) == (jobs_pb2.JOB_STATE_FAILED, "INSUFFICIENT_MEMORY")
+    assert not host.held[a[0].model_id].parked
+    await switched(mesh, b)
+    assert host.held[a[0].model_id].parked
+
+
+async def test_preloads_that_wait_leave_room_for_the_load_that_they_wait_for(mesh: Mesh) -> None:
+    await add_host(mesh)
+    model = await mesh.create("a")
+    request = pb.CreateGroupRequest(name="g", model_id=model.id)
+    groups = [await mesh.groups.CreateGroup(request) for _ in range(mesh.part.slots + 1)]
+    jobs = [(await mesh.groups.PreloadGroup(pb.PreloadGroupRequest(id=each.id))).task_id for each in groups]
+    for job_id in jobs:
+        assert (await mesh.settled(job_id)).status == jobs_pb2.JOB_STATE_COMPLETED

@@ -1,6 +1,6 @@
 -- enqueue --
-INSERT INTO jobs (id, kind, payload, created_by, resource_id, event_prefix, event_data, device, priority)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+INSERT INTO jobs (id, kind, payload, created_by, resource_id, event_prefix, event_data, device, priority, lane)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
 RETURNING *
 
 -- notify --
@@ -37,6 +37,8 @@ WITH busy AS (
 ), next AS (
     SELECT id FROM jobs j
     WHERE state = 'queued' AND kind = ANY ($1) AND (device IS NULL OR device = $2) AND run_at <= clock_timestamp()
+      AND NOT EXISTS (
+          SELECT FROM jobs r WHERE r.kind = j.kind AND r.lane = j.lane AND r.state IN ('running', 'finalizing'))
       AND NOT (kind = ANY ($5) AND EXISTS (
           SELECT FROM job_workers w
           WHERE j.kind = ANY (w.kinds) AND (j.device IS NULL OR j.device = w.device)

@@ -52,6 +52,7 @@ class JobStore:
         job_id: str | None = None,
         device: str | None = None,
         priority: int = 0,
+        lane: str | None = None,
         queue_limit: int | None = None,
     ) -> Job:
         """Queue a job in the caller's transaction; workers hear of it when that commits.
@@ -67,6 +68,7 @@ class JobStore:
             job_id: its id, `job_…` when left out.
             device: the only device that may run it.
             priority: higher goes first.
+            lane: of the jobs of this kind and lane one runs at a time; the kind must be one that workers limit.
             queue_limit: how many jobs of this kind may wait.
 
         Raises:
@@ -87,6 +89,7 @@ class JobStore:
             event_data or {},
             device,
             priority,
+            lane,
         )
         job = job_of(row)
         await transitions.tell(conn, job, "queued")

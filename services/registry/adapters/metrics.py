@@ -73,7 +73,7 @@ class RegistryMetrics:
             self._loads.labels(result)
         for status in STATUSES:
             self._models.labels(status)
-        for cause in ("memory", "resident_limit", "park_limit", "device_cleared", "out_of_memory"):
+        for cause in ("memory", "resident_limit", "exclusive", "park_limit", "device_cleared", "out_of_memory"):
             self._evictions.labels(cause)
         for kind in ("within", "cross"):
             self._switch_seconds.labels(kind)

@@ -29,7 +29,7 @@ SWITCH_KIND = "group_switch"
 _WAITING_OF_USER = "SELECT count(*) FROM jobs WHERE kind = $1 AND state = 'queued' AND created_by = $2"
 _PLACE = """
 SELECT count(*) FROM jobs
-WHERE kind = $1 AND (state IN ('running', 'finalizing') OR state = 'queued' AND priority >= $2)
+WHERE kind = $1 AND lane = $3 AND (state IN ('running', 'finalizing') OR state = 'queued' AND priority >= $2)
 """
 
 
@@ -62,10 +62,11 @@ class PostgresTransaction:
 
     async def enqueue_switch(self, job_id: str, payload: Mapping[str, Any], subject: str) -> int:
         """Queue the job that switches to another group; a user's second waits behind every other user's first."""
+        lane = payload["host_id"]
         mine = await self._conn.fetchval(_WAITING_OF_USER, SWITCH_KIND, subject)
         about = {"group_id": payload["group_id"]}
-        await self._enqueue(SWITCH_KIND, "switch", job_id, payload, subject, about=about, priority=-mine)
-        return await self._conn.fetchval(_PLACE, SWITCH_KIND, -mine)
+        await self._enqueue(SWITCH_KIND, "switch", job_id, payload, subject, about=about, priority=-mine, lane=lane)
+        return await self._conn.fetchval(_PLACE, SWITCH_KIND, -mine, lane)
 
     async def _enqueue(
         self,
@@ -77,6 +78,7 @@ class PostgresTransaction:
         *,
         about: dict[str, Any],
         priority: int = 0,
+        lane: str | None = None,
     ) -> None:
         await self._jobs.enqueue(
             self._conn,
@@ -87,6 +89,7 @@ class PostgresTransaction:
             event_data=about,
             job_id=job_id,
             priority=priority,
+            lane=lane,
         )
 
     async def job_outcome(self, job_id: str) -> tuple[str, LensmeshError]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from services.kit.errors import Exhausted
 from services.kit.ids import new_id
 from services.registry.domain import ALONE, Beside, Caller, Host, LoadPlan, Model, Need
 from services.registry.failures import insufficient_memory
+from services.registry.operations.estimating import on_its_terms
 from services.registry.operations.planning import plan_load
-from services.registry.operations.registry import Registry, no_host
+from services.registry.operations.registry import Limits, Registry, no_host
 from services.registry.ports import Transaction
 
 
@@ -44,8 +45,9 @@ class Order:
     def of(cls, payload: Mapping[str, Any]) -> Order:
         """Read it back."""
         order = payload["order"]
-        beside = {kind: tuple((name, size) for name, size in pairs) for kind, pairs in order["beside"].items()}
-        read = {"need": Need(**order["need"]), "leaves": tuple(order["leaves"]), "beside": Beside(**beside)}
+        pairs = {kind: tuple((name, size) for name, size in order["beside"][kind]) for kind in ("sources", "lenses")}
+        beside = Beside(**{**order["beside"], **pairs})
+        read = {"need": Need(**order["need"]), "leaves": tuple(order["leaves"]), "beside": beside}
         return cls(**{**order, **read})
 
 
@@ -84,7 +86,8 @@ async def accept(
     hosts = await tx.placement.hosts(lock=True)
     if not any(host.answers_to(order.device) for host in hosts):
         raise no_host(order.device)
-    plan = plan_order(order, hosts, registry.limits.max_resident_models, model.id)
+    order = replace(order, beside=await on_its_terms(tx, model.id, order.beside))
+    plan = plan_order(order, hosts, registry.limits, model.id)
     job = job_id or new_id("job")
     await _charge(tx, model, order, plan, job)
     if not job_id:
@@ -92,7 +95,7 @@ async def accept(
     return job, plan
 
 
-def plan_order(order: Order, hosts: Sequence[Host], limit: int, model_id: str) -> LoadPlan:
+def plan_order(order: Order, hosts: Sequence[Host], limits: Limits, model_id: str) -> LoadPlan:
     """A plan with a placement that fits.
 
     Raises:
@@ -103,19 +106,26 @@ def plan_order(order: Order, hosts: Sequence[Host], limit: int, model_id: str) -
         hosts,
         device=order.device,
         fall_back=order.fall_back,
-        limit=limit,
+        limit=limits.max_resident_models,
+        settled=limits.minimum_residency,
         seconds=order.seconds,
         copy_of=(model_id, order.quantization),
         beside=order.beside,
     )
     if plan.best is None:
-        raise does_not_fit(plan, limit)
+        raise does_not_fit(plan, limits.max_resident_models)
     return plan
 
 
 def does_not_fit(plan: LoadPlan, limit: int) -> Exhausted:
     """Why no placement fits, with both sides of the comparison."""
     roomiest = max(plan.placements, key=lambda placement: placement.obtainable_bytes)
+    if roomiest.taken_by:
+        return Exhausted(
+            f"{roomiest.device} is not to be shared, and {roomiest.taken_by} may not leave",
+            metadata={"model_id": roomiest.taken_by, "device": roomiest.device},
+            retry_after=30.0,
+        )
     if roomiest.obtainable_bytes >= roomiest.required_bytes:
         return Exhausted(
             f"{roomiest.device} holds {limit} models, and none of them may leave",
@@ -134,10 +144,11 @@ async def _charge(tx: Transaction, model: Model, order: Order, plan: LoadPlan, j
         if eviction.lens_id:
             continue
         if eviction.cause == "park_limit":  # nothing of the device's; the job's id alone says that it is leaving
-            await tx.placement.change(eviction.model_id, best.host.host_id, job_id=job)
+            await tx.placement.change(eviction.model_id, best.host.host_id, job_id=job, cause=eviction.cause)
             continue
         state = "parking" if eviction.parked else "unloading"
-        await tx.placement.change(eviction.model_id, best.host.host_id, state=state, job_id=job)
+        changes = {"state": state, "job_id": job, "cause": eviction.cause}
+        await tx.placement.change(eviction.model_id, best.host.host_id, **changes)
     await tx.placement.put(
         model.id,
         best.host.host_id,
@@ -159,16 +170,16 @@ async def _charge(tx: Transaction, model: Model, order: Order, plan: LoadPlan, j
         created_by=order.subject,
         required_bytes=best.required_bytes,
     )
-    changes: dict[str, Any] = {
+    columns: dict[str, Any] = {
         "wanted": True,
         "quantization": order.quantization,
         "estimated_memory_bytes": plan.need.total,
         "estimated_load_seconds": plan.estimated_seconds,
     }
     if model.status != "ready":  # a further copy of a ready model does not make it less ready
-        changes |= {"status": "loading", "progress": 0.0, "error_code": None, "error_message": None}
-        changes["fell_back_to_cpu"] = plan.fell_back
-    await tx.models.update(model.id, **changes)
+        columns |= {"status": "loading", "progress": 0.0, "error_code": None, "error_message": None}
+        columns["fell_back_to_cpu"] = plan.fell_back
+    await tx.models.update(model.id, **columns)
     await tx.emit(
         "model:loading",
         model.id,

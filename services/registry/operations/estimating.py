@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from services.kit.errors import Invalid, Unavailable
 from services.registry.domain import ALONE, Beside, Facts, LoadPlan, Model, Need, Source
 from services.registry.operations.planning import ASSUMED_BYTES_PER_SECOND, plan_load
 from services.registry.operations.registry import Registry, no_host
+from services.registry.ports import Transaction
 
 
 async def inspect(registry: Registry, source: Source, model_type: str) -> Facts:
@@ -128,6 +130,7 @@ async def plan(
     """
     async with registry.store.transaction() as tx:
         hosts = await tx.placement.hosts()
+        beside = await on_its_terms(tx, copy_of[0], beside)
     if not any(host.answers_to(device) for host in hosts):
         raise no_host(device)
     limit = registry.limits.max_resident_models
@@ -140,4 +143,10 @@ async def plan(
         seconds=seconds,
         copy_of=copy_of,
         beside=beside,
+        settled=registry.limits.minimum_residency,
     )
+
+
+async def on_its_terms(tx: Transaction, model_id: str, beside: Beside) -> Beside:
+    """What a load needs beside the model; everything else leaves where a group of the model wants a device alone."""
+    return replace(beside, alone=True) if await tx.groups.exclusive(model_id) else beside

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.kit.errors import Invalid, LensmeshError
 from services.kit.ids import new_id
 from services.kit.requests import RequestKey
-from services.registry.domain import Caller, Group, Listed, Page
+from services.registry.domain import Beside, Caller, Group, Listed, Page
 from services.registry.failures import not_resident
 from services.registry.job_ports import LoadLease
 from services.registry.operations.lenses import bring, take_lens_off
 from services.registry.operations.loading import await_job, bring_base, move_model
 from services.registry.operations.planning import ASSUMED_BYTES_PER_SECOND
 from services.registry.operations.registry import Registry
+
+TOGETHER = 4
+"""Lenses that a preload brings at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,9 @@ class GroupStatus:
     cross_seconds: float
 
 
-async def create_group(registry: Registry, caller: Caller, name: str, model_id: str, request: RequestKey) -> Group:
+async def create_group(
+    registry: Registry, caller: Caller, name: str, model_id: str, request: RequestKey, *, exclusive: bool
+) -> Group:
     """Make a group on a base.
 
     Raises:
@@ -44,7 +50,8 @@ async def create_group(registry: Registry, caller: Caller, name: str, model_id: 
     async with registry.store.transaction() as tx, tx.once(request) as once:
         if once.answer is None:
             await tx.models.get(model_id)
-            row = {"id": new_id("grp"), "name": name, "model_id": model_id, "created_by": caller.subject}
+            row: dict[str, Any] = {"id": new_id("grp"), "name": name, "model_id": model_id, "exclusive": exclusive}
+            row["created_by"] = caller.subject
             once.answer = {"id": (await tx.groups.insert(row)).id}
         return await tx.groups.get(once.answer["id"])
 
@@ -178,28 +185,49 @@ async def run_preload(registry: Registry, lease: LoadLease) -> dict[str, Any]:
         LensmeshError: the base could not be loaded.
     """
     group_id, wanted = lease.payload["group_id"], list(lease.payload["lens_ids"])
-    copy = await lease.unless_stopped(bring_base(registry, lease.payload["model_id"]))
-    failed: list[str] = []
-    loaded, size = 0, copy.charge_bytes
-    for lens_id in ["", *wanted]:
-        if lens_id:
-            async with registry.store.transaction() as tx:
-                lens = (await tx.groups.get(group_id)).lens(lens_id)
+    patient = Beside(patient=True)
+    copy = await lease.unless_stopped(bring_base(registry, lease.payload["model_id"], patient))
+    told = _Told(registry, lease, len(wanted), size=copy.charge_bytes)
+    await told.tell(None)
+    async with registry.store.transaction() as tx:
+        group = await tx.groups.get(group_id)
+    turn = asyncio.Semaphore(TOGETHER)
+
+    async def one(lens_id: str) -> None:
+        async with turn:
             try:
-                size += await lease.unless_stopped(bring(registry, lens, copy))
-                loaded += 1
+                told.size += await bring(registry, group.lens(lens_id), copy)
+                told.loaded += 1
             except LensmeshError as error:
-                failed.append(lens_id)
+                told.failed.append(lens_id)
                 async with registry.store.transaction() as tx:
                     await tx.groups.lens_failed(lens_id, error.reason, error.message)
-        done = loaded + len(failed)
-        percent = 100.0 * (done + 1) / (len(wanted) + 1)
-        figures = {"loaded": loaded, "total": len(wanted), "bytes": size, "progress": percent, "task_id": lease.id}
-        async with lease.commit() as tx:
-            facts = {"group_id": group_id, "lens_id": lens_id or None, **figures}
-            await tx.emit("group:preload", group_id, facts)
-            await lease.progress(percent, figures)
-    return {"group_id": group_id, "loaded": loaded, "failed": failed}
+            await told.tell(lens_id)
+
+    await lease.unless_stopped(asyncio.gather(*(one(lens_id) for lens_id in wanted)))
+    return {"group_id": group_id, "loaded": told.loaded, "failed": sorted(told.failed)}
+
+
+@dataclass(slots=True)
+class _Told:
+    """How far a preload is, and its events."""
+
+    registry: Registry
+    lease: LoadLease
+    total: int
+    size: int
+    loaded: int = 0
+    failed: list[str] = field(default_factory=list)
+
+    async def tell(self, lens_id: str | None) -> None:
+        """After a lens, or after the base alone."""
+        percent = 100.0 * (self.loaded + len(self.failed) + 1) / (self.total + 1)
+        figures = {"loaded": self.loaded, "total": self.total, "bytes": self.size, "progress": percent}
+        group_id = self.lease.payload["group_id"]
+        async with self.lease.commit() as tx:
+            facts = {"group_id": group_id, "lens_id": lens_id, "task_id": self.lease.id}
+            await tx.emit("group:preload", group_id, {**facts, **figures})
+            await self.lease.progress(percent, figures)
 
 
 async def move_group(registry: Registry, caller: Caller, group_id: str, device: str) -> GroupStatus:

@@ -125,8 +125,14 @@ async def ensure_resident(registry: Registry, host_id: str, model_id: str, besid
         started = await _load_on(registry, host_id, model_id, beside)
 
 
-async def bring_base(registry: Registry, model_id: str, beside: Beside = ALONE) -> Residency:
+async def bring_base(registry: Registry, model_id: str, beside: Beside = ALONE, *, first: str = "") -> Residency:
     """The copy of a model that serves, after loading one where it fits best, with room for what shall be beside it.
+
+    Args:
+        registry: the registry.
+        model_id: the model.
+        beside: see `Beside`.
+        first: the host that is to take it, if it fits there.
 
     Raises:
         Exhausted: it fits nowhere.
@@ -139,7 +145,8 @@ async def bring_base(registry: Registry, model_id: str, beside: Beside = ALONE) 
         found = await estimate_model(registry, model_id, None, "", beside)
         if found.best is None:
             raise does_not_fit(found, registry.limits.max_resident_models)
-        placed = found.best.host.host_id
+        fitting = {placement.host.host_id for placement in found.placements if placement.fits}
+        placed = first if first in fitting else found.best.host.host_id
     return await ensure_resident(registry, placed, model_id, beside)
 
 
@@ -195,7 +202,7 @@ async def _load_on(registry: Registry, host_id: str, model_id: str, beside: Besi
             need,
             seconds,
             device=host.name,
-            cause="service",
+            cause="preload" if beside.patient else "service",
             beside=beside,
         )
         job, _ = await accept(registry, tx, model, order)
@@ -229,7 +236,7 @@ async def _make_way_for_reload(registry: Registry, model_id: str, order: Order) 
     ]
     if not any(host.answers_to(order.device) for host in hosts):
         raise no_host(order.device)
-    plan_order(order, without, registry.limits.max_resident_models, model_id)
+    plan_order(order, without, registry.limits, model_id)
     await unload_copies(registry, model_id, wait_seconds=0.0, cause="reload")
 
 

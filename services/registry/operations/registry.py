@@ -28,6 +28,8 @@ class Limits:
     """Seconds of silence after which a host is lost."""
     heartbeat_seconds: float
     """Seconds between heartbeats."""
+    minimum_residency: float
+    """Seconds for which a model that has come to a device leaves it after all others, and for no preload."""
 
 
 class Endings:

@@ -116,7 +116,7 @@ async def _let_go(tx: Transaction, residency: Residency) -> None:
         await tx.placement.remove(residency.model_id, residency.host_id)
     else:
         state = "parked" if residency.state == "parked" else "resident"
-        await tx.placement.change(residency.model_id, residency.host_id, state=state, job_id=None)
+        await tx.placement.change(residency.model_id, residency.host_id, state=state, job_id=None, cause=None)
 
 
 async def _evict(registry: Registry, lease: LoadLease, victims: list[Residency]) -> bool:
@@ -128,12 +128,14 @@ async def _evict(registry: Registry, lease: LoadLease, victims: list[Residency])
                 await take_off(registry, victim, 0.0)
         except Conflict:
             async with lease.commit() as tx:
-                await tx.placement.change(victim.model_id, victim.host_id, state="resident", job_id=None, leases=1)
+                await tx.placement.change(
+                    victim.model_id, victim.host_id, state="resident", job_id=None, cause=None, leases=1
+                )
                 for residency in await tx.placement.of_job(lease.id):
                     if residency.state == "loading":
                         await tx.placement.remove(residency.model_id, residency.host_id)
             return False
-        cause = "park_limit" if victim.state == "parked" else "memory"
+        cause = victim.cause or "memory"
         async with lease.commit() as tx:
             await departed(tx, victim, cause=cause, wanted=False, evicted_for=lease.id, parked=parked)
         registry.gauges.evicted(cause)

@@ -34,7 +34,7 @@ class Queued:
 async def switch(registry: Registry, caller: Caller, group_id: str, lens_id: str | None) -> Switched | Queued:
     """Make a lens of a group the active one, or none; at once where the base is on a device, else by a queued job.
 
-    Switches between groups take turns over the whole mesh, and users take turns among them.
+    Switches between groups take turns on each device, and users take turns among them.
 
     Raises:
         NotFound: no such group or lens.
@@ -52,7 +52,7 @@ async def switch(registry: Registry, caller: Caller, group_id: str, lens_id: str
     if all(placement.required_bytes > placement.host.budget_bytes for placement in plan.placements):
         raise does_not_fit(plan, registry.limits.max_resident_models)
     job_id = new_id("job")
-    payload = {"group_id": group_id, "model_id": group.model_id, "lens_id": lens_id}
+    payload = {"group_id": group_id, "model_id": group.model_id, "lens_id": lens_id, "host_id": _target(plan)}
     async with registry.store.transaction() as tx:
         position = await tx.enqueue_switch(job_id, payload, caller.subject)
         facts = {"group_id": group_id, "lens_id": lens_id, "kind": "cross", "task_id": job_id}
@@ -95,13 +95,19 @@ async def run_switch(registry: Registry, lease: LoadLease) -> dict[str, Any]:
     async with registry.store.transaction() as tx:
         group = await tx.groups.get(group_id)
         beside = await _company(tx, group, lens_id)
-    copy = await lease.unless_stopped(bring_base(registry, group.model_id, beside))
+    copy = await lease.unless_stopped(bring_base(registry, group.model_id, beside, first=lease.payload["host_id"]))
     for source, _ in beside.sources:
         await lease.unless_stopped(ensure_resident(registry, copy.host_id, source))
     # The job ends when the group is whole; lenses that read a source waited for it when the base was loaded.
     await lease.unless_stopped(restore_lenses(registry, copy.model_id, copy.host_id))
     switched = await switch_lens(registry, group_id, lens_id, began=start)
     return {"group_id": group_id, "lens_id": lens_id, "device": copy.device, "seconds": switched.seconds}
+
+
+def _target(plan: LoadPlan) -> str:
+    """The host that a queued switch is for: the best one now, or else once what is in use there has ended."""
+    able = (each for each in plan.placements if each.required_bytes <= each.host.budget_bytes)
+    return (plan.best or next(able)).host.host_id
 
 
 async def _company(tx: Transaction, group: Group, lens_id: str | None) -> Beside:

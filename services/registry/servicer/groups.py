@@ -30,7 +30,8 @@ class GroupServicer(groups_pb2_grpc.GroupServiceServicer):
     async def CreateGroup(self, request: pb.CreateGroupRequest, context: Any) -> pb.Group:
         """Make a group."""
         key = request_key("CreateGroup", request)
-        group = await groups.create_group(self._registry, caller(), request.name, request.model_id, key)
+        named = (request.name, request.model_id)
+        group = await groups.create_group(self._registry, caller(), *named, key, exclusive=request.exclusive)
         return await self._message(group.id)
 
     async def GetGroup(self, request: pb.GetGroupRequest, context: Any) -> pb.Group:

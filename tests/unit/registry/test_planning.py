@@ -287,3 +287,58 @@ def test_lenses_of_a_model_that_cannot_leave_give_way_to_a_load() -> None:
     assert [(e.model_id, e.lens_id) for e in plan.evictions] == [("idle", ""), ("base", "a")]
     assert plan.obtainable_bytes == 60
     assert evicted(61, on) is None
+
+
+def test_what_came_lately_leaves_last_and_for_no_preload() -> None:
+    """The older one was used last, and still makes room; the younger one only where nothing else gives enough."""
+    new, old = resident("new", 50, 9, resident_seconds=5.0), resident("old", 50, 1, resident_seconds=900.0)
+    on = host("h", 100, new, old)
+    assert [e.model_id for e in place(50, on, 3, settled=600.0).evictions] == ["old"]
+    assert [e.model_id for e in place(50, on, 3, settled=1.0).evictions] == ["new"]
+    assert {e.model_id for e in place(80, on, 3, settled=600.0).evictions} == {"old", "new"}
+    patient = place(80, on, 3, beside=Beside(patient=True), settled=600.0)
+    assert (patient.fits, patient.obtainable_bytes) == (False, 50)
+    assert place(50, on, 3, beside=Beside(patient=True), settled=600.0).fits
+
+
+def test_a_model_that_comes_alone_sends_all_others_away() -> None:
+    on = host("h", 100, resident("a", 10, 1), resident("source", 10, 2))
+    placement = place(20, on, 3, beside=Beside(sources=(("source", 10),), alone=True))
+    assert [(e.model_id, e.cause) for e in placement.evictions] == [("a", "exclusive")]
+    in_use = host("h", 100, resident("a", 10, 1, leases=1))
+    assert place(20, in_use, 3, beside=Beside(alone=True)).taken_by == "a"
+    assert not place(20, host("h", 100, reserved_bytes=5), 3, beside=Beside(alone=True)).fits
+    with pytest.raises(Exhausted, match="not to be shared") as refusal:
+        raise does_not_fit(
+            plan_load(
+                Need(20, 0, 0, 0),
+                [in_use],
+                device="",
+                fall_back=False,
+                limit=3,
+                seconds=1.0,
+                beside=Beside(alone=True),
+            ),
+            3,
+        )
+    assert refusal.value.metadata["model_id"] == "a"
+
+
+def test_nothing_comes_beside_a_model_that_wants_no_other_but_what_it_reads() -> None:
+    alone = resident("alone", 10, 1, exclusive=True, reads=("source",))
+    placement = place(20, host("h", 100, alone), 3, model_id="other")
+    assert [(e.model_id, e.cause) for e in placement.evictions] == [("alone", "exclusive")]
+    assert place(20, host("h", 100, alone), 3, model_id="source").evictions == ()
+    in_use = host("h", 100, resident("alone", 10, 1, exclusive=True, leases=1))
+    assert not place(20, in_use, 3, model_id="other").fits
+
+
+def test_a_group_goes_where_what_it_reads_is() -> None:
+    small, large = host("a", 100), host("b", 200, resident("source", 20, 1, host_id="b"))
+    beside = Beside(sources=(("source", 20),))
+    found = plan_load(
+        Need(20, 0, 0, 0), [small, large], device="", fall_back=False, limit=3, seconds=1.0, beside=beside
+    )
+    assert found.best is not None
+    assert (found.best.host.host_id, found.best.shared) == ("b", 1)
+    assert plan(20, small, large).best.host.host_id == "a"

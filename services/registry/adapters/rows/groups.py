@@ -88,6 +88,10 @@ class PostgresGroups:
         rows = await self._conn.fetch(_QUERIES["lenses_on"], model_id, host_id)
         return {row["lens_id"]: row["charge_bytes"] for row in rows}
 
+    async def exclusive(self, model_id: str) -> bool:
+        """Whether a group of a base wants the device alone."""
+        return await self._conn.fetchval(_QUERIES["exclusive"], model_id)
+
     async def begin_turn(self, model_id: str, lens_ids: Sequence[str]) -> dict[str, set[str]]:
         """Lock the groups of a base; which of the lenses each of them has."""
         rows = await self._conn.fetch(_QUERIES["begin_turn"], model_id, lens_ids)

@@ -57,6 +57,9 @@ DELETE FROM lens_residencies WHERE lens_id = $1 AND host_id = $2
 -- lenses_on --
 SELECT lens_id, charge_bytes FROM lens_residencies WHERE model_id = $1 AND host_id = $2
 
+-- exclusive --
+SELECT EXISTS (SELECT FROM groups WHERE model_id = $1 AND exclusive)
+
 -- begin_turn --
 SELECT g.id, array(SELECT l.id::text FROM lenses l WHERE l.group_id = g.id AND l.id = ANY ($2)) AS lens_ids
 FROM groups g WHERE g.model_id = $1 ORDER BY g.id FOR NO KEY UPDATE

@@ -145,7 +145,7 @@ class PostgresPlacement:
     async def left(self, job_id: str, copy: Residency, *, parked: bool) -> None:
         """A copy left for a load."""
         if parked:
-            await self.change(copy.model_id, copy.host_id, state="parked", job_id=None, active_lens_id=None)
+            await self.change(copy.model_id, copy.host_id, state="parked", job_id=None, cause=None, active_lens_id=None)
         else:
             await self.remove(copy.model_id, copy.host_id)
         if copy.state != "parked":
@@ -200,4 +200,5 @@ class PostgresPlacement:
 
 def _residency(row: asyncpg.Record) -> Residency:
     lenses = tuple(HeldLens(*held) for held in row["lenses"])
-    return columns.build(Residency, {**row, "lenses": lenses, "needed_by": tuple(row["needed_by"])})
+    ids = {name: tuple(row[name]) for name in ("needed_by", "reads")}
+    return columns.build(Residency, {**row, "lenses": lenses, **ids})

@@ -40,7 +40,8 @@ DELETE FROM reservations WHERE holder_id = $1
 -- residencies --
 -- $1 a host, $2 a model, $3 a job; null is any. The copy that serves is the oldest one.
 SELECT r.*, m.pinned, h.address, h.device, h.incarnation, coalesce(l.held, '{}') AS lenses,
-       coalesce(s.ids, '{}') AS needed_by
+       coalesce(s.ids, '{}') AS needed_by, g.exclusive, g.reads,
+       extract(epoch FROM clock_timestamp() - r.loaded_at)::float8 AS resident_seconds
 FROM residencies r
 JOIN hosts h USING (host_id)
 JOIN models m ON m.id = r.model_id
@@ -52,6 +53,12 @@ LEFT JOIN LATERAL (
     SELECT array_agg(DISTINCT p.model_id::text) AS ids FROM lens_residencies p JOIN lenses ON lenses.id = p.lens_id
     WHERE lenses.activation_source_model_id = r.model_id AND p.host_id = r.host_id AND p.model_id <> r.model_id
 ) s ON true
+CROSS JOIN LATERAL (
+    SELECT coalesce(bool_or(groups.exclusive), false) AS exclusive,
+           coalesce(array_agg(DISTINCT lenses.activation_source_model_id::text)
+                    FILTER (WHERE lenses.activation_source_model_id IS NOT NULL), '{}') AS reads
+    FROM groups LEFT JOIN lenses ON lenses.group_id = groups.id WHERE groups.model_id = r.model_id
+) g
 WHERE ($1::text IS NULL OR r.host_id = $1) AND ($2::text IS NULL OR r.model_id = $2)
   AND ($3::text IS NULL OR r.job_id = $3)
 ORDER BY r.state <> 'resident', r.loaded_at, r.host_id, r.model_id

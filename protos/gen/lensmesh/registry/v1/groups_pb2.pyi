@@ -58,7 +58,7 @@ class Lens(_message.Message):
     def __init__(self, id: _Optional[str] = ..., group_id: _Optional[str] = ..., kind: _Optional[_Union[_types_pb2.LensKind, str]] = ..., transcoder_id: _Optional[str] = ..., extension_id: _Optional[str] = ..., artifact_uri: _Optional[str] = ..., activation_source_model_id: _Optional[str] = ..., residency: _Optional[_Union[Residency, str]] = ..., memory_bytes: _Optional[int] = ..., layer: _Optional[int] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class Group(_message.Message):
-    __slots__ = ("id", "name", "model_id", "lenses", "active_lens_id", "estimated_memory_bytes", "created_by", "created_at")
+    __slots__ = ("id", "name", "model_id", "lenses", "active_lens_id", "estimated_memory_bytes", "created_by", "created_at", "exclusive")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +67,7 @@ class Group(_message.Message):
     ESTIMATED_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     CREATED_BY_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    EXCLUSIVE_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     model_id: str
@@ -75,17 +76,20 @@ class Group(_message.Message):
     estimated_memory_bytes: int
     created_by: str
     created_at: _timestamp_pb2.Timestamp
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., model_id: _Optional[str] = ..., lenses: _Optional[_Iterable[_Union[Lens, _Mapping]]] = ..., active_lens_id: _Optional[str] = ..., estimated_memory_bytes: _Optional[int] = ..., created_by: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    exclusive: bool
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., model_id: _Optional[str] = ..., lenses: _Optional[_Iterable[_Union[Lens, _Mapping]]] = ..., active_lens_id: _Optional[str] = ..., estimated_memory_bytes: _Optional[int] = ..., created_by: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., exclusive: _Optional[bool] = ...) -> None: ...
 
 class CreateGroupRequest(_message.Message):
-    __slots__ = ("name", "model_id", "request_id")
+    __slots__ = ("name", "model_id", "request_id", "exclusive")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EXCLUSIVE_FIELD_NUMBER: _ClassVar[int]
     name: str
     model_id: str
     request_id: str
-    def __init__(self, name: _Optional[str] = ..., model_id: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+    exclusive: bool
+    def __init__(self, name: _Optional[str] = ..., model_id: _Optional[str] = ..., request_id: _Optional[str] = ..., exclusive: _Optional[bool] = ...) -> None: ...
 
 class GetGroupRequest(_message.Message):
     __slots__ = ("id",)
