@@ -5,7 +5,7 @@ from __future__ import annotations
 from services.kit.migrate import run_script
 
 revision = "0014_groups"
-down_revision = "0013_lens_eviction"
+down_revision = "0013b_extraction_shares"
 
 _UP = """
 ALTER TABLE jobs ADD COLUMN lane text;  -- of the jobs of a kind and a lane one runs at a time
