@@ -1,4 +1,7 @@
-"""Held-out FVU at equal dictionary, k, rows and order; each program in turn, from the same file."""
+"""Held-out FVU at equal dictionary, k, rows and order; each program in turn, from the same file.
+
+FVU and L0 are those of files nobody trained on; "same text" are rows of the trained text that were left out.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,10 @@ def trained(name: str, rows: Path, peers: Path, *, tokens: int, rule: str, threa
 
 
 def _print(one: dict[str, Any]) -> None:
-    prefixes = " ".join(f"{fvu:.4f}" for fvu in one["fvu_per_prefix"])
+    prefixes, same = " ".join(f"{fvu:.4f}" for fvu in one["fvu_per_prefix"]), one["same_text"]
     sys.stdout.write(
         f"{one['name']:26s} {one['tokens']:9,d} tokens {one['rule']:4s} rate  FVU per prefix {prefixes}  "
-        f"L0 {one['l0']:5.1f}  dead {100 * one['dead']:5.2f} %  {one['step_ms']:6.1f} ms  {one['seconds']:5.0f} s\n"
+        f"L0 {one['l0']:5.1f}  dead {100 * one['dead']:5.2f} %  same text: FVU {same['fvu_per_prefix'][-1]:.4f} "
+        f"L0 {same['l0']:5.1f}  {one['step_ms']:6.1f} ms  {one['seconds']:5.0f} s\n"
     )
     sys.stdout.flush()

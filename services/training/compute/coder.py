@@ -91,7 +91,7 @@ class Coder:
         """
         begin = time.perf_counter()
         x, y = x.float() * self.scale.source, y.float() * self.scale.target
-        codes, nested = self._gradients(x, y)
+        codes, nested, factor = self._gradients(x, y)
         self._ranks.mean_([nested.errors])
         l2_loss = float(nested.errors @ self._prefixes.weights)
         variance = float(self._ranks.variance(y))
@@ -104,7 +104,7 @@ class Coder:
         norm, rate = self._update(nested.gradients)
         l0_per_prefix = self._count(codes)
         if self.config.activation == "jumprelu":
-            sparsity.steer(self.parameters["threshold"], l0_per_prefix[-1], self.config.shape.top_k)
+            sparsity.steer(self.parameters["threshold"], factor, rate / (self.config.learning_rate or rate))
         else:
             self._threshold = sparsity.follow_threshold(
                 self.config,
@@ -200,15 +200,17 @@ class Coder:
         coder._threshold, coder._idle_rows, coder.step_count = own["threshold"], own["idle_rows"], step_count
         return coder
 
-    def _gradients(self, x: Tensor, y: Tensor) -> tuple[Codes, Nested]:
+    def _gradients(self, x: Tensor, y: Tensor) -> tuple[Codes, Nested, float]:
+        """Codes, gradients, and by how much jumprelu's thresholds are off."""
         kind = PRODUCTS[self._products]
         if self.config.activation != "jumprelu":
             codes = sparsity.select(self.config, self.parameters, x, self._ranks)
-            return codes, nested_gradients(self.parameters, codes, x, y, self._prefixes, kind=kind)
+            return codes, nested_gradients(self.parameters, codes, x, y, self._prefixes, kind=kind), 1.0
         window = sparsity.Window.of(self.config, self.parameters, x)
         nested = nested_gradients(self.parameters, window.codes, x, y, self._prefixes, kind=kind)
         nested.gradients["threshold"] = window.gradient(self.parameters["threshold"], nested.by_value)
-        return window.codes.where(window.codes.value != 0), nested
+        factor = window.factor(self.parameters["threshold"], self.config.shape.top_k, self._ranks)
+        return window.codes.where(window.codes.value != 0), nested, factor
 
     def _revive(self, dead: Tensor, x: Tensor, nested: Nested) -> float:
         if not len(dead) or not self.config.aux_k:

@@ -20,8 +20,12 @@ PROBE_EVERY, PROBE_ROWS = 4, 256
 """How often, and on how many rows, a topk coder's threshold is estimated."""
 BANDWIDTH = 0.1
 """Width of the window around a threshold in which it gets a gradient; pre-activations start with variance 1."""
-STEERING = 0.05
-"""How far all thresholds of a jumprelu coder move per step, as a part of themselves, when L0 is twice top_k."""
+STEERING = 0.1, 0.4
+"""How much of the way to top_k active latents the thresholds of a jumprelu coder go per step: always, and at the full
+learning rate besides. Learning pushes thresholds up, and the first alone would leave L0 too low; where it has ended,
+the second would follow every batch's chance."""
+FACTORS = torch.logspace(-1, 1, 161, base=2)
+"""By how much the thresholds may be asked to change at once."""
 
 
 def encoder(config: TrainConfig, parameters: Parameters) -> Encoder:
@@ -81,10 +85,12 @@ class Window:
 
     Attributes:
         codes: entries above the window's lower edge; value 0 where they are below their threshold.
+        near: their pre-activations, also where they are below it, [nnz].
         inside: bool [nnz], those inside the window.
     """
 
     codes: Codes
+    near: Tensor
     inside: Tensor
 
     @classmethod
@@ -96,17 +102,33 @@ class Window:
         value, limit = near.value.float(), threshold[near.latent]
         active = ~(value <= limit)
         codes = Codes(near.rows, near.dict_size, near.row, near.latent, value * active)
-        return cls(codes, (value - limit).abs() < BANDWIDTH / 2)
+        return cls(codes, value, (value - limit).abs() < BANDWIDTH / 2)
 
     def gradient(self, threshold: Tensor, by_value: Tensor) -> Tensor:
         """dL/dthreshold [D] from dL/dz of the entries, [nnz]."""
         each = -by_value * threshold[self.codes.latent] * self.inside / BANDWIDTH
         return torch.zeros_like(threshold).index_add_(0, self.codes.latent, each)
 
+    def factor(self, threshold: Tensor, top_k: int, ranks: Ranks) -> float:
+        """What all thresholds [D] are to be multiplied by for top_k active latents per row of the batch, of FACTORS.
 
-def steer(threshold: Tensor, l0: float, top_k: int) -> None:
-    """Move all thresholds [D] together, in place, towards top_k active latents per row, `l0` being this step's.
+        The published sparsity losses leave L0 to a coefficient that has to be searched for; here it is asked for.
+        """
+        factors = FACTORS.to(threshold.device)
+        place = torch.bucketize(self.near / threshold[self.codes.latent], factors)
+        counts = ranks.total(torch.bincount(place, minlength=len(factors) + 1))
+        above = counts.flip(0).cumsum(0).flip(0)[1:].double()  # entries that each factor would leave
+        wanted = float(ranks.world * self.codes.rows * top_k)
+        last = int((above >= min(wanted, float(above[0]))).sum()) - 1  # of fewer than wanted the window shows no more
+        if above[last] < wanted or last == len(factors) - 1:
+            return float(factors[last])
+        part = (above[last] - wanted) / (above[last] - above[last + 1])
+        return float(factors[last] + part * (factors[last + 1] - factors[last]))
 
-    The published sparsity losses leave L0 to a coefficient that has to be searched for; here it is asked for.
+
+def steer(threshold: Tensor, factor: float, pace: float) -> None:
+    """Move all thresholds [D] together, in place, by part of `factor`, as `Window.factor` gives it.
+
+    `pace` is the step's learning rate as a part of the highest.
     """
-    threshold.mul_(1 + STEERING * max(-1.0, min(1.0, l0 / top_k - 1)))
+    threshold.mul_(factor ** (STEERING[0] + STEERING[1] * pace))

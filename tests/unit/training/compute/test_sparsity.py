@@ -1,0 +1,40 @@
+"""JumpReLU's thresholds are moved to the asked number of active latents, whatever they are scattered like."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from services.training.compute.config import TrainConfig
+from services.training.compute.ranks import ALONE
+from services.training.compute.sparsity import FACTORS, Window
+
+
+def window(level: float, scatter: float = 0.1) -> tuple[Window, torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """256 rows over 512 latents of pre-activations with variance 1, thresholds around `level`."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 64, generator=generator)
+    weight = torch.randn(512, 64, generator=generator) / 8
+    threshold = level * (1 + scatter * torch.randn(512, generator=generator))
+    parameters = {"W_enc": weight, "b_enc": torch.zeros(512), "threshold": threshold}
+    config = TrainConfig(dict_size=512, num_tokens=256, batch_size=256, top_k=32, activation="jumprelu")
+    return Window.of(config, parameters, x), threshold, parameters, x
+
+
+@pytest.mark.parametrize("level", [1.3, 1.5, 1.55])
+def test_one_factor_brings_the_batch_to_its_k(level: float) -> None:
+    found, threshold, parameters, x = window(level)
+    before = int((x @ parameters["W_enc"].T > threshold).sum()) / 256
+    factor = found.factor(threshold, 32, ALONE)
+    after = int((x @ parameters["W_enc"].T > threshold * factor).sum()) / 256
+    assert abs(after - 32) < 0.2 < abs(before - 32)
+
+
+def test_thresholds_far_too_high_come_down_to_what_the_window_shows() -> None:
+    found, threshold, _, _ = window(2.5, scatter=0.0)
+    assert 2.4 / 2.5 < found.factor(threshold, 32, ALONE) < 1
+
+
+def test_thresholds_far_too_low_go_up_by_the_most_there_is() -> None:
+    found, threshold, _, _ = window(0.2)
+    assert found.factor(threshold, 32, ALONE) == float(FACTORS[-1])
