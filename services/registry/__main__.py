@@ -60,6 +60,7 @@ async def compose(context: Context) -> Part:
             host_timeout=settings.host_timeout,
             heartbeat_seconds=settings.heartbeat_seconds,
             minimum_residency=settings.minimum_residency,
+            predictive_preload=settings.predictive_preload,
         ),
     )
     broker = Broker(context.settings.nats_url)
@@ -74,6 +75,9 @@ async def compose(context: Context) -> Part:
     async def refresh_metrics() -> None:
         await metrics.keep_fresh(store, context.database)
 
+    async def look_ahead() -> None:
+        await registry.foresight.run(registry)
+
     return Part(
         servicers=_servicers(registry, context, Feeds(hub, context.jobs)),
         handlers=handlers(registry, context.jobs),
@@ -85,6 +89,7 @@ async def compose(context: Context) -> Part:
             hub.run,
             reconcile,
             refresh_metrics,
+            look_ahead,
         ],
         readiness={"broker": broker.ping},
         close=[model_hosts.close],

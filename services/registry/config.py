@@ -20,6 +20,8 @@ class RegistrySettings(Settings):
     """Models that one host process holds at the same time."""
     minimum_residency: Annotated[float, Field(ge=0)] = 600.0
     """Seconds for which a model that has come to a device leaves it after all others, and for no preload."""
+    predictive_preload: bool = True
+    """Whether lenses and groups that a user is likely to switch to next are brought while there is room for them."""
     host_timeout: Annotated[float, Field(gt=0)] = 15.0
     """Seconds of silence after which a host counts as lost."""
     preload: str = ""

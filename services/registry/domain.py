@@ -301,8 +301,8 @@ class Beside:
     lenses: tuple[tuple[str, int], ...] = ()
     alone: bool = False
     """Whether every other model has to leave."""
-    patient: bool = False
-    """Whether models stay that have come within the minimum residency."""
+    spares: str = ""
+    """Who does not have to leave: nobody, those that came within the minimum residency (young), or all."""
 
 
 ALONE = Beside()
@@ -415,6 +415,15 @@ class Group:
             if lens.id == lens_id:
                 return lens
         raise NotFound(f"Group {self.id} has no lens {lens_id}", metadata={"group_id": self.id, "lens_id": lens_id})
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a user switched to."""
+
+    group_id: str
+    lens_id: str
+    """Empty for the base alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,5 +45,8 @@ class Gauges(Protocol):
     def evicted(self, cause: str) -> None:
         """A model was evicted."""
 
+    def foreseen(self, *, hit: bool) -> None:
+        """A user switched; whether to what was foreseen."""
+
     def switched(self, kind: str, seconds: float) -> None:
         """A switch was done, measured in the registry."""

@@ -10,9 +10,9 @@ from typing import Any, Protocol, TypeVar
 
 from services.kit.errors import LensmeshError
 from services.kit.requests import RequestKey
+from services.registry.dataset_ports import DatasetRows
 from services.registry.domain import (
     Counted,
-    Dataset,
     Facts,
     Group,
     Host,
@@ -24,6 +24,7 @@ from services.registry.domain import (
     Model,
     Need,
     Page,
+    Place,
     Residency,
     Source,
 )
@@ -268,30 +269,17 @@ class GroupRows(Protocol):
         """Mean of the last switches of a kind, of this group or else of all."""
 
 
-class DatasetRows(Protocol):
-    """Datasets, within one transaction."""
+class HabitRows(Protocol):
+    """What users switch to after what, within one transaction."""
 
-    async def insert(self, row: Mapping[str, Any], texts: Sequence[str]) -> Dataset:
-        """Add a dataset, with the texts of an inline one."""
+    async def keep(self, steps: Mapping[tuple[str, Place, Place], int]) -> None:
+        """Count steps of users; those from or to a group that is gone are left out."""
 
-    async def get(self, dataset_id: str) -> Dataset:
-        """One dataset.
+    async def likely(self, subject: str, here: Place) -> Place | None:
+        """Where a user is likely to go next."""
 
-        Raises:
-            NotFound: there is none.
-        """
-
-    async def page(self, page: Page) -> Listed:
-        """Datasets, newest first."""
-
-    async def delete(self, dataset_id: str) -> None:
-        """Remove it."""
-
-    async def users(self, dataset_id: str) -> list[str]:
-        """Unfinished jobs that read it."""
-
-    async def texts(self, dataset_id: str, after: int, limit: int) -> list[str]:
-        """Texts of an inline dataset from a position."""
+    async def preloading(self, group_id: str) -> bool:
+        """Whether a preload of a group is under way."""
 
 
 class Answered(Protocol):
@@ -315,6 +303,10 @@ class Transaction(Protocol):
     @property
     def groups(self) -> GroupRows:
         """Groups and lenses."""
+
+    @property
+    def habits(self) -> HabitRows:
+        """What users switch to after what."""
 
     @property
     def datasets(self) -> DatasetRows:
@@ -465,14 +457,3 @@ class Peers(Protocol):
 
     async def delete_users_of_model(self, model_id: str) -> None:
         """Delete them."""
-
-
-class DatasetFiles(Protocol):
-    """Files below the dataset roots."""
-
-    async def measure(self, identifier: str) -> tuple[int, str]:
-        """Bytes and content digest of a file or directory.
-
-        Raises:
-            Invalid: there is none below any root, or it leads outside.
-        """

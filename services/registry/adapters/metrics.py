@@ -50,6 +50,12 @@ class RegistryMetrics:
             buckets=SWITCH_BUCKETS,
             registry=registry,
         )
+        self._foreseen = Counter(
+            "registry_foreseen_switches",
+            "Switches for which another one was foreseen (miss) or this one (hit)",
+            ["result"],
+            registry=registry,
+        )
         self._models = Gauge("registry_models", "Models by status", ["state"], registry=registry)
         self._pinned = Gauge("registry_pinned_models", "Models that are never evicted", registry=registry)
         self._lru_age = Gauge(
@@ -75,6 +81,8 @@ class RegistryMetrics:
             self._models.labels(status)
         for cause in ("memory", "resident_limit", "exclusive", "park_limit", "device_cleared", "out_of_memory"):
             self._evictions.labels(cause)
+        for result in ("hit", "miss"):
+            self._foreseen.labels(result)
         for kind in ("within", "cross"):
             self._switch_seconds.labels(kind)
 
@@ -91,6 +99,10 @@ class RegistryMetrics:
     def evicted(self, cause: str) -> None:
         """A model was evicted."""
         self._evictions.labels(cause).inc()
+
+    def foreseen(self, *, hit: bool) -> None:
+        """A user switched; whether to what was foreseen."""
+        self._foreseen.labels("hit" if hit else "miss").inc()
 
     def switched(self, kind: str, seconds: float) -> None:
         """A switch was done."""

@@ -16,6 +16,7 @@ from services.kit.requests import RequestKey
 from services.registry.adapters.rows import columns
 from services.registry.adapters.rows.datasets import PostgresDatasets
 from services.registry.adapters.rows.groups import PostgresGroups
+from services.registry.adapters.rows.habits import PostgresHabits
 from services.registry.adapters.rows.models import PostgresModels
 from services.registry.adapters.rows.placement import PostgresPlacement
 from services.registry.domain import Counted, Model
@@ -41,6 +42,7 @@ class PostgresTransaction:
         self.placement = PostgresPlacement(conn)
         self.groups = PostgresGroups(conn)
         self.datasets = PostgresDatasets(conn)
+        self.habits = PostgresHabits(conn)
         self._conn = conn
         self._jobs = jobs
 

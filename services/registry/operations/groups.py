@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.kit.errors import Invalid, LensmeshError
+from services.kit.errors import Exhausted, Invalid, LensmeshError
 from services.kit.ids import new_id
 from services.kit.requests import RequestKey
 from services.registry.domain import Beside, Caller, Group, Listed, Page
@@ -173,7 +173,7 @@ async def preload_group(registry: Registry, caller: Caller, group_id: str, lens_
         group = await tx.groups.get(group_id)
         wanted = [group.lens(lens_id).id for lens_id in lens_ids] or [lens.id for lens in group.lenses]
         job_id = new_id("job")
-        payload = {"group_id": group_id, "model_id": group.model_id, "lens_ids": wanted}
+        payload = {"group_id": group_id, "model_id": group.model_id, "lens_ids": wanted, "foreseen": False}
         await tx.enqueue_preload(job_id, payload, caller.subject)
     return job_id, len(wanted)
 
@@ -185,8 +185,14 @@ async def run_preload(registry: Registry, lease: LoadLease) -> dict[str, Any]:
         LensmeshError: the base could not be loaded.
     """
     group_id, wanted = lease.payload["group_id"], list(lease.payload["lens_ids"])
-    patient = Beside(patient=True)
-    copy = await lease.unless_stopped(bring_base(registry, lease.payload["model_id"], patient))
+    foreseen = lease.payload["foreseen"]
+    beside = Beside(spares="all" if foreseen else "young")
+    try:
+        copy = await lease.unless_stopped(bring_base(registry, lease.payload["model_id"], beside))
+    except Exhausted:
+        if not foreseen:
+            raise
+        return {"group_id": group_id, "loaded": 0, "failed": wanted}  # nobody asked for it
     told = _Told(registry, lease, len(wanted), size=copy.charge_bytes)
     await told.tell(None)
     async with registry.store.transaction() as tx:
@@ -196,7 +202,7 @@ async def run_preload(registry: Registry, lease: LoadLease) -> dict[str, Any]:
     async def one(lens_id: str) -> None:
         async with turn:
             try:
-                told.size += await bring(registry, group.lens(lens_id), copy)
+                told.size += await bring(registry, group.lens(lens_id), copy, evict=not foreseen)
                 told.loaded += 1
             except LensmeshError as error:
                 told.failed.append(lens_id)
@@ -226,6 +232,7 @@ class _Told:
         group_id = self.lease.payload["group_id"]
         async with self.lease.commit() as tx:
             facts = {"group_id": group_id, "lens_id": lens_id, "task_id": self.lease.id}
+            facts["foreseen"] = self.lease.payload["foreseen"]
             await tx.emit("group:preload", group_id, {**facts, **figures})
             await self.lease.progress(percent, figures)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from services.kit.errors import Conflict, Exhausted, Invalid, LensmeshError, NotFound, Unsupported
@@ -179,6 +179,7 @@ async def bring(registry: Registry, lens: Lens, copy: Residency, *, evict: bool 
     """
     if lens.activation_source_model_id:
         beside = Beside(sources=((copy.model_id, 0),), lenses=((lens.id, lens.size_bytes),))
+        beside = beside if evict else replace(beside, spares="all")
         await ensure_resident(registry, copy.host_id, lens.activation_source_model_id, beside)
     artifact = LensArtifact(
         lens.artifact_uri or "",

@@ -202,7 +202,7 @@ async def _load_on(registry: Registry, host_id: str, model_id: str, beside: Besi
             need,
             seconds,
             device=host.name,
-            cause="preload" if beside.patient else "service",
+            cause="preload" if beside.spares else "service",
             beside=beside,
         )
         job, _ = await accept(registry, tx, model, order)

@@ -80,10 +80,11 @@ def place(
     more = sum(here[name].bytes if name in here and _is_parked(here[name]) else size for name, size in absent)
     more += sum(size for name, size in beside.lenses if parked is None or name not in parked.lens_ids)
     keep = {name for name, _ in beside.sources}
-    idle = _in_order_of_leaving(host.residents, keep, settled, patient=beside.patient)
+    idle = _in_order_of_leaving(host.residents, keep, settled, spares=beside.spares)
     forced = _forced(host.residents, keep, model_id, alone=beside.alone)
     held = [r for r in host.residents if r.state in ("loading", "resident")]
-    lenses = idle_lenses([r for r in host.residents if r not in idle], {name for name, _ in beside.lenses})
+    staying = [r for r in host.residents if r not in idle and beside.spares != "all"]
+    lenses = idle_lenses(staying, {name for name, _ in beside.lenses})
     obtainable = host.free_bytes + sum(r.bytes for r in idle) + sum(lens.bytes for _, lens in lenses)
     surplus = max(0, len(held) + 1 + len(absent) - limit)
     taken_by = next((r.model_id for r in forced if r not in idle), "")
@@ -170,14 +171,15 @@ def _of_lenses(lenses: Sequence[tuple[Residency, HeldLens]]) -> tuple[Eviction, 
 
 
 def _in_order_of_leaving(
-    residents: Sequence[Residency], keep: Collection[str], settled: float = 0.0, *, patient: bool = False
+    residents: Sequence[Residency], keep: Collection[str], settled: float = 0.0, spares: str = ""
 ) -> list[Residency]:
     """Who may leave, least recently used first, a source of activations after the models there that read it.
 
-    Those that came within the last `settled` seconds leave after the others, or with `patient` not at all.
+    Those that came within the last `settled` seconds leave after the others; `spares` says who stays, see `Beside`.
     """
     young = {r.model_id for r in residents if r.resident_seconds is not None and r.resident_seconds < settled}
-    may = [r for r in residents if may_leave(r) and r.model_id not in keep and not (patient and r.model_id in young)]
+    stay = {*keep, *({"young": young, "all": {r.model_id for r in residents}}.get(spares, ()))}
+    may = [r for r in residents if may_leave(r) and r.model_id not in stay]
     waiting = sorted(may, key=lambda r: (r.model_id in young, r.last_used_at))
     staying = {r.model_id for r in residents if r.state in ("loading", "resident", "unloading", "parking")}
     order: list[Residency] = []

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from services.kit.errors import Unavailable
+from services.registry.dataset_ports import DatasetFiles
 from services.registry.job_ports import Gauges
+from services.registry.operations.foresight import Foresight
 from services.registry.operations.turns import Turns
-from services.registry.ports import DatasetFiles, ModelHosts, Peers, Store
+from services.registry.ports import ModelHosts, Peers, Store
 
 T = TypeVar("T")
 
@@ -28,6 +30,8 @@ class Limits:
     """Seconds of silence after which a host is lost."""
     heartbeat_seconds: float
     """Seconds between heartbeats."""
+    predictive_preload: bool
+    """Whether what a user is likely to switch to next is brought while there is room for it."""
     minimum_residency: float
     """Seconds for which a model that has come to a device leaves it after all others, and for no preload."""
 
@@ -71,6 +75,7 @@ class Registry:
     limits: Limits
     endings: Endings = field(default_factory=Endings)
     turns: Turns = field(default_factory=Turns)
+    foresight: Foresight = field(default_factory=Foresight)
 
     async def ask_a_host(self, question: Callable[[str], Awaitable[T]]) -> T:
         """What a host answers about model files; the next one is asked where one does not answer.

@@ -42,7 +42,9 @@ async def switch(registry: Registry, caller: Caller, group_id: str, lens_id: str
         Unavailable: `NO_HOST`.
     """
     try:
-        return await switch_lens(registry, group_id, lens_id)
+        done = await switch_lens(registry, group_id, lens_id)
+        registry.foresight.note(registry, caller, group_id, lens_id)
+        return done
     except Conflict as error:
         if error.reason != "GROUP_NOT_RESIDENT":
             raise
@@ -58,6 +60,7 @@ async def switch(registry: Registry, caller: Caller, group_id: str, lens_id: str
         facts = {"group_id": group_id, "lens_id": lens_id, "kind": "cross", "task_id": job_id}
         leaving = [asdict(eviction) for eviction in plan.best.evictions] if plan.best is not None else []
         await tx.emit("group:switching", group_id, {**facts, "position": position, "evictions": leaving})
+    registry.foresight.note(registry, caller, group_id, lens_id)
     return Queued(job_id, position, seconds, plan)
 
 

@@ -296,9 +296,10 @@ def test_what_came_lately_leaves_last_and_for_no_preload() -> None:
     assert [e.model_id for e in place(50, on, 3, settled=600.0).evictions] == ["old"]
     assert [e.model_id for e in place(50, on, 3, settled=1.0).evictions] == ["new"]
     assert {e.model_id for e in place(80, on, 3, settled=600.0).evictions} == {"old", "new"}
-    patient = place(80, on, 3, beside=Beside(patient=True), settled=600.0)
+    patient = place(80, on, 3, beside=Beside(spares="young"), settled=600.0)
     assert (patient.fits, patient.obtainable_bytes) == (False, 50)
-    assert place(50, on, 3, beside=Beside(patient=True), settled=600.0).fits
+    assert place(50, on, 3, beside=Beside(spares="young"), settled=600.0).fits
+    assert not place(50, on, 3, beside=Beside(spares="all"), settled=600.0).fits
 
 
 def test_a_model_that_comes_alone_sends_all_others_away() -> None:

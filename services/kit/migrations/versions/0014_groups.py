@@ -12,14 +12,7 @@ ALTER TABLE jobs ADD COLUMN lane text;  -- of the jobs of a kind and a lane one 
 ALTER TABLE groups ADD COLUMN exclusive boolean NOT NULL DEFAULT false;
 ALTER TABLE residencies ADD COLUMN cause varchar(30);  -- why it leaves, while it does
 
--- Where a user was last, and how often a user went from one lens to another; an empty lens is the base alone.
-CREATE TABLE places (
-    subject varchar(255) PRIMARY KEY,
-    group_id varchar(255) NOT NULL REFERENCES groups ON DELETE CASCADE,
-    lens_id varchar(255) NOT NULL,
-    foreseen_group_id varchar(255),
-    foreseen_lens_id varchar(255)
-);
+-- How often a user went from one lens to another; an empty lens is the base alone.
 CREATE TABLE habits (
     subject varchar(255) NOT NULL,
     from_group_id varchar(255) NOT NULL REFERENCES groups ON DELETE CASCADE,
@@ -35,7 +28,6 @@ CREATE INDEX habits_of_all ON habits (from_group_id, from_lens_id);
 
 _DOWN = """
 DROP TABLE habits;
-DROP TABLE places;
 ALTER TABLE residencies DROP COLUMN cause;
 ALTER TABLE groups DROP COLUMN exclusive;
 ALTER TABLE jobs DROP COLUMN lane;
