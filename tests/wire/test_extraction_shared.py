@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.wire.test_extraction_interrupted import UNITS, contiguous_events, und
 async def mesh(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Mesh]:
     torch.set_num_threads(1)
     monkeypatch.setattr(helping, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(helping, "HELP_AFTER", timedelta(0))
     async with meshing(database, tmp_path / "state", lease_seconds=1.5) as mesh:
         mesh.registry.texts = {DATASET: texts(64 * UNITS)}
         yield mesh

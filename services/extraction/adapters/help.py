@@ -25,6 +25,8 @@ from services.kit.logs import get_logger
 
 T = TypeVar("T")
 LOOK_SECONDS = 1.0
+HELP_AFTER = timedelta(seconds=5)
+"""How long a job has run before others load its model to help: shorter ones end sooner without."""
 
 
 class HelpingRun:
@@ -169,7 +171,8 @@ class Helper:
 
     async def _found(self) -> str | None:
         """One that was not tried in vain before."""
-        facts = (self._incarnation, self._device, self._caches.artifacts.store_id, sorted(self._refused))
+        store_id, refused = self._caches.artifacts.store_id, sorted(self._refused)
+        facts = (self._incarnation, self._device, store_id, refused, HELP_AFTER)
         async with self._database.connection() as conn:
             return await conn.fetchval(QUERIES["to_help"], *facts)
 

@@ -105,6 +105,7 @@ RETURNING unit
 SELECT e.id FROM extractions e JOIN jobs j ON j.id = e.job_id JOIN job_workers w ON w.incarnation = j.owner
 WHERE j.state = 'running' AND NOT j.cancel_requested AND NOT j.pause_requested AND j.owner <> $1
   AND split_part(w.device, ':', 1) = split_part($2, ':', 1) AND e.store_id = $3 AND NOT e.id = ANY ($4)
+  AND j.started_at < clock_timestamp() - $5::interval
   AND e.units_total - 1 > (
       SELECT count(*) FROM extraction_units u
       WHERE u.extraction_id = e.id AND (u.digest IS NOT NULL OR u.lease_until > clock_timestamp()))
