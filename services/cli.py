@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from services.client import catalogue, compare, train, transcoders, work
+from services.client import catalogue, compare, extractions, train, transcoders, work
 from services.client.connection import default_state
 from services.client.output import Json, fail, print_json
 
@@ -31,6 +31,8 @@ work.extensions.command("compare")(compare.compare)
 app.add_typer(work.extensions, name="extensions")
 app.command("devices")(catalogue.list_devices)
 app.command("extract")(work.extract)
+app.add_typer(extractions.extractions, name="extractions")
+app.add_typer(extractions.caches, name="caches")
 app.add_typer(train.trainings, name="train")
 app.command("evaluate")(work.evaluate)
 

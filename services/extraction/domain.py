@@ -19,6 +19,7 @@ ARTIFACT_KIND = "activation_cache"
 REUSED_MESSAGE = "Using cached activations"
 
 Match = Literal["hit", "subset", "miss"]
+IfUnloaded = Literal["load", "wait", "fail"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class BaseModel:
     parameter_count: int
     batch_size: int
     """Sequences of a forward pass that fit such a model."""
+    loaded: bool = True
+    """Whether it is on some device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class Wanted:
     apply_rmsnorm_scaling: bool = False
     special_tokens: SpecialTokens = "tokenizer"
     packing: bool = False
+    if_unloaded: IfUnloaded = "load"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,7 @@ class Options:
     seed: int
     special_tokens: SpecialTokens = "tokenizer"
     packing: bool = False
+    if_unloaded: IfUnloaded = "load"
 
     @property
     def encoding(self) -> Encoding:
@@ -129,7 +134,8 @@ class Options:
     def key(self, model: BaseModel, dataset: Survey) -> str:
         """Digest of everything that decides a cache's content, hook points left out: a superset serves a subset."""
         options = self.as_json()
-        del options["hook_points"], options["extension_id"]
+        for name in ("hook_points", "extension_id", "if_unloaded"):
+            del options[name]
         if self.sample_count is None and dataset.rows is not None:
             options["sample_count"] = dataset.rows
         if any(name.endswith(".hook_pattern") for name in self.hook_points):

@@ -22,6 +22,7 @@ from services.extraction.domain import BaseModel, Task
 from services.extraction.job_ports import Filler, Help, LeasedModel, Models, Product, Run
 from services.extraction.ports import Caches, Catalogue, Datasets, Tokenized
 from services.extraction.requests import row_bytes
+from services.kit import errors
 from services.residency.shards import DTYPES, FileEntry, Manifest, ShardEntry
 from services.residency.texts import tokenizer_digest
 
@@ -92,9 +93,7 @@ class ExtractionJob:
             await run.unless_stopped(asyncio.sleep(POLL_SECONDS))
         if cache_id is not None:
             return {"cache_id": cache_id}
-        await run.waiting("the model")
-        await run.unless_stopped(self._models.bring(task.model_id))
-        await run.waiting(None)
+        await self._bring(run, task)
         self._running += 1
         try:
             async with self._models.lease(task.model_id, task.options.extension_uri) as model:
@@ -132,6 +131,19 @@ class ExtractionJob:
             return None
         await run.reuse(found)
         return found.id
+
+    async def _bring(self, run: Run, task: Task) -> None:
+        """Have the model here, or do what the request says where it is on no device."""
+        absent = task.options.if_unloaded
+        while absent != "load" and not (await self._catalogue.model(task.model_id)).loaded:
+            if absent == "fail":
+                message = "the model is not loaded, and the request says to fail then"
+                raise errors.Failed(message, reason="EXTRACTION_FAILED", metadata={"model_id": task.model_id})
+            await run.waiting("its model to be loaded")
+            await run.unless_stopped(asyncio.sleep(POLL_SECONDS))
+        await run.waiting("the model")
+        await run.unless_stopped(self._models.bring(task.model_id))
+        await run.waiting(None)
 
     async def _inputs(self, task: Task) -> tuple[BaseModel, Any]:
         return await self._catalogue.model(task.model_id), await self._datasets.survey(task.dataset_id)

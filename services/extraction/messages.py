@@ -9,7 +9,7 @@ from typing import Any
 from lensmesh.common.v1 import types_pb2
 from lensmesh.extraction.v1 import extraction_pb2 as pb
 
-from services.extraction.domain import Cache, Extraction, Filter, Planned, Wanted, WantedStream
+from services.extraction.domain import Cache, Extraction, Filter, IfUnloaded, Planned, Wanted, WantedStream
 from services.extraction.operations import Damage
 from services.extraction.streaming import Facts, Part
 from services.kit.paging import Page, asked
@@ -36,6 +36,14 @@ SPECIAL_TOKENS: Mapping[int, SpecialTokens] = {
 }
 
 
+IF_UNLOADED: Mapping[int, IfUnloaded] = {
+    pb.IF_UNLOADED_UNSPECIFIED: "load",
+    pb.IF_UNLOADED_LOAD: "load",
+    pb.IF_UNLOADED_WAIT: "wait",
+    pb.IF_UNLOADED_FAIL: "fail",
+}
+
+
 def wanted(request: pb.ExtractActivationsRequest) -> Wanted:
     """What a request asks for."""
     return Wanted(
@@ -55,6 +63,7 @@ def wanted(request: pb.ExtractActivationsRequest) -> Wanted:
         apply_rmsnorm_scaling=request.apply_rmsnorm_scaling,
         special_tokens=SPECIAL_TOKENS[request.special_tokens],
         packing=request.packing,
+        if_unloaded=IF_UNLOADED[request.if_unloaded],
     )
 
 

@@ -132,6 +132,28 @@ class Operations:
         await self._store.cancel(extraction_id)
         return await self._store.get(extraction_id)
 
+    async def pause(self, extraction_id: str) -> Extraction:
+        """Stop an extraction within one batch; the units that are done stay.
+
+        Raises:
+            errors.NotFound: there is none.
+            errors.Conflict: it has ended, or its cache is being made.
+        """
+        await self._store.get(extraction_id)
+        await self._store.pause(extraction_id)
+        return await self._store.get(extraction_id)
+
+    async def resume(self, extraction_id: str) -> Extraction:
+        """Let a paused extraction go on behind its last unit.
+
+        Raises:
+            errors.NotFound: there is none.
+            errors.Conflict: it is not paused.
+        """
+        await self._store.get(extraction_id)
+        await self._store.resume(extraction_id)
+        return await self._store.get(extraction_id)
+
     async def delete(self, extraction_id: str) -> None:
         """Forget an extraction that has ended; its cache stays.
 

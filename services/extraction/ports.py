@@ -111,6 +111,20 @@ class Store(Protocol):
             errors.Conflict: it has completed or failed already.
         """
 
+    async def pause(self, extraction_id: str) -> None:
+        """Ask its job to stop for now.
+
+        Raises:
+            errors.Conflict: it has ended, or its cache is being made.
+        """
+
+    async def resume(self, extraction_id: str) -> None:
+        """Queue its job again.
+
+        Raises:
+            errors.Conflict: it is not paused.
+        """
+
     async def delete(self, extraction_id: str) -> None:
         """Forget an extraction; its cache stays.
 

@@ -54,6 +54,7 @@ def resolve(wanted: Wanted, model: BaseModel, dataset: Survey, extension_uri: st
         seed=wanted.seed,
         special_tokens=wanted.special_tokens,
         packing=wanted.packing,
+        if_unloaded=wanted.if_unloaded,
     )
 
 

@@ -53,6 +53,14 @@ class ExtractionServicer(extraction_pb2_grpc.ExtractionServiceServicer):
         """Stop an extraction within one batch."""
         return messages.extraction_message(await self._operations.cancel(request.id))
 
+    async def PauseExtraction(self, request: pb.PauseExtractionRequest, context: Any) -> pb.Extraction:
+        """Stop an extraction for now."""
+        return messages.extraction_message(await self._operations.pause(request.id))
+
+    async def ResumeExtraction(self, request: pb.ResumeExtractionRequest, context: Any) -> pb.Extraction:
+        """Let a paused extraction go on."""
+        return messages.extraction_message(await self._operations.resume(request.id))
+
     async def DeleteExtraction(self, request: pb.DeleteExtractionRequest, context: Any) -> empty_pb2.Empty:
         """Forget an extraction that has ended."""
         await self._operations.delete(request.id)

@@ -77,6 +77,8 @@ class Registry(
             defaults=types_pb2.ModelDefaults(model_batch_size=4),
         )
         model.config.update(config)
+        if any(resident.model_id == MODEL for resident in self.pool.residents):
+            model.status = models_pb2.MODEL_STATUS_READY
         return model
 
     async def GetDataset(self, request: Any, context: Any) -> Any:

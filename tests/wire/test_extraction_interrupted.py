@@ -27,7 +27,7 @@ from services.kit.database import Database
 from services.kit.events import EventLog
 from services.residency.shards import ShardReader
 from tests.support import eventually
-from tests.wire.extraction_support import DATASET, Mesh, meshing
+from tests.wire.extraction_support import DATASET, MODEL, Mesh, meshing
 from tests.wire.test_extraction import refused, texts
 
 UNITS = 5
@@ -259,10 +259,9 @@ async def test_a_finished_extraction_cannot_be_cancelled(mesh: Mesh) -> None:
 async def test_pause_and_resume(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = await undisturbed(mesh, batch_size=1)
     started = await mesh.extract(batch_size=1)
-    job_id = (await mesh.get(started.extraction_id)).job_id
     async with mesh.working():
         await eventually(lambda: units(mesh))
-        await mesh.context.jobs.request_pause(job_id)
+        await mesh.stub.PauseExtraction(pb.PauseExtractionRequest(id=started.extraction_id))
 
         async def paused() -> bool:
             return (await mesh.get(started.extraction_id)).status == pb.EXTRACTION_STATUS_PAUSED
@@ -271,10 +270,33 @@ async def test_pause_and_resume(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> 
         done = await units(mesh)
         assert 0 < len(done) < UNITS
         with counted_batches(monkeypatch) as ran:
-            await mesh.context.jobs.resume(job_id)
+            await mesh.stub.ResumeExtraction(pb.ResumeExtractionRequest(id=started.extraction_id))
             found = await mesh.ended(started.extraction_id)
     assert set(ran) == set(range(UNITS)) - set(done)
     assert found.storage_uri == expected
+    for call in (
+        mesh.stub.PauseExtraction(pb.PauseExtractionRequest(id=started.extraction_id)),
+        mesh.stub.ResumeExtraction(pb.ResumeExtractionRequest(id=started.extraction_id)),
+    ):
+        assert (await refused(call))[:2] == (grpc.StatusCode.FAILED_PRECONDITION, "WRONG_STATE")
+
+
+async def test_without_a_loaded_model_a_job_waits_or_fails_where_it_is_told_to(mesh: Mesh) -> None:
+    async with mesh.working():
+        failing = await mesh.extract(dataset_id="ds_other", if_unloaded=pb.IF_UNLOADED_FAIL)
+        found = await mesh.ended(failing.extraction_id)
+        assert (found.status, found.error_code) == (pb.EXTRACTION_STATUS_FAILED, "EXTRACTION_FAILED")
+        assert "not loaded" in found.error_message
+        waiting = await mesh.extract(dataset_id="ds_other", if_unloaded=pb.IF_UNLOADED_WAIT)
+
+        async def waits() -> bool:
+            return (await mesh.get(waiting.extraction_id)).waiting_for == "its model to be loaded"
+
+        await eventually(waits)
+        assert mesh.registry.loads == 0
+        await mesh.registry.pool.load(MODEL, mesh.registry.folder, "none")
+        assert (await mesh.ended(waiting.extraction_id)).status == pb.EXTRACTION_STATUS_COMPLETED
+    assert mesh.unfinished() == []
 
 
 async def test_a_full_disk_fails_the_job_and_leaves_nothing(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:

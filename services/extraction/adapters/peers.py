@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from blake3 import blake3
 from lensmesh.common.v1 import types_pb2
-from lensmesh.registry.v1 import datasets_pb2, groups_pb2, groups_pb2_grpc
+from lensmesh.registry.v1 import datasets_pb2, groups_pb2, groups_pb2_grpc, models_pb2
 
 from services.extraction.domain import BaseModel, Options, Survey
 from services.extraction.ports import Tokenized
@@ -54,6 +54,7 @@ class RegisteredModels:
             context_length=model.context_length,
             parameter_count=model.parameter_count,
             batch_size=model.defaults.model_batch_size or DEFAULT_BATCH_SIZE,
+            loaded=model.status == models_pb2.MODEL_STATUS_READY,
         )
 
     async def extension_uri(self, model_id: str, extension_id: str) -> str:

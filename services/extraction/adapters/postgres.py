@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -102,15 +103,29 @@ class PostgresStore:
 
     async def cancel(self, extraction_id: str) -> None:
         """By its job."""
+        async with self._job_of(extraction_id, "cancelled") as (conn, job_id):
+            await self._jobs.request_cancel(job_id, conn)
+
+    async def pause(self, extraction_id: str) -> None:
+        """By its job."""
+        async with self._job_of(extraction_id, "paused") as (conn, job_id):
+            await self._jobs.request_pause(job_id, conn)
+
+    async def resume(self, extraction_id: str) -> None:
+        """By its job."""
+        async with self._job_of(extraction_id, "resumed") as (conn, job_id):
+            await self._jobs.resume(job_id, conn)
+
+    @asynccontextmanager
+    async def _job_of(self, extraction_id: str, wanted: str) -> AsyncIterator[tuple[asyncpg.Connection, str]]:
+        """A transaction and the job; one that a cache answered has none and cannot be what is `wanted`."""
         async with self._database.transaction() as conn:
             job_id = await conn.fetchval(QUERIES["job_of"], extraction_id)
-            if job_id is not None:
-                await self._jobs.request_cancel(job_id, conn)
-                return
-        extraction = await self.get(extraction_id)
-        raise errors.Conflict(
-            f"The extraction is {extraction.status} and cannot be cancelled", metadata={"status": extraction.status}
-        )
+            if job_id is None:
+                raise errors.Conflict(
+                    f"The extraction is completed and cannot be {wanted}", metadata={"status": "completed"}
+                )
+            yield conn, job_id
 
     async def delete(self, extraction_id: str) -> None:
         """The row; files of units are gone with the end of its job."""

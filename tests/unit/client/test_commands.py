@@ -268,3 +268,28 @@ def test_a_token_carries_only_what_was_asked_for(
     token = json.loads(lensmesh("token", "--scope", "model:read", "--json").stdout)["token"]
     assert token.count(".") == 2
     assert lensmesh("token", "--scope", "root").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rpc", "fields"),
+    [
+        (("extractions", "list", "--model", "m_1"), "ListExtractions", {"model_id": "m_1"}),
+        (("extractions", "pause", "ext_1"), "PauseExtraction", {"id": "ext_1"}),
+        (("extractions", "resume", "ext_1", "--no-wait"), "ResumeExtraction", {"id": "ext_1"}),
+        (("extractions", "cancel", "ext_1"), "CancelExtraction", {"id": "ext_1"}),
+        (("caches", "show", "act_1"), "GetActivationCache", {"id": "act_1"}),
+        (("caches", "delete", "act_1"), "DeleteActivationCache", {"id": "act_1"}),
+    ],
+)
+def test_extractions_and_caches(
+    api: FakeApi, lensmesh: Callable[..., Any], arguments: tuple[str, ...], rpc: str, fields: dict[str, Any]
+):
+    api.replies = {"ListExtractions": {"extractions": []}}
+    assert lensmesh(*arguments, "--json").exit_code == 0
+    assert api.calls == [(rpc, fields)]
+
+
+@pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
+def test_a_damaged_cache_fails_the_command(api: FakeApi, lensmesh: Callable[..., Any], ok: bool, code: int):
+    api.replies = {"VerifyActivationCache": {"id": "act_1", "ok": ok}}
+    assert lensmesh("caches", "verify", "act_1", "--json").exit_code == code

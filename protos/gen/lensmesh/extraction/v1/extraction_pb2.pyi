@@ -40,6 +40,13 @@ class SpecialTokens(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SPECIAL_TOKENS_NONE: _ClassVar[SpecialTokens]
     SPECIAL_TOKENS_BOS: _ClassVar[SpecialTokens]
 
+class IfUnloaded(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    IF_UNLOADED_UNSPECIFIED: _ClassVar[IfUnloaded]
+    IF_UNLOADED_LOAD: _ClassVar[IfUnloaded]
+    IF_UNLOADED_WAIT: _ClassVar[IfUnloaded]
+    IF_UNLOADED_FAIL: _ClassVar[IfUnloaded]
+
 class CacheMatch(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CACHE_MATCH_UNSPECIFIED: _ClassVar[CacheMatch]
@@ -60,13 +67,17 @@ SPECIAL_TOKENS_UNSPECIFIED: SpecialTokens
 SPECIAL_TOKENS_TOKENIZER: SpecialTokens
 SPECIAL_TOKENS_NONE: SpecialTokens
 SPECIAL_TOKENS_BOS: SpecialTokens
+IF_UNLOADED_UNSPECIFIED: IfUnloaded
+IF_UNLOADED_LOAD: IfUnloaded
+IF_UNLOADED_WAIT: IfUnloaded
+IF_UNLOADED_FAIL: IfUnloaded
 CACHE_MATCH_UNSPECIFIED: CacheMatch
 CACHE_MATCH_HIT: CacheMatch
 CACHE_MATCH_SUBSET: CacheMatch
 CACHE_MATCH_MISS: CacheMatch
 
 class ExtractActivationsRequest(_message.Message):
-    __slots__ = ("model_id", "dataset_id", "layer_indices", "hook_points", "sites", "layout", "sample_count", "batch_size", "max_length", "dtype", "extension_id", "seed", "validate_only", "request_id", "max_tokens", "apply_rmsnorm_scaling", "special_tokens", "packing")
+    __slots__ = ("model_id", "dataset_id", "layer_indices", "hook_points", "sites", "layout", "sample_count", "batch_size", "max_length", "dtype", "extension_id", "seed", "validate_only", "request_id", "max_tokens", "apply_rmsnorm_scaling", "special_tokens", "packing", "if_unloaded")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     DATASET_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_INDICES_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +96,7 @@ class ExtractActivationsRequest(_message.Message):
     APPLY_RMSNORM_SCALING_FIELD_NUMBER: _ClassVar[int]
     SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PACKING_FIELD_NUMBER: _ClassVar[int]
+    IF_UNLOADED_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     dataset_id: str
     layer_indices: _containers.RepeatedScalarFieldContainer[int]
@@ -103,7 +115,8 @@ class ExtractActivationsRequest(_message.Message):
     apply_rmsnorm_scaling: bool
     special_tokens: SpecialTokens
     packing: bool
-    def __init__(self, model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., layer_indices: _Optional[_Iterable[int]] = ..., hook_points: _Optional[_Iterable[str]] = ..., sites: _Optional[_Iterable[str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., sample_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., extension_id: _Optional[str] = ..., seed: _Optional[int] = ..., validate_only: _Optional[bool] = ..., request_id: _Optional[str] = ..., max_tokens: _Optional[int] = ..., apply_rmsnorm_scaling: _Optional[bool] = ..., special_tokens: _Optional[_Union[SpecialTokens, str]] = ..., packing: _Optional[bool] = ...) -> None: ...
+    if_unloaded: IfUnloaded
+    def __init__(self, model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., layer_indices: _Optional[_Iterable[int]] = ..., hook_points: _Optional[_Iterable[str]] = ..., sites: _Optional[_Iterable[str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., sample_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., extension_id: _Optional[str] = ..., seed: _Optional[int] = ..., validate_only: _Optional[bool] = ..., request_id: _Optional[str] = ..., max_tokens: _Optional[int] = ..., apply_rmsnorm_scaling: _Optional[bool] = ..., special_tokens: _Optional[_Union[SpecialTokens, str]] = ..., packing: _Optional[bool] = ..., if_unloaded: _Optional[_Union[IfUnloaded, str]] = ...) -> None: ...
 
 class ExtractActivationsResponse(_message.Message):
     __slots__ = ("extraction_id", "status", "estimated_time_seconds", "estimated_bytes", "cache", "fits_limit", "message")
@@ -220,6 +233,18 @@ class ListExtractionsResponse(_message.Message):
     def __init__(self, extractions: _Optional[_Iterable[_Union[Extraction, _Mapping]]] = ..., total: _Optional[int] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class CancelExtractionRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class PauseExtractionRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class ResumeExtractionRequest(_message.Message):
     __slots__ = ("id",)
     ID_FIELD_NUMBER: _ClassVar[int]
     id: str

@@ -62,6 +62,16 @@ class ExtractionServiceStub:
                 request_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.CancelExtractionRequest.SerializeToString,
                 response_deserializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.Extraction.FromString,
                 _registered_method=True)
+        self.PauseExtraction = channel.unary_unary(
+                '/lensmesh.extraction.v1.ExtractionService/PauseExtraction',
+                request_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.PauseExtractionRequest.SerializeToString,
+                response_deserializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.Extraction.FromString,
+                _registered_method=True)
+        self.ResumeExtraction = channel.unary_unary(
+                '/lensmesh.extraction.v1.ExtractionService/ResumeExtraction',
+                request_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.ResumeExtractionRequest.SerializeToString,
+                response_deserializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.Extraction.FromString,
+                _registered_method=True)
         self.DeleteExtraction = channel.unary_unary(
                 '/lensmesh.extraction.v1.ExtractionService/DeleteExtraction',
                 request_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.DeleteExtractionRequest.SerializeToString,
@@ -138,6 +148,20 @@ class ExtractionServiceServicer:
 
     def CancelExtraction(self, request, context):
         """Stops an extraction within one batch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseExtraction(self, request, context):
+        """Stops an extraction within one batch; the units that are done stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeExtraction(self, request, context):
+        """Lets a paused extraction go on behind its last unit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -225,6 +249,16 @@ def add_ExtractionServiceServicer_to_server(servicer, server):
             'CancelExtraction': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelExtraction,
                     request_deserializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.CancelExtractionRequest.FromString,
+                    response_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.Extraction.SerializeToString,
+            ),
+            'PauseExtraction': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseExtraction,
+                    request_deserializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.PauseExtractionRequest.FromString,
+                    response_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.Extraction.SerializeToString,
+            ),
+            'ResumeExtraction': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeExtraction,
+                    request_deserializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.ResumeExtractionRequest.FromString,
                     response_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.Extraction.SerializeToString,
             ),
             'DeleteExtraction': grpc.unary_unary_rpc_method_handler(
@@ -403,6 +437,60 @@ class ExtractionService:
             target,
             '/lensmesh.extraction.v1.ExtractionService/CancelExtraction',
             lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.CancelExtractionRequest.SerializeToString,
+            lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.Extraction.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseExtraction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lensmesh.extraction.v1.ExtractionService/PauseExtraction',
+            lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.PauseExtractionRequest.SerializeToString,
+            lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.Extraction.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeExtraction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lensmesh.extraction.v1.ExtractionService/ResumeExtraction',
+            lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.ResumeExtractionRequest.SerializeToString,
             lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.Extraction.FromString,
             options,
             channel_credentials,
