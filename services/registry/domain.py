@@ -10,6 +10,9 @@ from typing import Any
 from services.kit.errors import LensmeshError, NotFound
 from services.registry.failures import load_failure
 
+PRESSURE = 0.9
+"""Share of a device's memory in use beyond which idle models leave without being asked."""
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -250,6 +253,13 @@ class Host:
     reserved_bytes: int = 0
     parked_bytes: int = 0
     silent_seconds: float = 0.0
+    power_watts: float | None = None
+    device_used_bytes: int | None = None
+    """In use on the whole device by every program, as it was measured last."""
+    external_bytes: int = 0
+    """Of that, what programs outside the mesh hold."""
+    cap_bytes: int | None = None
+    """What the process may hold beside the others that share its device, and beside other programs."""
     residents: tuple[Residency, ...] = ()
 
     @property
@@ -259,8 +269,14 @@ class Host:
 
     @property
     def free_bytes(self) -> int:
-        """What neither a model, a lens, a load nor a reservation holds."""
-        return self.budget_bytes - self.used_bytes - self.reserved_bytes
+        """What neither a model, a lens, a load nor a reservation holds, here or in a process of the same device."""
+        most = self.budget_bytes if self.cap_bytes is None else min(self.budget_bytes, self.cap_bytes)
+        return most - self.used_bytes - self.reserved_bytes
+
+    @property
+    def pressed(self) -> bool:
+        """Whether the device is nearly full, whoever fills it."""
+        return self.device_used_bytes is not None and self.device_used_bytes > PRESSURE * self.total_bytes
 
     def answers_to(self, device: str) -> bool:
         """Whether a caller who names `device` means this one: `cpu`, `cuda:0`, `host` or `host/device`."""

@@ -14,6 +14,7 @@ from services.residency.metrics import ResidencyMetrics
 from services.residency.operations import Host
 from services.residency.pool import Pool
 from services.residency.presence import Presence
+from services.residency.sensors import Sensors, sources
 from services.residency.servicer import ModelHostServicer
 
 
@@ -29,6 +30,7 @@ async def compose(context: Context) -> Part:
     cache = DiskCache(settings.state_dir / "quantized", settings.state_dir / "hub", settings.model_cache_limit)
     pool = Pool(context.device, memory.budget_bytes, memory.park_bytes, cache)
     context.residency = pool
+    sensors = Sensors(sources(context.device, shared=memory.shared))
     host = Host(
         pool=pool,
         settings=settings,
@@ -36,13 +38,14 @@ async def compose(context: Context) -> Part:
         artifacts=context.artifacts,
         catalogue=Catalogue(context.registry, context.host_id),
         disk_cache=cache,
-        metrics=ResidencyMetrics(context.metrics, pool, memory),
+        metrics=ResidencyMetrics(context.metrics, pool, memory, sensors),
         guests=Guests(pool),
     )
     presence = Presence(
         registry=context.registry,
         pool=pool,
         memory=memory,
+        sensors=sensors,
         host_id=context.host_id,
         incarnation=context.incarnation,
         address=context.address,

@@ -12,7 +12,7 @@ from services.residency.generation import InterventionRefused
 from services.residency.identity import IdentityFailed
 from services.residency.lenses import LensCorrupt, LensIncompatible, PrefixUnknown
 from services.residency.loading import LoadFailed
-from services.residency.memory import is_out_of_memory
+from services.residency.memory import is_fragmented, is_out_of_memory
 from services.residency.reading import TextRefused
 from services.residency.sources import SourceNotFound, SourceUnavailable
 from services.residency.texts import DatasetError
@@ -34,7 +34,8 @@ def translated(error: BaseException) -> errors.LensmeshError | None:
     """The error to raise for one of ours or of the libraries; None for what nobody foresaw. Never holds a path."""
     known = _by_type(error)
     if known is None and is_out_of_memory(error):
-        return errors.Exhausted("the device ran out of memory", reason="DEVICE_OOM", transient=True)
+        hint = ": what is free is in pieces; a restart of the board helps" if is_fragmented(error) else ""
+        return errors.Exhausted(f"the device ran out of memory{hint}", reason="DEVICE_OOM", transient=True)
     return known
 
 

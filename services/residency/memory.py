@@ -7,20 +7,31 @@ import gc
 import platform
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 
 DEFAULT_SHARE = 0.8
 """Part of the device's memory that is the budget when none is set."""
+SHARED_FLOOR = 1_288_490_189
+"""Bytes (1.2 GiB) that are left to the system where host and device share one memory."""
+_FRAGMENTED = ("nvmapmemalloc", "nvmap error", "nvmap_alloc")
+"""An integrated GPU's allocator found no piece that is large enough, whatever is free in all."""
 _OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
     "cannot allocate memory",
     "not enough memory",
+    "bad_alloc",
     "nvml_success == r internal assert failed",  # how an integrated GPU may tell it (pytorch#185240)
     "cuda_error_out_of_memory",
+    "cudaerrormemoryallocation",
     "cublas_status_alloc_failed",
+    "cusolver_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "cusparse_status_insufficient_resources",
+    *_FRAGMENTED,
 )
 
 
@@ -33,6 +44,8 @@ class DeviceMemory:
     budget_bytes: int
     park_bytes: int
     """Host memory that parked models may take."""
+    shared: bool = False
+    """Whether host and device share one memory; then a parked model is an unloaded one, read again from the disk."""
 
 
 def survey(device: str, limit: int, park_limit: int | None = None) -> DeviceMemory:
@@ -40,8 +53,9 @@ def survey(device: str, limit: int, park_limit: int | None = None) -> DeviceMemo
 
     Args:
         device: torch device.
-        limit: bytes we may use, from the settings; 0 leaves it to `DEFAULT_SHARE` of what is there.
-        park_limit: bytes of host memory for parked models; when None half of what is available, and nothing where the
+        limit: bytes we may use, from the settings; 0 leaves it to `DEFAULT_SHARE` of what is there. An integrated GPU
+            never has more than what is available now but for `SHARED_FLOOR`.
+        park_limit: bytes of host memory for parked models; half of what is available when None. None at all where the
             device has no memory of its own, because there a parked model would free nothing.
     """
     host = psutil.virtual_memory()
@@ -51,9 +65,11 @@ def survey(device: str, limit: int, park_limit: int | None = None) -> DeviceMemo
         kind, total, shared = properties.name, properties.total_memory, bool(properties.is_integrated)
     else:
         kind, total = platform.processor() or "cpu", host.total
-    if park_limit is None:
-        park_limit = 0 if shared else host.available // 2
-    return DeviceMemory(kind, total, min(limit, total) if limit else int(total * DEFAULT_SHARE), park_limit)
+    if shared:
+        free = max(0, host.available - SHARED_FLOOR)
+        return DeviceMemory(kind, host.total, min(limit, free) if limit else free, 0, shared=True)
+    budget = min(limit, total) if limit else int(total * DEFAULT_SHARE)
+    return DeviceMemory(kind, total, budget, host.available // 2 if park_limit is None else park_limit)
 
 
 def held(device: str) -> int:
@@ -79,21 +95,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | OSError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
 
 
-def utilization(device: str) -> float | None:
-    """How busy the device is, 0 to 1, since the last call; None where the platform does not tell."""
-    if not device.startswith("cuda"):
-        return psutil.cpu_percent() / 100
-    try:
-        return torch.cuda.utilization(device) / 100
-    except (RuntimeError, ModuleNotFoundError):
-        return None
+def is_fragmented(error: BaseException) -> bool:
+    """Whether an integrated GPU has memory but no piece that is large enough; only a restart of the board helps."""
+    return any(text in str(error).lower() for text in _FRAGMENTED)
 
 
-def temperature(device: str) -> float | None:
-    """Degrees Celsius, None where the platform does not tell."""
-    if not device.startswith("cuda"):
-        return None
+def oom_kills(proc: Path = Path("/proc")) -> int:
+    """Processes that the kernel ended since it started because memory ran out; 0 where it does not tell."""
     try:
-        return float(torch.cuda.temperature(device))
-    except (RuntimeError, ModuleNotFoundError):
-        return None
+        lines = (proc / "vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -11,9 +11,10 @@ import grpc
 from lensmesh.registry.v1 import devices_pb2, devices_pb2_grpc
 
 from services.kit.logs import get_logger
-from services.residency.memory import DeviceMemory, temperature, utilization
+from services.residency.memory import DeviceMemory
 from services.residency.messages import hosted_model
 from services.residency.pool import Pool
+from services.residency.sensors import Sensors
 
 RETRY_SECONDS = 1.0
 """Between attempts to reach a registry that does not answer."""
@@ -27,6 +28,7 @@ class Presence:
     registry: grpc.aio.Channel
     pool: Pool
     memory: DeviceMemory
+    sensors: Sensors
     host_id: str
     incarnation: str
     address: str
@@ -53,6 +55,7 @@ class Presence:
         answer = await stub.RegisterHost(self._registration(), timeout=CALL_SECONDS)
         while True:
             await asyncio.sleep(answer.heartbeat_seconds)
+            await asyncio.to_thread(self.sensors.look)
             if (await stub.Heartbeat(self._heartbeat(), timeout=CALL_SECONDS)).register_again:
                 return
 
@@ -72,11 +75,15 @@ class Presence:
         )
 
     def _heartbeat(self) -> devices_pb2.HeartbeatRequest:
+        seen = self.sensors.latest
         return devices_pb2.HeartbeatRequest(
             host_id=self.host_id,
             incarnation=self.incarnation,
             models=[hosted_model(resident) for resident in self.pool.residents],
             used_bytes=self.pool.used_bytes,
-            temperature_celsius=temperature(self.pool.device),
-            utilization_ratio=utilization(self.pool.device),
+            temperature_celsius=seen.temperature_celsius,
+            utilization_ratio=seen.utilization_ratio,
+            power_watts=seen.power_watts,
+            device_used_bytes=seen.used_bytes,
+            process_bytes=seen.own_bytes,
         )

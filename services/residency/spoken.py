@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final, TypeVar
 from services.kit import errors
 from services.residency import gang
 from services.residency.lines import Gone, Words
+from services.residency.memory import oom_kills
 
 LINE_BYTES: Final = 16 * 1024 * 1024
 HOME: Final = Path(__file__).parents[2]
@@ -29,6 +30,7 @@ class Spoken:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
+        self._oom_kills = oom_kills()
 
     @property
     def pid(self) -> int:
@@ -46,12 +48,14 @@ class Spoken:
         """The next line from it.
 
         Raises:
-            errors.LensmeshError: it said why it cannot go on; `TRAINING_FAILED` (transient): it died.
+            errors.LensmeshError: it said why it cannot go on; `TRAINING_FAILED` (transient): it died; `DEVICE_OOM`: the
+                kernel ended it because the machine ran out of memory.
         """
         assert self._process.stdout is not None, "started with pipes"
         line = await self._process.stdout.readline()
         if not line.endswith(b"\n"):
-            raise _died(await self._process.wait())
+            status = await self._process.wait()
+            raise _died(status, of_memory=oom_kills() > self._oom_kills)
         message = self.words.from_line(line)
         if isinstance(message, Gone):
             kind = _KINDS.get(message.reason, errors.Failed)
@@ -92,6 +96,8 @@ async def started(kind: type[S], module: str, devices: Sequence[str], threads: i
         await process.wait()
 
 
-def _died(status: int) -> errors.Failed:
+def _died(status: int, *, of_memory: bool) -> errors.LensmeshError:
+    if status == -signal.SIGKILL and of_memory:
+        return errors.Exhausted("the machine ran out of memory", reason="DEVICE_OOM", transient=True)
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
     return errors.Failed(f"the training process {how}", reason="TRAINING_FAILED", transient=True)

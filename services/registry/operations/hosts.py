@@ -34,22 +34,14 @@ async def heartbeat(
     incarnation: str,
     held: Sequence[HostedModel],
     *,
-    used_bytes: int,
-    temperature_celsius: float | None,
-    utilization_ratio: float | None,
+    figures: Mapping[str, Any],
 ) -> bool:
-    """A sign of life; whether the host shall register again.
+    """A sign of life, with the figures that were measured; whether the host shall register again.
 
     A report may be older than the rows, so a difference is not believed: the host is asked what it holds now.
     """
     async with registry.store.transaction() as tx:
-        known = await tx.placement.heartbeat(
-            host_id,
-            incarnation,
-            measured_bytes=used_bytes,
-            temperature_celsius=temperature_celsius,
-            utilization_ratio=utilization_ratio,
-        )
+        known = await tx.placement.heartbeat(host_id, incarnation, **figures)
     if not known:
         return True
     async with registry.store.transaction() as tx:

@@ -46,9 +46,11 @@ class PlacementServicer(devices_pb2_grpc.PlacementServiceServicer):
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatResponse:
         """A host process lives."""
-        facts = to_dict(request)
-        del facts["models"]
-        again = await hosts.heartbeat(self._registry, held=_held(request), **facts)
+        figures = to_dict(request)
+        named = {name: figures.pop(name) for name in ("host_id", "incarnation")}
+        del figures["models"]
+        figures["measured_bytes"] = figures.pop("used_bytes")
+        again = await hosts.heartbeat(self._registry, held=_held(request), figures=figures, **named)
         return pb.HeartbeatResponse(register_again=again)
 
     async def Reserve(self, request: pb.ReserveRequest, context: Any) -> pb.Reservation:

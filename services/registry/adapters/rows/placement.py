@@ -35,7 +35,8 @@ class PostgresPlacement:
 
     async def heartbeat(self, host_id: str, incarnation: str, **values: Any) -> bool:
         """Write a sign of life down."""
-        figures = (values["measured_bytes"], values["temperature_celsius"], values["utilization_ratio"])
+        names = ("measured_bytes", "temperature_celsius", "utilization_ratio", "power_watts")
+        figures = (values[name] for name in (*names, "device_used_bytes", "process_bytes"))
         return await self._conn.fetchval(_QUERIES["heartbeat"], host_id, incarnation, *figures) is not None
 
     async def hosts(self, *, lock: bool = False) -> list[Host]:

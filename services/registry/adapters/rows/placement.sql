@@ -9,7 +9,8 @@ ON CONFLICT (host_id) DO UPDATE SET incarnation = $2, address = $3, device = $4,
 RETURNING (SELECT incarnation FROM former) AS former
 
 -- heartbeat --
-UPDATE hosts SET heartbeat_at = clock_timestamp(), measured_bytes = $3, temperature_celsius = $4, utilization_ratio = $5
+UPDATE hosts SET heartbeat_at = clock_timestamp(), measured_bytes = $3, temperature_celsius = $4, utilization_ratio = $5,
+    power_watts = $6, device_used_bytes = $7, process_bytes = $8
 WHERE host_id = $1 AND incarnation = $2 AND NOT lost RETURNING host_id
 
 -- lock_hosts --
@@ -25,7 +26,9 @@ SELECT * FROM hosts_counted ORDER BY name
 SELECT * FROM hosts_counted WHERE host_id = $1
 
 -- lock_host --
-SELECT host_id FROM hosts WHERE host_id = $1 FOR NO KEY UPDATE
+-- With the others of its device, which share its ledger.
+SELECT o.host_id FROM hosts h JOIN hosts o USING (machine, device, accelerator) WHERE h.host_id = $1
+ORDER BY o.host_id FOR NO KEY UPDATE OF o
 
 -- silent --
 SELECT host_id FROM hosts WHERE NOT lost AND heartbeat_at < clock_timestamp() - make_interval(secs => $1)

@@ -28,7 +28,7 @@ class ResidentModel(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., leases: _Optional[int] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class Device(_message.Message):
-    __slots__ = ("name", "device", "host_id", "kind", "services", "total_bytes", "budget_bytes", "used_bytes", "reserved_bytes", "models", "temperature_celsius", "utilization_ratio", "alive", "heartbeat_at", "park_bytes", "parked_bytes", "parked_models")
+    __slots__ = ("name", "device", "host_id", "kind", "services", "total_bytes", "budget_bytes", "used_bytes", "reserved_bytes", "models", "temperature_celsius", "utilization_ratio", "alive", "heartbeat_at", "park_bytes", "parked_bytes", "parked_models", "external_bytes", "power_watts")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,8 @@ class Device(_message.Message):
     PARK_BYTES_FIELD_NUMBER: _ClassVar[int]
     PARKED_BYTES_FIELD_NUMBER: _ClassVar[int]
     PARKED_MODELS_FIELD_NUMBER: _ClassVar[int]
+    EXTERNAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    POWER_WATTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     device: str
     host_id: str
@@ -63,7 +65,9 @@ class Device(_message.Message):
     park_bytes: int
     parked_bytes: int
     parked_models: _containers.RepeatedCompositeFieldContainer[ResidentModel]
-    def __init__(self, name: _Optional[str] = ..., device: _Optional[str] = ..., host_id: _Optional[str] = ..., kind: _Optional[str] = ..., services: _Optional[_Iterable[str]] = ..., total_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ResidentModel, _Mapping]]] = ..., temperature_celsius: _Optional[float] = ..., utilization_ratio: _Optional[float] = ..., alive: _Optional[bool] = ..., heartbeat_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., park_bytes: _Optional[int] = ..., parked_bytes: _Optional[int] = ..., parked_models: _Optional[_Iterable[_Union[ResidentModel, _Mapping]]] = ...) -> None: ...
+    external_bytes: int
+    power_watts: float
+    def __init__(self, name: _Optional[str] = ..., device: _Optional[str] = ..., host_id: _Optional[str] = ..., kind: _Optional[str] = ..., services: _Optional[_Iterable[str]] = ..., total_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ResidentModel, _Mapping]]] = ..., temperature_celsius: _Optional[float] = ..., utilization_ratio: _Optional[float] = ..., alive: _Optional[bool] = ..., heartbeat_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., park_bytes: _Optional[int] = ..., parked_bytes: _Optional[int] = ..., parked_models: _Optional[_Iterable[_Union[ResidentModel, _Mapping]]] = ..., external_bytes: _Optional[int] = ..., power_watts: _Optional[float] = ...) -> None: ...
 
 class ListDevicesRequest(_message.Message):
     __slots__ = ()
@@ -158,20 +162,26 @@ class RegisterHostResponse(_message.Message):
     def __init__(self, heartbeat_seconds: _Optional[float] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("host_id", "incarnation", "models", "used_bytes", "temperature_celsius", "utilization_ratio")
+    __slots__ = ("host_id", "incarnation", "models", "used_bytes", "temperature_celsius", "utilization_ratio", "power_watts", "device_used_bytes", "process_bytes")
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_CELSIUS_FIELD_NUMBER: _ClassVar[int]
     UTILIZATION_RATIO_FIELD_NUMBER: _ClassVar[int]
+    POWER_WATTS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_BYTES_FIELD_NUMBER: _ClassVar[int]
     host_id: str
     incarnation: str
     models: _containers.RepeatedCompositeFieldContainer[HostedModel]
     used_bytes: int
     temperature_celsius: float
     utilization_ratio: float
-    def __init__(self, host_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., models: _Optional[_Iterable[_Union[HostedModel, _Mapping]]] = ..., used_bytes: _Optional[int] = ..., temperature_celsius: _Optional[float] = ..., utilization_ratio: _Optional[float] = ...) -> None: ...
+    power_watts: float
+    device_used_bytes: int
+    process_bytes: int
+    def __init__(self, host_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., models: _Optional[_Iterable[_Union[HostedModel, _Mapping]]] = ..., used_bytes: _Optional[int] = ..., temperature_celsius: _Optional[float] = ..., utilization_ratio: _Optional[float] = ..., power_watts: _Optional[float] = ..., device_used_bytes: _Optional[int] = ..., process_bytes: _Optional[int] = ...) -> None: ...
 
 class HeartbeatResponse(_message.Message):
     __slots__ = ("register_again",)
