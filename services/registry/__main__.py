@@ -60,6 +60,7 @@ async def compose(context: Context) -> Part:
             host_timeout=settings.host_timeout,
             heartbeat_seconds=settings.heartbeat_seconds,
             minimum_residency=settings.minimum_residency,
+            duplicate_at=settings.duplicate_at,
             predictive_preload=settings.predictive_preload,
         ),
     )

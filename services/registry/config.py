@@ -20,6 +20,8 @@ class RegistrySettings(Settings):
     """Models that one host process holds at the same time."""
     minimum_residency: Annotated[float, Field(ge=0)] = 600.0
     """Seconds for which a model that has come to a device leaves it after all others, and for no preload."""
+    duplicate_at: Annotated[int, Field(ge=0)] = 0
+    """Forwards that run or wait on a model at once from which it is loaded on an idle device as well; never when 0."""
     predictive_preload: bool = True
     """Whether lenses and groups that a user is likely to switch to next are brought while there is room for them."""
     host_timeout: Annotated[float, Field(gt=0)] = 15.0

@@ -292,3 +292,22 @@ async def test_preloads_that_wait_leave_room_for_the_load_that_they_wait_for(mes
     jobs = [(await mesh.groups.PreloadGroup(pb.PreloadGroupRequest(id=each.id))).task_id for each in groups]
     for job_id in jobs:
         assert (await mesh.settled(job_id)).status == jobs_pb2.JOB_STATE_COMPLETED
+
+
+async def test_a_hot_group_gets_a_copy_with_its_lenses_on_an_idle_device(
+    database: Database, tmp_path: Path, nats_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LENSMESH_DUPLICATE_AT", "2")
+    async with running(database, tmp_path, nats_url) as mesh:
+        left, right = [await add_host(mesh, host_id=name) for name in ("left", "right")]
+        made, lens_id = await group(mesh, "a")
+        await switched(mesh, (made, lens_id))
+        hot, idle = (left, right) if left.held else (right, left)
+        hot.held[made.model_id].leases = 1
+        await mesh.beat(hot)
+        assert not idle.names("Load")
+        hot.held[made.model_id].leases = 2
+        await mesh.beat(hot)
+        await eventually(lambda: made.model_id in idle.held and len(idle.held[made.model_id].lenses) == 1)
+        assert idle.held[made.model_id].lenses[0].lens_id == lens_id
+        assert (await mesh.get(made.model_id)).device == f"{hot.host_id}/cpu"

@@ -151,16 +151,16 @@ async def analyze(registry: Registry, group_id: str, lens_ids: Sequence[str], qu
     if not wanted[0]:
         raise Invalid.of("lens_ids", "must be given while no lens is active")
     lenses = [group.lens(lens_id) for lens_id in wanted]
-    copy = next((c for c in copies if c.state == "resident"), None)
-    if copy is None:
-        raise not_resident(group_id, group.model_id)
-    for lens in lenses:
-        if lens.id not in copy.lens_ids:
-            await bring(registry, lens, copy)
-    async with registry.store.transaction() as tx:
-        await tx.placement.touch(copy.model_id, copy.host_id)
-        await tx.placement.touch_lenses(copy.host_id, wanted)
-    return await registry.hosts.analyze(copy.address, copy.model_id, wanted, query)
+    with registry.spread.over(registry, copies, wanted) as copy:
+        if copy is None:
+            raise not_resident(group_id, group.model_id)
+        for lens in lenses:
+            if lens.id not in copy.lens_ids:
+                await bring(registry, lens, copy)
+        async with registry.store.transaction() as tx:
+            await tx.placement.touch(copy.model_id, copy.host_id)
+            await tx.placement.touch_lenses(copy.host_id, wanted)
+        return await registry.hosts.analyze(copy.address, copy.model_id, wanted, query)
 
 
 async def preload_group(registry: Registry, caller: Caller, group_id: str, lens_ids: Sequence[str]) -> tuple[str, int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from services.kit.errors import LensmeshError, NotFound, Unavailable
 from services.registry.domain import Host, HostedModel, Model, Residency
+from services.registry.operations.duplicating import duplicate
 from services.registry.operations.loading import restore
 from services.registry.operations.registry import Registry
 from services.registry.operations.running import adopt, ready_facts, restore_lenses, settle_abandoned
@@ -142,7 +143,7 @@ async def start(registry: Registry, preload: Sequence[str]) -> list[str]:
 
 
 async def tick(registry: Registry) -> None:
-    """Once a second: lose silent hosts, settle loads that nobody settles, bring wanted models back."""
+    """Once a second: lose silent hosts, settle loads that nobody settles, bring wanted models back, copy hot ones."""
     await lose_silent_hosts(registry)
     await settle_abandoned(registry)
     async with registry.store.transaction() as tx:
@@ -150,6 +151,7 @@ async def tick(registry: Registry) -> None:
         alive = await tx.placement.hosts()
     for model_id in wanted if alive else ():
         await restore(registry, model_id)
+    await duplicate(registry)
 
 
 async def _lose(registry: Registry, row: Residency) -> None:

@@ -192,15 +192,17 @@ async def bring(registry: Registry, lens: Lens, copy: Residency, *, evict: bool 
     return await _place(registry, lens.id, lens.kind, artifact, copy, evict=evict)
 
 
-async def restore_lenses(registry: Registry, model_id: str, host_id: str) -> None:
+async def restore_lenses(registry: Registry, model_id: str, host_id: str, *, beside: bool = False) -> None:
     """After a load: attach the lenses of the base's groups, activate the altering one; a failure stays its own.
 
     Lenses that read a model which is not there wait until they are used, and so do those for which there is no room.
+    A further copy of a base gets none, unless it was loaded to have some beside it.
     """
     async with registry.store.transaction() as tx:
-        copy = await serving(tx, model_id)
+        copies = [copy for copy in await tx.placement.of_model(model_id) if copy.state == "resident"]
         groups = await tx.groups.of_model(model_id)
-    if copy is None or copy.host_id != host_id:
+    copy = next((copy for copy in copies if copy.host_id == host_id), None)
+    if copy is None or (copy is not copies[0] and not beside):
         return
     wanted = [(group, lens) for group in groups for lens in group.lenses]
     for group, lens in sorted(wanted, key=lambda pair: pair[0].active_lens_id != pair[1].id):

@@ -122,7 +122,7 @@ async def ensure_resident(registry: Registry, host_id: str, model_id: str, besid
             started = (here.job_id or "") if here.state == "loading" else ""
             await registry.endings.wait(here.job_id or model_id, 1.0 if here.state == "loading" else 0.2)
             continue
-        started = await _load_on(registry, host_id, model_id, beside)
+        started = await load_on(registry, host_id, model_id, beside)
 
 
 async def bring_base(registry: Registry, model_id: str, beside: Beside = ALONE, *, first: str = "") -> Residency:
@@ -186,7 +186,7 @@ async def restore(registry: Registry, model_id: str) -> None:
             await tx.emit("model:failed", model_id, {"model_id": model_id, "status": "failed", **failure})
 
 
-async def _load_on(registry: Registry, host_id: str, model_id: str, beside: Beside) -> str:
+async def load_on(registry: Registry, host_id: str, model_id: str, beside: Beside) -> str:
     """Accept a load for one host process; the id of its job, of another's where one was faster."""
     model = await inspected(registry, model_id)
     need, seconds = await need_of(registry, model.files, model.quantization, model_id=model_id)

@@ -12,6 +12,7 @@ from services.kit.errors import Unavailable
 from services.registry.dataset_ports import DatasetFiles
 from services.registry.job_ports import Gauges
 from services.registry.operations.foresight import Foresight
+from services.registry.operations.spread import Spread
 from services.registry.operations.turns import Turns
 from services.registry.ports import ModelHosts, Peers, Store
 
@@ -30,6 +31,8 @@ class Limits:
     """Seconds of silence after which a host is lost."""
     heartbeat_seconds: float
     """Seconds between heartbeats."""
+    duplicate_at: int
+    """Forwards that make every copy of a model so hot that it gets another one; never when 0."""
     predictive_preload: bool
     """Whether what a user is likely to switch to next is brought while there is room for it."""
     minimum_residency: float
@@ -74,6 +77,7 @@ class Registry:
     gauges: Gauges
     limits: Limits
     endings: Endings = field(default_factory=Endings)
+    spread: Spread = field(default_factory=Spread)
     turns: Turns = field(default_factory=Turns)
     foresight: Foresight = field(default_factory=Foresight)
 

@@ -39,7 +39,8 @@ async def run_load(registry: Registry, lease: LoadLease) -> dict[str, Any]:
     finally:
         registry.endings.ended(lease.id)
     await _leave_old_hosts(registry, model.id, residency.host_id, Order.of(lease.payload))
-    await restore_lenses(registry, model.id, residency.host_id)
+    with_lenses = bool(Order.of(lease.payload).beside.lenses)
+    await restore_lenses(registry, model.id, residency.host_id, beside=with_lenses)
     figures = {"memory_usage_bytes": loaded.memory_bytes, "load_time_seconds": last.seconds}
     return {"model_id": model.id, "device": host.name, **figures}
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from services.kit.errors import Conflict, Invalid, Unsupported
-from services.registry.domain import Host, Residency
+from services.registry.domain import Host, LensArtifact, Residency
 from services.registry.failures import insufficient_memory
 from services.registry.operations.lenses import bring
 from services.registry.operations.registry import Registry
@@ -68,20 +68,28 @@ async def generate(registry: Registry, model_id: str, query: dict[str, Any], ext
         Invalid: an intervention names a transcoder that is no lens of the model's groups.
         Conflict: the model is nowhere; `LENS_INCOMPATIBLE`: the extension is of another base.
     """
-    copy = await locate(registry, model_id)
-    extension = None
-    if extension_id:
-        artifact = await registry.peers.extension(extension_id)
-        if artifact.model_id != model_id:
-            raise Conflict(
-                f"Extension {extension_id} belongs to model {artifact.model_id}",
-                reason="LENS_INCOMPATIBLE",
-                metadata={"extension_model_id": artifact.model_id, "model_id": model_id},
-            )
-        extension = (extension_id, artifact)
-    changes = await _with_lenses(registry, copy, query["interventions"])
-    query = {**query, "max_new_tokens": query["max_new_tokens"] or DEFAULT_NEW_TOKENS, "interventions": changes}
-    return await registry.hosts.generate(copy.address, model_id, query, extension)
+    async with registry.store.transaction() as tx:
+        copies = await tx.placement.of_model(model_id)
+    with registry.spread.over(registry, copies) as chosen:
+        copy = chosen or await locate(registry, model_id)
+        if chosen is not None:
+            async with registry.store.transaction() as tx:
+                await tx.placement.touch(copy.model_id, copy.host_id)
+        extension = await _extension(registry, model_id, extension_id) if extension_id else None
+        changes = await _with_lenses(registry, copy, query["interventions"])
+        query = {**query, "max_new_tokens": query["max_new_tokens"] or DEFAULT_NEW_TOKENS, "interventions": changes}
+        return await registry.hosts.generate(copy.address, model_id, query, extension)
+
+
+async def _extension(registry: Registry, model_id: str, extension_id: str) -> tuple[str, LensArtifact]:
+    artifact = await registry.peers.extension(extension_id)
+    if artifact.model_id != model_id:
+        raise Conflict(
+            f"Extension {extension_id} belongs to model {artifact.model_id}",
+            reason="LENS_INCOMPATIBLE",
+            metadata={"extension_model_id": artifact.model_id, "model_id": model_id},
+        )
+    return extension_id, artifact
 
 
 async def _with_lenses(
