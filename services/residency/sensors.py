@@ -134,7 +134,7 @@ def jtop() -> Reading:
 
 
 def from_jtop(gpu: dict[str, Any], temperature: dict[str, Any], power: dict[str, Any]) -> Reading:
-    """jtop's own dicts: load in per cent, °C, mW."""
+    """Jtop's own dicts: load in per cent, °C, mW."""
     loads = [each["status"]["load"] for each in gpu.values() if "load" in each.get("status", {})]
     warm = [each["temp"] for name, each in temperature.items() if name.lower() == "gpu" and each.get("online", True)]
     total = power.get("tot", {}).get("power")
@@ -153,7 +153,9 @@ def from_sysfs(root: Path) -> Reading:
     """
     loads = [*root.glob("class/devfreq/*gpu*/device/load"), *root.glob("class/devfreq/*.g[pa]*/device/load")]
     load = _number(loads)
-    zones = [zone / "temp" for zone in root.glob("class/thermal/thermal_zone*") if "gpu" in _text(zone / "type").lower()]
+    zones = [
+        zone / "temp" for zone in root.glob("class/thermal/thermal_zone*") if "gpu" in _text(zone / "type").lower()
+    ]
     warm = _number(zones)
     return Reading(
         utilization_ratio=None if load is None else load / 1000,

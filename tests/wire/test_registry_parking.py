@@ -235,7 +235,7 @@ async def test_an_extension_reads_no_activations(mesh: Mesh) -> None:
 
 
 async def test_switches_on_two_devices_run_side_by_side_and_on_one_take_turns(mesh: Mesh) -> None:
-    hosts = [await add_host(mesh, host_id=name) for name in ("left", "right")]
+    hosts = [await add_host(mesh, host_id=name, accelerator=name) for name in ("left", "right")]
     groups = [await group(mesh, name) for name in "abc"]
     for host in hosts:
         host.gate.clear()

@@ -9,6 +9,7 @@ from services.kit.errors import LensmeshError, NotFound, Unavailable
 from services.registry.domain import Host, HostedModel, Model, Residency
 from services.registry.operations.duplicating import duplicate
 from services.registry.operations.loading import restore
+from services.registry.operations.pressure import relieve
 from services.registry.operations.registry import Registry
 from services.registry.operations.running import adopt, ready_facts, restore_lenses, settle_abandoned
 from services.registry.operations.unloading import departed
@@ -143,8 +144,9 @@ async def start(registry: Registry, preload: Sequence[str]) -> list[str]:
 
 
 async def tick(registry: Registry) -> None:
-    """Once a second: lose silent hosts, settle loads that nobody settles, bring wanted models back, copy hot ones."""
+    """Once a second: lose silent hosts, relieve full ones, settle loads, bring wanted models back, copy hot ones."""
     await lose_silent_hosts(registry)
+    await relieve(registry)
     await settle_abandoned(registry)
     async with registry.store.transaction() as tx:
         wanted = await tx.models.to_restore()

@@ -80,7 +80,7 @@ def place(
     more = sum(here[name].bytes if name in here and _is_parked(here[name]) else size for name, size in absent)
     more += sum(size for name, size in beside.lenses if parked is None or name not in parked.lens_ids)
     keep = {name for name, _ in beside.sources}
-    idle = _in_order_of_leaving(host.residents, keep, settled, spares=beside.spares)
+    idle = in_order_of_leaving(host.residents, keep, settled, spares=beside.spares)
     forced = _forced(host.residents, keep, model_id, alone=beside.alone)
     held = [r for r in host.residents if r.state in ("loading", "resident")]
     staying = [r for r in host.residents if r not in idle and beside.spares != "all"]
@@ -123,7 +123,7 @@ def place_lens(size: int, host: Host, keep: Collection[str], lens_id: str) -> Pl
     """
     mine = sum(lens.bytes for r in host.residents for lens in r.lenses if lens.lens_id == lens_id)
     free = host.free_bytes + mine
-    models = _in_order_of_leaving(host.residents, keep)
+    models = in_order_of_leaving(host.residents, keep)
     lenses = idle_lenses(host.residents, {lens_id})
     obtainable = free + sum(r.bytes for r in models)
     obtainable += sum(lens.bytes for r, lens in lenses if r not in models)
@@ -170,7 +170,7 @@ def _of_lenses(lenses: Sequence[tuple[Residency, HeldLens]]) -> tuple[Eviction, 
     return tuple(Eviction(r.model_id, lens.bytes, "memory", lens_id=lens.lens_id) for r, lens in lenses)
 
 
-def _in_order_of_leaving(
+def in_order_of_leaving(
     residents: Sequence[Residency], keep: Collection[str], settled: float = 0.0, spares: str = ""
 ) -> list[Residency]:
     """Who may leave, least recently used first, a source of activations after the models there that read it.

@@ -6,6 +6,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TypeVar
 
 from services.kit.errors import Unavailable
@@ -78,6 +79,8 @@ class Registry:
     limits: Limits
     endings: Endings = field(default_factory=Endings)
     spread: Spread = field(default_factory=Spread)
+    relieved: dict[str, datetime] = field(default_factory=dict)
+    """By host, the measurement after which a model left it because the device was nearly full."""
     turns: Turns = field(default_factory=Turns)
     foresight: Foresight = field(default_factory=Foresight)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
+from types import SimpleNamespace
+
 import psutil
 import pytest
 import torch
 
 from services.kit import errors
+from services.residency import spoken
 from services.residency.failures import insufficient_memory, translated
-from services.residency.memory import is_out_of_memory, survey
+from services.residency.memory import SHARED_FLOOR, is_out_of_memory, oom_kills, survey
 
 
 @pytest.mark.parametrize(
@@ -21,6 +26,11 @@ from services.residency.memory import is_out_of_memory, survey
         RuntimeError("NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp:1016"),
         RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         OSError(12, "Cannot allocate memory"),
+        RuntimeError("NvMapMemAllocInternalTagged: 1075072515 error 12"),
+        RuntimeError("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"),
+        RuntimeError("cudaErrorMemoryAllocation"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("std::bad_alloc"),
     ],
 )
 def test_every_face_of_out_of_memory_is_one_error(error):
@@ -54,6 +64,55 @@ def test_the_budget_is_the_setting_or_a_share_of_the_device():
     assert survey("cpu", 0).budget_bytes == int(0.8 * total)
     assert survey("cpu", 6 << 30).budget_bytes == min(6 << 30, total)
     assert survey("cpu", 1 << 60).budget_bytes == total
+
+
+def test_memory_in_pieces_is_told_from_memory_that_is_gone():
+    assert (
+        "restart of the board" in translated(RuntimeError("NvMapMemAllocInternalTagged: 1075072515 error 12")).message
+    )
+    assert "restart" not in translated(RuntimeError("CUDA error: out of memory")).message
+
+
+@pytest.fixture
+def orin(monkeypatch):
+    """An integrated GPU of a board with 7.4 GiB, of which 5 GiB are available."""
+    properties = SimpleNamespace(name="Orin", total_memory=7 << 30, is_integrated=True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    host = SimpleNamespace(total=7_945_689_498, available=5 << 30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: host)
+
+
+def test_an_integrated_gpu_has_one_ledger_with_its_host_and_parks_on_the_disk(orin):
+    found = survey("cuda:0", 0, 1 << 30)
+    assert (found.total_bytes, found.shared, found.park_bytes) == (7_945_689_498, True, 0)
+    assert found.budget_bytes == (5 << 30) - SHARED_FLOOR
+    assert survey("cuda:0", 6 << 30).budget_bytes == (5 << 30) - SHARED_FLOOR
+    assert survey("cuda:0", 3 << 30).budget_bytes == 3 << 30
+
+
+def test_a_discrete_gpu_keeps_its_own_ledger(orin, monkeypatch):
+    properties = SimpleNamespace(name="A5000", total_memory=24 << 30, is_integrated=False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    found = survey("cuda:0", 0)
+    assert (found.total_bytes, found.shared, found.park_bytes) == (24 << 30, False, (5 << 30) // 2)
+
+
+def test_the_kernels_kills_for_memory_are_counted(tmp_path):
+    assert oom_kills(tmp_path) == 0
+    (tmp_path / "vmstat").write_text("nr_free_pages 12\noom_kill 3\n")
+    assert oom_kills(tmp_path) == 3
+
+
+@pytest.mark.parametrize(("kills", "reason"), [(0, "TRAINING_FAILED"), (1, "DEVICE_OOM")])
+async def test_a_child_that_the_kernel_ended_for_memory_ran_out_of_it(monkeypatch, kills, reason):
+    counted = iter((5, 5 + kills))
+    monkeypatch.setattr(spoken, "oom_kills", lambda: next(counted))
+    kill_itself = "import os; os.kill(os.getpid(), 9)"
+    pipe = asyncio.subprocess.PIPE
+    child = spoken.Spoken(await asyncio.create_subprocess_exec(sys.executable, "-c", kill_itself, stdout=pipe))
+    with pytest.raises(errors.LensmeshError) as caught:
+        await child.hear()
+    assert (caught.value.reason, caught.value.transient) == (reason, True)
 
 
 def test_the_numbers_of_a_refusal_are_in_gb():

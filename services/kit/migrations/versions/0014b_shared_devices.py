@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from services.kit.migrate import run_script
 
-revision = "0013_shared_devices"
+revision = "0014b_shared_devices"
 down_revision = "0014_groups"
 
 _COUNTED = """
@@ -16,9 +16,9 @@ LEFT JOIN LATERAL (
     FROM residencies WHERE host_id = h.host_id
 ) r ON true
 LEFT JOIN LATERAL (
-    SELECT sum(c.charge_bytes) FILTER (WHERE state IN ('resident', 'unloading', 'parking'))::bigint AS used,
-           sum(c.charge_bytes) FILTER (WHERE state = 'parked')::bigint AS parked
-    FROM lens_residencies c JOIN residencies USING (model_id, host_id) WHERE c.host_id = h.host_id
+    SELECT sum(c.charge_bytes) FILTER (WHERE b.state IN ('resident', 'unloading', 'parking'))::bigint AS used,
+           sum(c.charge_bytes) FILTER (WHERE b.state = 'parked')::bigint AS parked
+    FROM lens_residencies c JOIN residencies b USING (model_id, host_id) WHERE c.host_id = h.host_id
 ) l ON true
 LEFT JOIN LATERAL (SELECT sum(bytes)::bigint AS reserved FROM reservations WHERE host_id = h.host_id) v ON true
 """
@@ -48,10 +48,11 @@ shared AS (
     FROM counted WHERE NOT lost GROUP BY machine, device, accelerator
 )
 SELECT c.*, coalesce(s.external, 0)::bigint AS external_bytes,
-       (least(s.budget, s.total - coalesce(s.external, 0)) - s.held + c.used_bytes + c.reserved_bytes)::bigint AS cap_bytes
+       (least(s.budget, s.total - coalesce(s.external, 0)) - s.held + c.used_bytes + c.reserved_bytes)::bigint
+       AS cap_bytes
 FROM counted c LEFT JOIN shared s
 ON NOT c.lost AND s.machine = c.machine AND s.device = c.device AND s.accelerator = c.accelerator;
-"""
+"""  # noqa: S608 - our own text
 
 _DOWN = f"""
 DROP VIEW hosts_counted;

@@ -1,0 +1,52 @@
+"""Devices that are nearly full, whoever fills them: idle models leave before something dies of it."""
+
+from __future__ import annotations
+
+from services.kit.errors import Conflict, LensmeshError
+from services.registry.domain import Host, Residency
+from services.registry.operations.planning import in_order_of_leaving
+from services.registry.operations.registry import Registry
+from services.registry.operations.unloading import departed, park, take_off
+
+CAUSE = "pressure"
+
+
+async def relieve(registry: Registry) -> list[str]:
+    """Of every device over `PRESSURE`, park the model that was idle longest; who left.
+
+    One for each measurement, so that the next one shows whether it was enough. Where parking frees nothing (the CPU, an
+    integrated GPU, host memory that is full) the model is unloaded.
+    """
+    async with registry.store.transaction() as tx:
+        pressed = [host for host in await tx.placement.hosts() if host.pressed]
+    left = []
+    for host in pressed:
+        if registry.relieved.get(host.host_id) == host.heartbeat_at:
+            continue
+        registry.relieved[host.host_id] = host.heartbeat_at
+        oldest = next(iter(in_order_of_leaving(host.residents, ())), None)
+        if oldest is not None and await _leave(registry, host, oldest):
+            left.append(oldest.model_id)
+    return left
+
+
+async def _leave(registry: Registry, host: Host, copy: Residency) -> bool:
+    parks = host.device != "cpu" and copy.bytes <= host.park_bytes - host.parked_bytes
+    async with registry.store.transaction() as tx:
+        now = {r.model_id: r for r in (await tx.placement.lock_host(host.host_id)).residents}
+        if copy.model_id not in {r.model_id for r in in_order_of_leaving(list(now.values()), ())}:
+            return False  # it came into use meanwhile
+        await tx.placement.change(copy.model_id, host.host_id, state="parking" if parks else "unloading", job_id=None)
+    try:
+        parked = parks and await park(registry, copy)
+        if not parked:
+            await take_off(registry, copy, 0.0)
+    except LensmeshError as error:
+        more = {"leases": 1} if isinstance(error, Conflict) else {}
+        async with registry.store.transaction() as tx:
+            await tx.placement.change(copy.model_id, host.host_id, state="resident", **more)
+        return False
+    async with registry.store.transaction() as tx:
+        await departed(tx, copy, cause=CAUSE, wanted=False, evicted_for=CAUSE, parked=parked)
+    registry.gauges.evicted(CAUSE)
+    return True
