@@ -192,7 +192,8 @@ async def meshing(
     """Registry, residency and extraction; the stub calls as the mesh itself."""
     shared = Settings(state_dir=state, dataset_roots=[state / "data"])
     shared.service_token_path.parent.mkdir(parents=True, exist_ok=True)
-    shared.service_token_path.write_text("t" * 40)
+    if not shared.service_token_path.exists():  # another process of the same state reads it
+        shared.service_token_path.write_text("t" * 40)
     registry = Registry(models.saved("gpt2"))
     parts = [
         (models_pb2_grpc.add_ModelServiceServicer_to_server, registry, "lensmesh.registry.v1.ModelService"),
