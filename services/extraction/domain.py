@@ -150,6 +150,8 @@ class Rates:
 
     tokens_per_second: float | None
     tokens_per_sample: float | None
+    overhead_seconds: float = 0.0
+    """Before the first batch and behind the last; the least of the last three, so that no load of a model is in it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ def estimate(options: Options, model: BaseModel, dataset: Survey, *, rates: Rate
     depth = max(_depth(name, model) for name in options.hook_points)
     guess = FLOPS["cuda" if device.startswith("cuda") else "cpu"] / (2 * max(1, model.parameter_count) * depth)
     return Estimate(
-        seconds=round(tokens / (rates.tokens_per_second or guess), 3),
+        seconds=round(rates.overhead_seconds + tokens / (rates.tokens_per_second or guess), 3),
         size_bytes=int(stored * per_token),
         samples=samples,
     )

@@ -1,7 +1,7 @@
 """One extraction by two processes: `python -m tests.bench.extraction_shared [--sequences N]`.
 
 Both run on one thread each and share a host, a database and an artifact store. The same extraction is made by one
-process, by two, and by two of which the helper is killed with -9 half-way; its cache must have the same bytes every time.
+process, by two, and by two of which the helper is killed with -9 half-way; the cache must be the same.
 Two are expected to take about half the time, on a machine with two idle cores.
 """
 

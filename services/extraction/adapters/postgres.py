@@ -143,7 +143,7 @@ class PostgresStore:
             row = await conn.fetchrow(
                 QUERIES["rates"], model_id, dataset_id, list(options.hook_points), options.max_length
             )
-        return Rates(row["tokens_per_second"], row["tokens_per_sample"])
+        return Rates(row["tokens_per_second"], row["tokens_per_sample"], row["overhead_seconds"])
 
 
 async def finish_reused(conn: asyncpg.Connection, extraction_id: str, cache_id: str) -> None:

@@ -22,11 +22,16 @@ SELECT job_id FROM extractions WHERE id = $1
 DELETE FROM extractions WHERE id = $1
 
 -- rates --
--- The last extraction of the same hook points, else of the model; and of the dataset at this length.
+-- The last extraction of the same hook points, else of the model; the least overhead of the last three; and of the dataset
+-- at this length. An attempt that found every unit done has no rate of its own.
+WITH recent AS (
+    SELECT hook_points, tokens, seconds, tokens_per_second, finished_at FROM extractions
+    WHERE model_id = $1 AND NOT reused AND finished_at IS NOT NULL AND tokens_per_second > 0
+    ORDER BY (hook_points = $3) DESC, finished_at DESC LIMIT 3
+)
 SELECT
-    (SELECT tokens / seconds FROM extractions
-     WHERE model_id = $1 AND NOT reused AND finished_at IS NOT NULL AND seconds > 0
-     ORDER BY (hook_points = $3) DESC, finished_at DESC LIMIT 1) AS tokens_per_second,
+    (SELECT tokens_per_second FROM recent ORDER BY (hook_points = $3) DESC, finished_at DESC LIMIT 1),
+    coalesce((SELECT greatest(min(seconds - tokens / tokens_per_second), 0) FROM recent), 0) AS overhead_seconds,
     (SELECT tokens::double precision / total_samples FROM extractions
      WHERE dataset_id = $2 AND model_id = $1 AND NOT reused AND finished_at IS NOT NULL AND total_samples > 0
        AND (options ->> 'max_length')::integer = $4

@@ -183,6 +183,8 @@ def test_an_estimate_uses_history_where_there_is_some():
     known = estimate(options, MODEL, DATASET, rates=Rates(1000.0, 50.0), device="cpu")
     assert (known.seconds, known.size_bytes) == (5.0, 100 * 50 * 4 * 64 * 2)
     assert estimate(options, MODEL, DATASET, rates=NO_HISTORY, device="cuda:0").seconds < guessed.seconds
+    later = estimate(options, MODEL, DATASET, rates=Rates(1000.0, 50.0, 2.0), device="cpu")
+    assert later.seconds == 7.0
     few = estimate(replace(options, sample_count=10), MODEL, DATASET, rates=Rates(1000.0, 50.0), device="cpu")
     assert (few.samples, few.seconds) == (10, 0.5)
     capped = estimate(replace(options, max_tokens=500), MODEL, DATASET, rates=Rates(1000.0, 50.0), device="cpu")
