@@ -47,7 +47,9 @@ async def compose(context: Context) -> Part:
     models = PooledModels(context.residency, registry.ensure_resident, context.artifacts)
     job = ExtractionJob(catalogue, models, datasets, caches)
     places = StagedPlaces(context.artifacts.root)
-    streams = Streams(catalogue, models, datasets, places, most_streams=settings.max_activation_streams)
+    streams = Streams(
+        catalogue, models, datasets, places, device=context.device, most_streams=settings.max_activation_streams
+    )
     operations = Operations(store, caches, catalogue, datasets, device=context.device, meters=metrics)
 
     async def extract(claim: Claim) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from typing import Any
 from services.extraction import preparing
 from services.extraction.compute import (
     Moments,
+    Pace,
     Plan,
     Unit,
     UnitFiller,
+    bytes_at_work,
     hook_point_entries,
     sequence_tensors,
     statistics_tensors,
@@ -31,6 +33,8 @@ EVENT_STEP = 5.0
 """Percent of progress between two events."""
 ROW_SECONDS = 1.0
 """Least time between two writes of the progress to the job's row."""
+SOURCE_BYTES = 12
+"""Bytes of a token's id and its place in the dataset."""
 TABLE_BYTES = 24
 """Bytes beside the activations of one token: ids, places, masks."""
 
@@ -64,7 +68,7 @@ class _Work:
         """Bytes that the cache will have."""
         stored = self.plan.tokens if self.plan.layout == "rows" else self.samples * self.plan.max_length
         per_token = row_bytes(self.task.options, self.model.facts, self.plan.max_length)
-        return stored * (per_token + TABLE_BYTES) + len(self.tokenized.sequences.ids) * 4
+        return stored * (per_token + TABLE_BYTES) + len(self.tokenized.sequences.ids) * SOURCE_BYTES
 
 
 class ExtractionJob:
@@ -196,6 +200,7 @@ class _Meter:
         self._count(done)
         self._tokens_before = self._tokens
         self._told = self._percent // EVENT_STEP
+        self._halved = 0
         self._started = self._written = time.monotonic()
 
     def begin(self, unit: Unit) -> None:
@@ -205,7 +210,7 @@ class _Meter:
     async def catch_up(self, done: set[int]) -> None:
         """Count the units that others made."""
         self._count(done)
-        await self.add(0, 0)
+        await self.add(0, 0, Pace())
 
     def _count(self, done: set[int]) -> None:
         for index in done - self._counted:
@@ -223,11 +228,12 @@ class _Meter:
         tokens = self._tokens - self._tokens_before
         return tokens / (time.monotonic() - self._started) if tokens else None
 
-    async def add(self, samples: int, tokens: int) -> None:
-        """Count a batch."""
+    async def add(self, samples: int, tokens: int, pace: Pace) -> None:
+        """Count a batch; that memory ran out in it is told at once."""
         self._samples += samples
         self._tokens += tokens
-        tell = self._percent // EVENT_STEP > self._told
+        tell = self._percent // EVENT_STEP > self._told or pace.halved > self._halved
+        self._halved = max(self._halved, pace.halved)
         now = time.monotonic()
         if not tell and now - self._written < ROW_SECONDS:
             return
@@ -238,26 +244,30 @@ class _Meter:
             "tokens": self._tokens,
             "tokens_per_second": round(self.tokens_per_second or 0.0, 1),
         }
+        if pace.latest:
+            figures |= {"batch_size": pace.latest, "out_of_memory": pace.halved}
         await self._run.progress(self._percent, figures, tell=tell)
 
 
 async def _fill(run: Filler, work: _Work, meter: _Meter | None) -> None:
     """Make units until none is left to lease; one is written while the next one is computed."""
     options, model = work.task.options, work.model
+    pace = Pace(model.free_bytes, bytes_at_work(model.facts, DTYPES[options.dtype].itemsize))
     writing: asyncio.Task[None] | None = None
     try:
         while (index := await run.lease_unit()) is not None:
             unit = work.plan.units[index]
             if meter is not None:
                 meter.begin(unit)
+            sequences, dtype = work.tokenized.sequences, DTYPES[options.dtype]
             filler = await asyncio.to_thread(
-                UnitFiller, work.tokenized.sequences, work.plan, unit, options.hook_points, DTYPES[options.dtype]
+                UnitFiller, sequences, work.plan, unit, options.hook_points, dtype, pace=pace
             )
             for batch in unit.batches:
                 await run.checkpoint()
                 rows = await model.run(filler.run, model.model, model.family, batch)
                 if meter is not None:
-                    await meter.add(len(batch.indices), rows)
+                    await meter.add(len(batch.indices), rows, pace)
             if writing is not None:
                 await writing
             writing = asyncio.create_task(run.save_unit(unit, filler.tensors, filler.moments))
@@ -292,7 +302,13 @@ def _manifest(
         statistics=statistics,
         model={**work.model.description, "revision": work.record.revision},
         dataset={**work.tokenized.description, "max_length": options.max_length},
-        plan={"seed": plan.seed, "batch_size": plan.batch_size, "units": len(plan.units), "digest": plan.digest},
+        plan={
+            "seed": plan.seed,
+            "batch_size": plan.batch_size,
+            "batch_tokens": plan.batch_tokens,
+            "units": len(plan.units),
+            "digest": plan.digest,
+        },
         extension={"id": options.extension_id, "uri": options.extension_uri} if options.extension_id else None,
         tokenizer={"digest": tokenizer_digest(tokenizer)} if tokenizer is not None else None,
         identity_errors=dict(identity),

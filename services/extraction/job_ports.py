@@ -55,6 +55,14 @@ class LeasedModel(Protocol):
         """What its config says."""
 
     @property
+    def device(self) -> str:
+        """Where it runs, as torch names it."""
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the device that are left."""
+
+    @property
     def description(self) -> dict[str, Any]:
         """What really runs: `id, digest, quantization, dtype, family`."""
 

@@ -58,7 +58,7 @@ class Operations:
             caches: activation caches.
             catalogue: the registry.
             datasets: registered text.
-            device: what the first estimate assumes of a forward pass.
+            device: what the first estimate and the size of a forward pass assume.
             meters: counts hits and misses.
         """
         self._store = store
@@ -95,7 +95,7 @@ class Operations:
         return await self._store.queue(new, key)
 
     async def _considered(self, wanted: Wanted) -> tuple[NewExtraction, Match, Cache | None]:
-        model, survey, options = await preparing.look_up(self._catalogue, self._datasets, wanted)
+        model, survey, options = await preparing.look_up(self._catalogue, self._datasets, wanted, self._device)
         rates = await self._store.rates(wanted.model_id, wanted.dataset_id, options)
         expected = estimate(options, model, survey, rates=rates, device=self._device)
         key = options.key(model, survey)

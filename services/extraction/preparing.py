@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from services.extraction.compute import Plan, identity_errors, make_plan
-from services.extraction.compute.plan import NothingCounted
+from services.extraction.compute.plan import TOKENS_AT_ONCE, NothingCounted
 from services.extraction.domain import BaseModel, Options, Survey, Wanted
 from services.extraction.job_ports import LeasedModel
 from services.extraction.ports import Catalogue, Datasets, Tokenized
@@ -16,8 +17,10 @@ from services.kit import errors
 from services.residency.texts import special_ids
 
 
-async def look_up(catalogue: Catalogue, datasets: Datasets, wanted: Wanted) -> tuple[BaseModel, Survey, Options]:
-    """What a request is about, and its options with every default resolved.
+async def look_up(
+    catalogue: Catalogue, datasets: Datasets, wanted: Wanted, device: str
+) -> tuple[BaseModel, Survey, Options]:
+    """What a request is about, and its options with every default resolved; `device` says how much goes at once.
 
     Raises:
         errors.Invalid: a field is wrong.
@@ -26,7 +29,9 @@ async def look_up(catalogue: Catalogue, datasets: Datasets, wanted: Wanted) -> t
     model = await catalogue.model(wanted.model_id)
     survey = await datasets.survey(wanted.dataset_id)
     uri = await catalogue.extension_uri(wanted.model_id, wanted.extension_id) if wanted.extension_id else ""
-    return model, survey, resolve(wanted, model, survey, uri)
+    options = resolve(wanted, model, survey, uri)
+    at_once = TOKENS_AT_ONCE["cuda" if device.startswith("cuda") else "cpu"]
+    return model, survey, replace(options, batch_tokens=at_once)
 
 
 def check_files(record: BaseModel, model: LeasedModel) -> None:
@@ -49,6 +54,7 @@ def planned(options: Options, tokenized: Tokenized, model: LeasedModel, **change
         "layout": options.layout,
         "seed": options.seed,
         "batch_size": options.batch_size,
+        "batch_tokens": options.batch_tokens,
         "row_bytes": row_bytes(options, model.facts, int(tokenized.sequences.lengths.max())),
         "uncounted_ids": special_ids(model.tokenizer) if model.tokenizer is not None else (),
     }

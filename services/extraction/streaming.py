@@ -68,8 +68,16 @@ class Streams:
     """Opens streams; each holds its model and its buffer until its reader leaves."""
 
     def __init__(
-        self, catalogue: Catalogue, models: Models, datasets: Datasets, places: Places, *, most_streams: int
+        self,
+        catalogue: Catalogue,
+        models: Models,
+        datasets: Datasets,
+        places: Places,
+        *,
+        device: str,
+        most_streams: int,
     ) -> None:
+        self._device = device
         self._catalogue = catalogue
         self._models = models
         self._datasets = datasets
@@ -91,7 +99,7 @@ class Streams:
             if asked.wanted.layout == "sequences":
                 raise errors.Invalid.of("layout", "a stream has rows")
             wanted = replace(asked.wanted, layout="rows")
-            record, _, options = await preparing.look_up(self._catalogue, self._datasets, wanted)
+            record, _, options = await preparing.look_up(self._catalogue, self._datasets, wanted, self._device)
         if self._open >= self._most_streams:
             raise errors.Exhausted(f"{self._open} streams are open", reason="QUEUE_FULL", retry_after=5.0)
         self._open += 1

@@ -8,7 +8,6 @@ from services.kit.server import Context, Part, Servicer
 from services.residency.catalogue import Catalogue
 from services.residency.config import ResidencySettings
 from services.residency.disk_cache import DiskCache
-from services.residency.guests import Guests
 from services.residency.memory import survey
 from services.residency.metrics import ResidencyMetrics
 from services.residency.operations import Host
@@ -39,7 +38,7 @@ async def compose(context: Context) -> Part:
         catalogue=Catalogue(context.registry, context.host_id),
         disk_cache=cache,
         metrics=ResidencyMetrics(context.metrics, pool, memory, sensors),
-        guests=Guests(pool),
+        guests=pool.guests,
     )
     presence = Presence(
         registry=context.registry,

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from services.residency.pool import Pool
+if TYPE_CHECKING:
+    from services.residency.pool import Pool
 
 
 @dataclass(slots=True)
@@ -29,7 +31,9 @@ class Guests:
         self._stays.pop((model_id, lens_id), None)
 
     @asynccontextmanager
-    async def staying(self, model_id: str, lens_id: str, attach: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    async def staying(
+        self, model_id: str, lens_id: str, attach: Callable[[], Awaitable[object]]
+    ) -> AsyncIterator[None]:
         """The lens is attached inside the block: it is there already, or `attach` brings it.
 
         Raises:

@@ -21,6 +21,7 @@ from services.residency.disk_cache import DiskCache
 from services.residency.failures import insufficient_memory, translated
 from services.residency.families import facts, family_of
 from services.residency.fingerprint import fingerprint
+from services.residency.guests import Guests
 from services.residency.lease import Lease
 from services.residency.lenses import Base, Spec, needed
 from services.residency.lenses import load as load_lens
@@ -51,6 +52,7 @@ class Pool:
         self._disk_cache = disk_cache
         self._residents: dict[str, Resident] = {}
         self._loading: dict[str, int] = {}
+        self.guests = Guests(self)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
         self._loaders = ThreadPoolExecutor(max_workers=LOADERS, thread_name_prefix="loader")
         self._readers = ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="reader")
@@ -72,6 +74,11 @@ class Pool:
 
     def _bytes(self, state: Residency) -> int:
         return sum(resident.total_bytes for resident in self._residents.values() if resident.state == state)
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the budget that nobody holds and nobody was promised."""
+        return max(0, self.budget_bytes - self.used_bytes - self.reserved_bytes)
 
     @property
     def residents(self) -> list[Resident]:

@@ -454,7 +454,9 @@ class Batch:
     length: int
 
 
-def plan_batches(lengths: np.ndarray, batch_size: int, indices: np.ndarray | None = None) -> list[Batch]:
+def plan_batches(
+    lengths: np.ndarray, batch_size: int, indices: np.ndarray | None = None, batch_tokens: int | None = None
+) -> list[Batch]:
     """Batches of at most `batch_size` sequences of similar length, the longest first.
 
     The longest first, so that a batch that does not fit the memory fails at once and not at the end. Which of several
@@ -465,10 +467,15 @@ def plan_batches(lengths: np.ndarray, batch_size: int, indices: np.ndarray | Non
         lengths: tokens of every sequence, int [n].
         batch_size: most sequences of a batch, at least 1.
         indices: plan only these sequences; all when None.
+        batch_tokens: most tokens of a batch, padding included, that is of more than one sequence.
     """
     chosen = np.arange(len(lengths)) if indices is None else np.asarray(indices, dtype=np.int64)
     ordered = chosen[np.argsort(-lengths[chosen], kind="stable")]
-    cuts = [ordered[low : low + batch_size] for low in range(0, len(ordered), batch_size)]
+    cuts, low = [], 0
+    while low < len(ordered):
+        fitting = batch_size if batch_tokens is None else batch_tokens // int(lengths[ordered[low]])
+        cuts.append(ordered[low : low + max(1, min(batch_size, fitting))])
+        low += len(cuts[-1])
     return [Batch(cut[np.lexsort((cut, -lengths[cut]))], int(lengths[cut[0]])) for cut in cuts]
 
 

@@ -409,6 +409,7 @@ async def test_an_extension_is_in_force_for_its_own_extraction_only(mesh: Mesh, 
     plain = await mesh.extracted(dataset_id="ds_few")
     assert (await mesh.cache(extended.cache_id)).extension_id == "x_1"
     assert not (await mesh.cache(plain.cache_id)).HasField("extension_id")
+    assert not mesh.context.residency.get(MODEL).lenses, "it is taken off behind the job"
     assert (await mesh.extract(extension_id="x_1", dataset_id="ds_few")).status == pb.EXTRACTION_STATUS_COMPLETED
     adapted = PeftModel.from_pretrained(models.tiny("gpt2"), store.path(artifact.uri) / LORA_FOLDER).eval()
     for done, model in ((extended, adapted), (plain, models.tiny("gpt2"))):

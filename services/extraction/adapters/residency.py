@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,8 +22,9 @@ T = TypeVar("T")
 class PooledModel:
     """Implements the port `LeasedModel` on a lease."""
 
-    def __init__(self, lease: Lease) -> None:
+    def __init__(self, lease: Lease, pool: Pool) -> None:
         self._lease = lease
+        self._pool = pool
 
     @property
     def model(self) -> torch.nn.Module:
@@ -43,6 +45,16 @@ class PooledModel:
     def facts(self) -> Facts:
         """What its config says."""
         return self._lease.facts
+
+    @property
+    def device(self) -> str:
+        """Where it runs, as torch names it."""
+        return self._pool.device
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes left of the process's budget."""
+        return self._pool.free_bytes
 
     @property
     def description(self) -> dict[str, Any]:
@@ -82,19 +94,22 @@ class PooledModels:
 
     @asynccontextmanager
     async def lease(self, model_id: str, extension_uri: str) -> AsyncIterator[PooledModel]:
-        """The extension is attached under the name of its content; it is in force inside `run` only."""
+        """The extension is attached under the name of its content, and is taken off by the last who needs it.
+
+        It is in force inside `run` only.
+        """
         lens_id = extension_uri.rpartition("/")[2] or None
-        try:
-            if lens_id is not None:
-                folder = self._artifacts.path(extension_uri)
-                await self._pool.attach(model_id, Spec(lens_id=lens_id, kind="extension", folder=folder))
-            lease = self._pool.lease(model_id, lens_id)
-            held = await lease.__aenter__()
-        except errors.Conflict as error:
-            if error.reason != "WRONG_STATE":
-                raise
-            raise errors.Unavailable("the model left this process again", retry_after=1.0, transient=True) from error
-        try:
-            yield PooledModel(held)
-        finally:
-            await lease.__aexit__(None, None, None)
+        async with AsyncExitStack() as stack:
+            try:
+                if lens_id is not None:
+                    folder = self._artifacts.path(extension_uri)
+                    spec = Spec(lens_id=lens_id, kind="extension", folder=folder)
+                    attach = partial(self._pool.attach, model_id, spec)
+                    await stack.enter_async_context(self._pool.guests.staying(model_id, lens_id, attach))
+                held = await stack.enter_async_context(self._pool.lease(model_id, lens_id))
+            except errors.Conflict as error:
+                if error.reason != "WRONG_STATE":
+                    raise
+                gone = "the model left this process again"
+                raise errors.Unavailable(gone, retry_after=1.0, transient=True) from error
+            yield PooledModel(held, self._pool)

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from services.extraction.compute.capture import capture, identity_errors, paired_layers
 from services.extraction.compute.moments import Moments
+from services.extraction.compute.pace import Pace, bytes_at_work
 from services.extraction.compute.plan import Plan, Unit, make_plan
 from services.extraction.compute.tables import hook_point_entries, merged, sequence_tensors, statistics_tensors
 from services.extraction.compute.unit import UnitFiller, fill_units
 
 __all__ = [
     "Moments",
+    "Pace",
     "Plan",
     "Unit",
     "UnitFiller",
+    "bytes_at_work",
     "capture",
     "fill_units",
     "hook_point_entries",

@@ -19,6 +19,8 @@ UNIT_SHARE = 0.05
 UNIT_SEQUENCES = 64
 MOST_UNIT_BYTES = 4 * UNIT_BYTES
 WINDOW = 1024
+TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
+"""Tokens of a forward pass from which on it only grows slower: on a CPU its tensors leave the caches."""
 """Sequences that are sorted by length together."""
 
 
@@ -51,7 +53,7 @@ class Plan:
     """Units and batches of an extraction.
 
     Attributes:
-        layout, seed, batch_size, uncounted_ids: what it was made with.
+        layout, seed, batch_size, batch_tokens, uncounted_ids: what it was made with.
         units: in order.
         counted: whether each of the sequences' tokens is a row, bool [tokens].
         tokens: counted tokens.
@@ -62,6 +64,7 @@ class Plan:
     layout: Layout
     seed: int
     batch_size: int
+    batch_tokens: int | None
     uncounted_ids: tuple[int, ...]
     units: tuple[Unit, ...]
     counted: np.ndarray
@@ -76,6 +79,7 @@ def make_plan(
     layout: Layout,
     seed: int,
     batch_size: int,
+    batch_tokens: int | None = None,
     row_bytes: int,
     uncounted_ids: Sequence[int] = (),
     unit_bytes: int = UNIT_BYTES,
@@ -92,7 +96,8 @@ def make_plan(
         sequences: what is extracted.
         layout: `rows` or `sequences`.
         seed: of the permutations.
-        batch_size: sequences per forward pass.
+        batch_size: most sequences per forward pass.
+        batch_tokens: most tokens per forward pass, padding included, of more than one sequence.
         row_bytes: bytes of all hook points' vectors of one token.
         uncounted_ids: token ids that are no rows.
         unit_bytes: most bytes of a unit.
@@ -110,7 +115,7 @@ def make_plan(
     limits = _Limits(min(unit_bytes // row_bytes, UNIT_ROWS), most_unit_bytes // row_bytes, unit_share)
     units: list[Unit] = []
     first_batch = 0
-    for batches in cuts(sequences.lengths, rows, seed, batch_size, limits):
+    for batches in cuts(sequences.lengths, rows, seed, (batch_size, batch_tokens), limits):
         chosen = np.sort(np.concatenate([batch.indices for batch in batches]))
         units.append(Unit(len(units), chosen, tuple(batches), first_batch, int(rows[chosen].sum())))
         first_batch += len(batches)
@@ -118,6 +123,7 @@ def make_plan(
         layout=layout,
         seed=seed,
         batch_size=batch_size,
+        batch_tokens=batch_tokens,
         uncounted_ids=tuple(uncounted_ids),
         units=tuple(units),
         counted=counted,
@@ -125,6 +131,10 @@ def make_plan(
         max_length=int(sequences.lengths.max()),
         digest=_digest(sequences, units, layout, seed, uncounted_ids),
     )
+
+
+_Most = tuple[int, int | None]
+"""Most sequences and most tokens of a batch."""
 
 
 class _Limits(NamedTuple):
@@ -135,7 +145,7 @@ class _Limits(NamedTuple):
     share: float
 
 
-def _cut_rows(lengths: np.ndarray, rows: np.ndarray, seed: int, batch_size: int, limits: _Limits) -> list[list[Batch]]:
+def _cut_rows(lengths: np.ndarray, rows: np.ndarray, seed: int, most: _Most, limits: _Limits) -> list[list[Batch]]:
     """Permute the sequences, batch them by length within windows, permute each window's batches, cut them into units.
 
     Sorting a whole window costs next to no padding, and a unit still gets batches of all lengths.
@@ -144,18 +154,16 @@ def _cut_rows(lengths: np.ndarray, rows: np.ndarray, seed: int, batch_size: int,
     order = order[rows[order] > 0]
     batches: list[Batch] = []
     for number, low in enumerate(range(0, len(order), WINDOW)):
-        window = plan_batches(lengths, batch_size, order[low : low + WINDOW])
+        window = plan_batches(lengths, most[0], order[low : low + WINDOW], most[1])
         batches += [window[place] for place in permutation(len(window), seed, "batches", number)]
     sizes = [(len(batch.indices), int(rows[batch.indices].sum())) for batch in batches]
     return [batches[part] for part in _cut(sizes, limits)]
 
 
-def _cut_sequences(
-    lengths: np.ndarray, rows: np.ndarray, seed: int, batch_size: int, limits: _Limits
-) -> list[list[Batch]]:
+def _cut_sequences(lengths: np.ndarray, rows: np.ndarray, seed: int, most: _Most, limits: _Limits) -> list[list[Batch]]:
     """Cut the sequences as they are; every one takes the room of the longest. Batches go by length within a unit."""
     order, longest = np.arange(len(rows)), int(lengths.max())
-    return [plan_batches(lengths, batch_size, order[part]) for part in _cut([(1, longest)] * len(rows), limits)]
+    return [plan_batches(lengths, most[0], order[part], most[1]) for part in _cut([(1, longest)] * len(rows), limits)]
 
 
 def _cut(sizes: Sequence[tuple[int, int]], limits: _Limits) -> list[slice]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from services.extraction.compute.capture import capture_tokens
 from services.extraction.compute.moments import Moments
+from services.extraction.compute.pace import Pace
 from services.extraction.compute.plan import Plan, Unit
 from services.residency.families import Family, family_of
 from services.residency.shuffle import permutation
@@ -83,7 +84,14 @@ class UnitFiller:
     """
 
     def __init__(
-        self, sequences: Sequences, plan: Plan, unit: Unit, hook_points: Sequence[str], dtype: torch.dtype
+        self,
+        sequences: Sequences,
+        plan: Plan,
+        unit: Unit,
+        hook_points: Sequence[str],
+        dtype: torch.dtype,
+        *,
+        pace: Pace | None = None,
     ) -> None:
         self.unit = unit
         self.moments: dict[str, Moments] = {}
@@ -92,6 +100,7 @@ class UnitFiller:
         self._max_length = plan.max_length
         self._hook_points = tuple(hook_points)
         self._dtype = dtype
+        self._pace = pace or Pace()
         self._places: _Places = _Rows(plan, unit) if plan.layout == "rows" else _Grid(plan, unit)
         self._buffers: dict[str, Tensor] = {}
         self._filled = 0
@@ -100,14 +109,22 @@ class UnitFiller:
         """Forward one batch of the unit and keep its counted rows; returns how many they are."""
         ids, mask = map(torch.from_numpy, self._sequences.padded(batch.indices, batch.length))
         counted = self._counted_of(batch)
-        chosen = counted.flatten().nonzero().flatten()
-        wanted = None if len(chosen) == counted.numel() else chosen.to(next(model.parameters()).device)
-        found = capture_tokens(model, family, self._hook_points, ids=ids, mask=mask, chosen=wanted)
+        device = next(model.parameters()).device
+
+        def forward(part: slice) -> dict[str, Tensor]:
+            chosen = None if bool(counted[part].all()) else counted[part].flatten().nonzero().flatten().to(device)
+            return capture_tokens(model, family, self._hook_points, ids=ids[part], mask=mask[part], chosen=chosen)
+
+        parts = list(self._pace.parts(len(ids), batch.length, forward, device.type))
         places = self._places.take(batch, ids, counted)
-        for name, rows in found.items():
-            self._keep(name, self._flat(rows).to("cpu", self._dtype), places)
-        self._filled += len(chosen)
-        return len(chosen)
+        low = 0
+        for found in parts:
+            high = low + len(next(iter(found.values())))
+            for name, rows in found.items():
+                self._keep(name, self._flat(rows).to("cpu", self._dtype), places[low:high])
+            low = high
+        self._filled += low
+        return low
 
     @property
     def tensors(self) -> dict[str, Tensor]:

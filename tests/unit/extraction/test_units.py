@@ -8,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.extraction.compute import Moments, fill_units, make_plan, sequence_tensors, statistics_tensors
+from services.extraction.compute import (
+    Moments,
+    Pace,
+    UnitFiller,
+    fill_units,
+    make_plan,
+    sequence_tensors,
+    statistics_tensors,
+)
 from services.extraction.compute.plan import MOST_UNIT_BYTES, UNIT_SEQUENCES, NothingCounted
 from services.extraction.compute.tables import hook_point_entries, merged
 from services.residency.families import family_of
@@ -197,6 +205,60 @@ def test_every_row_leads_back_to_its_dataset_row_token_and_characters(gpt2, pack
             seen.add((int(row), int(number)))
     lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
     assert len(seen) == plan.tokens == sum(length if packing else min(length, 11) for length in lengths)
+
+
+@pytest.mark.parametrize("most", [130, 250])
+def test_a_batch_that_does_not_fit_is_split_and_keeps_its_bits(gpt2, most):
+    sequences = sequences_of(np.random.default_rng(1).integers(2, 100, 80))
+    plan, model = plan_of(sequences, batch_size=16), models.tiny("gpt2")
+    passes, halved = [], []
+
+    def limited(_, args, kwargs):
+        shape = kwargs["input_ids"].shape
+        if shape.numel() > most and len(kwargs["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        passes.append(shape)
+
+    model.register_forward_pre_hook(limited, with_kwargs=True)
+    pace = Pace()
+    for unit, tensors, moments in fill_units(gpt2, sequences, plan, hook_points=[X, Y], dtype=torch.float32):
+        filler = UnitFiller(sequences, plan, unit, [X, Y], torch.float32, pace=pace)
+        for batch in unit.batches:
+            passes.clear()
+            filler.run(model, family_of(model), batch)
+            assert sum(count for count, _ in passes) == len(batch.indices)
+            assert {length for _, length in passes} == {batch.length}
+            assert all(shape.numel() > 30 for shape in passes if len(passes) > 1)
+            halved.append(pace.halved)
+        assert all(torch.equal(tensor, filler.tensors[name]) for name, tensor in tensors.items())
+        assert filler.moments[X].count == moments[X].count
+        torch.testing.assert_close(filler.moments[X].squares, moments[X].squares, rtol=1e-14, atol=0)
+    assert halved[0] > 0
+    assert halved[len(halved) // 2] == halved[-1], "it remembers what fitted"
+
+
+def test_memory_that_is_short_from_the_beginning_is_not_overrun():
+    seen = []
+    pace = Pace(free_bytes=2 * 100 * 50, token_bytes=10)  # 500 tokens in half of it
+    for length in (100, 600):
+        list(pace.parts(7, length, lambda part: seen.append(part.stop - part.start), "cpu"))
+    assert seen == [4, 3, *[1] * 7]
+
+    def run(part):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        list(pace.parts(1, 5, run, "cpu"))
+    assert pace.halved == 0
+
+
+def test_no_batch_has_more_tokens_than_asked_for(ragged):
+    plan = plan_of(ragged, batch_size=8, batch_tokens=40)
+    batches = [batch for unit in plan.units for batch in unit.batches]
+    assert all(len(batch.indices) == 1 or len(batch.indices) * batch.length <= 40 for batch in batches)
+    assert max(len(batch.indices) for batch in batches) == 8
+    assert sum(len(batch.indices) for batch in batches) == sum(np.diff(ragged.offsets) > 1)
+    assert plan.digest != plan_of(ragged, batch_size=8).digest
 
 
 def test_patterns_of_all_lengths_lie_in_one_table():
