@@ -116,6 +116,8 @@ class Options:
     special_tokens: SpecialTokens = "tokenizer"
     packing: bool = False
     if_unloaded: IfUnloaded = "load"
+    batch_tokens: int | None = None
+    """Most tokens of a forward pass of several sequences, padding included."""
 
     @property
     def encoding(self) -> Encoding:

@@ -55,10 +55,6 @@ class LeasedModel(Protocol):
         """What its config says."""
 
     @property
-    def device(self) -> str:
-        """Where it runs, as torch names it."""
-
-    @property
     def free_bytes(self) -> int:
         """Bytes of the device that are left."""
 

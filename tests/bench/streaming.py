@@ -96,7 +96,7 @@ async def filled(self: Any, plan: Plan, unit: Unit) -> Mapping[str, Tensor]:
 async def serve(root: Path, tell: Connection) -> None:
     ready = Ready()
     catalogue: Any = SimpleNamespace(model=ready.look_up)
-    streams = streaming.Streams(catalogue, ready, ready, StagedPlaces(root), most_streams=4)
+    streams = streaming.Streams(catalogue, ready, ready, StagedPlaces(root), device="cpu", most_streams=4)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     extraction_pb2_grpc.add_ExtractionServiceServicer_to_server(ExtractionServicer(None, streams), server)  # type: ignore[arg-type]
     port = server.add_insecure_port("127.0.0.1:0")

@@ -47,11 +47,6 @@ class PooledModel:
         return self._lease.facts
 
     @property
-    def device(self) -> str:
-        """Where it runs, as torch names it."""
-        return self._pool.device
-
-    @property
     def free_bytes(self) -> int:
         """Bytes left of the process's budget."""
         return self._pool.free_bytes
