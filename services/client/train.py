@@ -38,6 +38,7 @@ def start_training(
     layers: Layers,
     cache: Annotated[str, typer.Option(help="Activation cache to train from.")] = "",
     dataset: Annotated[str, typer.Option(help="Dataset to extract from first; instead of --cache.")] = "",
+    live: Annotated[bool, typer.Option("--live", help="With --dataset: compute it while training.")] = False,
     dict_size: Annotated[int, typer.Option(help="Latents; 16 times the width when 0.")] = 0,
     group_sizes: Annotated[str, typer.Option(help="Increments of the nested groups, comma-separated.")] = "",
     top_k: Annotated[int | None, typer.Option(help="Active latents per token; dict_size / 200 when left out.")] = None,
@@ -48,7 +49,8 @@ def start_training(
 ) -> None:
     """Train one Matryoshka transcoder per layer; the bar shows FVU."""
     with session(as_json) as to:
-        source = {"cache_id": cache} if cache else {"dataset_id": dataset}
+        source: dict[str, Any] = {"cache_id": cache} if cache else {"dataset_id": dataset}
+        source |= {"live": True} if live else {}
         job = to.api.call(
             "CreateTrainingJob",
             model_id=model_id,

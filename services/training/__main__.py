@@ -52,8 +52,9 @@ async def compose(context: Context) -> Part:
     catalogue = Catalogue(context.registry, context.host_id)
     hosts = Hosts(context.registry, lambda address: open_channel(address, settings, (HOST_SERVICE,)), context.host_id)
     peers = Peers(catalogue, context.registry, hosts)
-    channel = open_channel(_extraction_address(context, settings), settings, (EXTRACTION_SERVICE,))
-    extraction = ExtractionPeer(channel)
+    address = _extraction_address(context, settings)
+    channel = open_channel(address, settings, (EXTRACTION_SERVICE,))
+    extraction = ExtractionPeer(channel, address, settings)
     files = PublishedFiles(context.database, context.artifacts)
     training = TrainingJob(
         extraction,

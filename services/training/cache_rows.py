@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from services.residency.shards import ShardReader
 from services.training.compute.batches import Pairs
@@ -53,15 +54,21 @@ class CacheRows:
     def facts_of(self, pair: str, rows: int, seed: int, start: int) -> dict[str, Any]:
         """Figures of the `rows` rows after `start`, and the first row that is not finite: its shard and place there."""
         names = self._pairs[pair]
-        facts: dict[str, Any] = {"rows": rows, "position": start}
-        for side, tensor in zip(("x", "y"), next(self.batches(rows, seed, start))[pair], strict=True):
-            finite = tensor[tensor.isfinite()].float()
-            facts[f"non_finite_{side}"] = tensor.numel() - finite.numel()
-            if finite.numel():
-                facts |= {f"min_{side}": float(finite.min()), f"max_{side}": float(finite.max())}
+        facts = {"position": start, **figures_of_rows(*next(self.batches(rows, seed, start))[pair])}
         for index in self._reader.drawn_from(seed, start):
             found = self._reader.shard(index, names)
             bad = torch.cat([found[name].flatten(0, -2) for name in names], 1).isfinite().all(1).logical_not().nonzero()
             if len(bad):
                 return facts | {"shard": self._reader.manifest.shards[index].name, "shard_row": int(bad[0])}
         return facts
+
+
+def figures_of_rows(x: Tensor, y: Tensor) -> dict[str, Any]:
+    """How many there are, and of x and y: values that are not finite, smallest and largest of the others."""
+    facts: dict[str, Any] = {"rows": len(x)}
+    for side, tensor in (("x", x), ("y", y)):
+        finite = tensor[tensor.isfinite()].float()
+        facts[f"non_finite_{side}"] = tensor.numel() - finite.numel()
+        if finite.numel():
+            facts |= {f"min_{side}": float(finite.min()), f"max_{side}": float(finite.max())}
+    return facts

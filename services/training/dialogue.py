@@ -10,6 +10,24 @@ from services.residency.lines import Gone, Words
 
 
 @dataclass(frozen=True, slots=True)
+class Live:
+    """Where a live stream of activations comes from, and what it holds."""
+
+    address: str
+    """Of the extraction service, host:port."""
+    state_dir: str
+    """Where the mesh's own token is."""
+    tls_ca_file: str
+    """Roots to check the service by; empty without TLS."""
+    folder: str
+    """Empty directory that blocks may come through."""
+    model_id: str
+    dataset_id: str
+    hook_points: Sequence[str]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     """First line to the process."""
 
@@ -22,7 +40,9 @@ class Start:
     threads: int = 1
     """CPU threads of each rank."""
     cache: str = ""
-    """Directory of the activation cache; none where no step is to be made."""
+    """Directory of the activation cache; none where no step is to be made, or with `live`."""
+    live: Mapping[str, Any] | None = None
+    """Fields of `Live`, instead of a cache."""
     state: str = ""
     """Directory of the checkpoint to go on from; none at the beginning."""
 

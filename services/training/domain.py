@@ -15,6 +15,7 @@ ARTIFACT_KIND = "transcoder"
 CHECKPOINT_KIND = "checkpoint"
 EXPORT_KIND = "transcoder-export"
 SAMPLES_KIND = "feature-samples"
+STREAM_KIND = "stream"
 
 LEGACY_SITE = "resid_mid"
 """The stream before the norm, which spec/002 read first; the MLP never sees it."""
@@ -36,9 +37,10 @@ class BaseModel:
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """An activation cache."""
+    """An activation cache, or what a live stream would hold if it were one."""
 
     id: str
+    """Empty for a live stream, as its storage_uri."""
     model_id: str
     model_digest: str
     storage_uri: str
@@ -85,6 +87,8 @@ class Wanted:
     tracker: str = ""
     retention: Retention | None = None
     """The settings' when None."""
+    live: bool = False
+    """Compute the dataset's activations while training; without a cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,8 @@ class Plan:
     """CPU threads of all ranks together: part of what decides the bits; 0 until the first start."""
     tracker: str = ""
     """External tracker that its figures go to as well."""
+    live: bool = False
+    """Its activations are computed while it runs."""
 
     @property
     def hook_points(self) -> tuple[str, ...]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from services.training.dialogue import Finished, Progress, Start, Written
 from services.training.domain import (
     ARTIFACT_KIND,
     CHECKPOINT_KIND,
+    STREAM_KIND,
     Cache,
     CoderSpec,
     NewTranscoder,
@@ -78,19 +81,33 @@ class TrainingJob:
                 finished = await child.next()
                 assert isinstance(finished, Finished), "a process without a cache makes no step"
                 return await self._publish(run, task, task.plan, child, finished)
-            cache = await self._cache(run, task)
-            folder = await stack.enter_async_context(self._files.reading(cache.storage_uri))
-            await asyncio.to_thread(check_files, task.plan, folder)
+            cache, where = await stack.enter_async_context(self._data(run, task))
             plan = settled(task.plan, cache, self._threads)
             await run.settle(plan, cache.id, task.checkpoint.step if task.checkpoint else 0)
             bytes_each = memory_bytes(plan, cache.widths, self._device)
             ranks = await self._ledger.reserve(task.job_id, bytes_each, plan.devices)
             stack.push_async_callback(self._ledger.release, task.job_id)
             threads = max(1, plan.threads // plan.devices)
-            start = Start(plan.as_json(), self._device, ranks, threads, cache=str(folder), state=state)
+            start = Start(plan.as_json(), self._device, ranks, threads, state=state, **where)
             child = await stack.enter_async_context(self._children.start(start))
             finished = await self._follow(run, plan, child, task.checkpoint.tokens_seen if task.checkpoint else 0)
             return await self._publish(run, task, plan, child, finished)
+
+    @asynccontextmanager
+    async def _data(self, run: Run, task: Task) -> AsyncIterator[tuple[Cache, dict[str, Any]]]:
+        """What the rows are, and where the process finds them: a field of `Start`."""
+        if task.plan.live:
+            assert task.dataset_id is not None, "a live stream has a dataset"
+            what = (task.model_id, task.dataset_id, task.plan)
+            stream = await run.unless_stopped(self._extractions.streamed(*what))
+            check_cache(task.plan, stream)
+            with run.staging(STREAM_KIND) as folder:
+                yield stream, {"live": asdict(self._extractions.live(*what, folder))}
+            return
+        cache = await self._cache(run, task)
+        async with self._files.reading(cache.storage_uri) as folder:
+            await asyncio.to_thread(check_files, task.plan, folder)
+            yield cache, {"cache": str(folder)}
 
     async def _cache(self, run: Run, task: Task) -> Cache:
         cache_id = task.cache_id

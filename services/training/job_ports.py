@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from services.residency.families import Facts, Family
-from services.training.dialogue import Message, Saved, Start, Written
+from services.training.dialogue import Live, Message, Saved, Start, Written
 from services.training.domain import Cache, Judged, NewTranscoder, Plan, Task, WantedEvaluation
 
 T = TypeVar("T")
@@ -41,6 +41,16 @@ class Extractions(Protocol):
         Raises:
             errors.NotFound: it was deleted.
         """
+
+    async def streamed(self, model_id: str, dataset_id: str, plan: Plan) -> Cache:
+        """What a live stream for a plan would hold in one pass; the model is loaded for it.
+
+        Raises:
+            errors.LensmeshError: why there is no such stream.
+        """
+
+    def live(self, model_id: str, dataset_id: str, plan: Plan, folder: Path) -> Live:
+        """How the process finds that stream; its blocks come through `folder`, which is staged as a stream."""
 
 
 class Ledger(Protocol):

@@ -74,6 +74,7 @@ def wanted(request: pb.CreateTrainingJobRequest) -> Wanted:
         devices=request.devices,
         tracker=request.tracker,
         retention=retention(request),
+        live=request.source.live,
     )
 
 
@@ -83,7 +84,7 @@ def wanted_message(found: Wanted) -> pb.CreateTrainingJobRequest:
     return pb.CreateTrainingJobRequest(
         model_id=found.model_id,
         layers=found.layers,
-        source=pb.TrainingSource(**source),
+        source=pb.TrainingSource(**source, live=found.live),
         devices=found.devices,
         retention=_retention(found.retention) if found.retention else None,
         variants=[pb.TrainingConfig(**_fields(sites, options)) for sites, options in found.variants],
@@ -154,6 +155,7 @@ def training(found: Training) -> pb.TrainingJob:
         devices=found.plan.devices,
         threads=found.plan.threads,
         retention=_retention(found.retention),
+        live=found.plan.live,
         cache_id=found.cache_id,
         num_tokens=found.plan.num_tokens,
         coders=[_coder(coder) for coder in found.figures.get("coders", ())],

@@ -42,7 +42,17 @@ def resolve(wanted: Wanted, model: BaseModel, cache: Cache | None) -> Plan:
         for layer in wanted.layers:
             name = f"layer-{layer}" if number == 0 else f"layer-{layer}-variant-{number}"
             coders.append(_coder(name, layer, sites, model, config))
-    plan = Plan(tuple(coders), wanted.options.get("num_tokens", 0), devices=wanted.devices or 1, tracker=wanted.tracker)
+    plan = Plan(
+        tuple(coders),
+        wanted.options.get("num_tokens", 0),
+        devices=wanted.devices or 1,
+        tracker=wanted.tracker,
+        live=wanted.live,
+    )
+    if plan.live and not wanted.dataset_id:
+        raise errors.Invalid.of("source.live", "needs a dataset: a cache is computed already")
+    if plan.live and plan.devices > 1:
+        raise errors.Invalid.of("devices", "a live stream feeds one device")
     batch_size = plan.coders[0].config["batch_size"]
     if batch_size % plan.devices:
         raise errors.Invalid.of("batch_size", f"{batch_size} rows cannot be shared evenly by {plan.devices} devices")
@@ -132,6 +142,7 @@ def wanted_again(training: Training) -> Wanted:
         variants=tuple(variants),
         devices=training.plan.devices,
         retention=training.retention,
+        live=training.plan.live,
     )
 
 

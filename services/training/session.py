@@ -6,10 +6,12 @@ import math
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from services.kit import errors
 from services.residency.lines import Gone
 from services.residency.memory import is_out_of_memory
 from services.residency.shards import CorruptCache
@@ -21,8 +23,11 @@ from services.training.compute.initial import SAMPLE_ROWS
 from services.training.compute.ranks import Ranks
 from services.training.compute.report import StepReport
 from services.training.compute.trainer import CoderPlan, State, Trainer, coders_of
-from services.training.dialogue import Command, Finished, Message, Progress, Save, Saved, Start, Write, Written
+from services.training.dialogue import Command, Finished, Live, Message, Progress, Save, Saved, Start, Write, Written
 from services.training.domain import Plan
+
+if TYPE_CHECKING:
+    from services.training.live_rows import LiveSource
 
 LAST_BATCHES: Final = 20
 """Batches that `train_fvu` is the mean of."""
@@ -45,6 +50,10 @@ def run(start: Start, commands: queue.SimpleQueue[Command], send: Callable[[Mess
         send(Gone("CHECKSUM_MISMATCH", str(error), {"file": error.file, "problem": error.problem}))
     except ConfigError as error:
         send(Gone("VALIDATION_ERROR", str(error)))
+    except errors.Unavailable:
+        raise  # nobody gave rows for long: to die is to be tried again
+    except errors.LensmeshError as error:
+        send(Gone(error.reason, error.message, dict(error.metadata)))
     except ValueError as error:
         send(Gone("TRAINING_FAILED", str(error)))
     except (RuntimeError, OSError, MemoryError) as error:
@@ -76,7 +85,7 @@ class _Session:
             state, extra = state_files.read(Path(self._start.state))
             recent = extra["recent_fvu"]
         self._recent = {coder.name: deque(recent.get(coder.name, ()), LAST_BATCHES) for coder in self._plan.coders}
-        if self._start.cache:
+        if self._start.cache or self._start.live:
             self._train(state)
         elif state is not None:
             self._finish(coders_of(state))
@@ -84,7 +93,7 @@ class _Session:
     def _train(self, state: State | None) -> None:
         pairs = {coder.pair: (coder.source, coder.target) for coder in self._plan.coders}
         plans = {coder.name: CoderPlan(coder.pair, TrainConfig(**coder.config)) for coder in self._plan.coders}
-        source, config = CacheRows(Path(self._start.cache), pairs), next(iter(plans.values())).config
+        source, config = self._source(pairs), next(iter(plans.values())).config
         rows = min(source.rows, SAMPLE_ROWS)
         try:
             trainer = Trainer(source, plans, self._start.device, state, self._ranks)
@@ -94,6 +103,13 @@ class _Session:
             position = error.step * config.batch_size
             error.facts |= source.facts_of(plans[error.coder].pair, rows, config.seed, position)
             raise
+
+    def _source(self, pairs: Mapping[str, tuple[str, str]]) -> CacheRows | LiveSource:
+        if self._start.live is None:
+            return CacheRows(Path(self._start.cache), pairs)
+        live_rows = import_module("services.training.live_rows")  # gRPC and the protos are of no use elsewhere
+        source: LiveSource = live_rows.LiveSource(Live(**self._start.live), pairs)
+        return source
 
     def _steps(self, trainer: Trainer) -> None:
         self._told_step = trainer.step_count

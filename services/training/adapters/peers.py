@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import grpc
 from lensmesh.common.v1 import types_pb2
@@ -11,9 +12,12 @@ from lensmesh.registry.v1 import groups_pb2, groups_pb2_grpc
 from lensmesh.residency.v1 import residency_pb2
 
 from services.kit import errors
+from services.kit.config import Settings
 from services.residency.catalogue import LOAD_SECONDS, LOOK_UP_SECONDS, Catalogue, translated_calls
 from services.residency.hosts import Hosts
+from services.training.dialogue import Live
 from services.training.domain import BaseModel, Cache, Plan, Transcoder
+from services.training.live_rows import stream_request
 
 GROUPS_PAGE = 500
 POLL_SECONDS = 0.5
@@ -80,8 +84,10 @@ class Peers:
 class ExtractionPeer:
     """Implements the ports `Extraction` and `Extractions`."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, address: str, settings: Settings) -> None:
+        """Use a channel to `address`; a process of its own reaches that with the settings' token and TLS roots."""
         self._stub = extraction_pb2_grpc.ExtractionServiceStub(channel)
+        self._address, self._settings = address, settings
 
     async def cache(self, cache_id: str) -> Cache:
         """The service's row."""
@@ -123,6 +129,32 @@ class ExtractionPeer:
         with translated_calls():
             opened = await self._stub.OpenCache(request, timeout=LOOK_UP_SECONDS)
         return _cache(opened.cache)
+
+    async def streamed(self, model_id: str, dataset_id: str, plan: Plan) -> Cache:
+        """Its first message; nothing is computed for who leaves then but the check of the hook points."""
+        request = stream_request(self.live(model_id, dataset_id, plan, Path()))
+        call = self._stub.StreamActivations(request, timeout=LOAD_SECONDS)
+        try:
+            with translated_calls():
+                facts = (await call.read()).facts
+        finally:
+            call.cancel()
+        widths = dict(zip(facts.hook_points, facts.widths, strict=True))
+        return Cache("", model_id, facts.model_digest, "", facts.rows_per_pass, widths)
+
+    def live(self, model_id: str, dataset_id: str, plan: Plan, folder: Path) -> Live:
+        """Rows are mixed by the training's own seed."""
+        roots = self._settings.tls_ca_file
+        return Live(
+            address=self._address,
+            state_dir=str(self._settings.state_dir),
+            tls_ca_file="" if roots is None else str(roots),
+            folder=str(folder),
+            model_id=model_id,
+            dataset_id=dataset_id,
+            hook_points=plan.hook_points,
+            seed=plan.coders[0].config["seed"],
+        )
 
 
 def _cache(found: extraction_pb2.ActivationCache) -> Cache:

@@ -80,7 +80,7 @@ class ClaimedRun:
     async def settle(self, plan: Plan, cache_id: str, step: int) -> None:
         """The plan's row; points of steps that will be made again are dropped."""
         async with self._claim.commit() as conn:
-            await conn.execute(QUERIES["settle"], self._id, plan.as_json(), cache_id)
+            await conn.execute(QUERIES["settle"], self._id, plan.as_json(), cache_id or None)
             await conn.execute(QUERIES["forget_points"], self._id, step)
 
     async def progress(self, percent: float, figures: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from services.kit import errors
 from services.kit.jobs import Cancelled, Paused, StaleLease
-from services.training.dialogue import Finished, Progress, Saved, Start, Written
+from services.training.dialogue import Finished, Live, Progress, Saved, Start, Written
 from services.training.domain import Cache, Checkpoint, NewTranscoder, Plan, Task
 from services.training.job import TrainingJob
 from tests.unit.training.test_requests import MODEL, planned
@@ -94,6 +94,13 @@ class World:
     async def open(self, cache_id: str) -> Cache:
         return replace(CACHE, widths=dict.fromkeys(self.task.plan.hook_points, 32))
 
+    async def streamed(self, model_id: str, dataset_id: str, plan: Plan) -> Cache:
+        self.done.append(("streamed", dataset_id))
+        return replace(await self.open(""), id="", storage_uri="")
+
+    def live(self, model_id: str, dataset_id: str, plan: Plan, folder: Path) -> Live:
+        return Live("host:1", "/state", "", str(folder), model_id, dataset_id, plan.hook_points, 0)
+
     # Ledger
     async def reserve(self, owner: str, size_bytes: int, ranks: int) -> list[str]:
         if size_bytes > self.budget:
@@ -139,6 +146,7 @@ class World:
 class Extractions:
     def __init__(self, world: World) -> None:
         self.start, self.finished, self.open = world.start_extraction, world.finished, world.open
+        self.streamed, self.live = world.streamed, world.live
 
 
 class Children:
@@ -195,6 +203,17 @@ def test_a_dataset_is_extracted_first_and_the_data_decides_the_tokens() -> None:
         ("waiting", None),
         ("settle", 5000, "act_1", 0),
     ]
+
+
+def test_a_live_stream_stands_for_the_cache_and_is_found_by_the_process_itself() -> None:
+    plan = replace(planned(num_tokens=0), live=True)
+    found = world(FINISHED, cache_id=None, dataset_id="ds_1", plan=plan)
+    run(found)
+    assert found.done[:2] == [("streamed", "ds_1"), ("settle", 5000, "", 0)]
+    assert found.started is not None
+    assert found.started.live is not None
+    assert (found.started.cache, found.started.live["folder"]) == ("", "/staging/stream")
+    assert found.started.live["hook_points"] == plan.hook_points
 
 
 def test_what_was_published_before_is_not_made_again() -> None:

@@ -96,6 +96,17 @@ def test_a_cache_of_the_same_files_under_another_id_fits() -> None:
     assert resolve(wanted(1), MODEL, cache).hook_points == planned(1, num_tokens=64).hook_points
 
 
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [("source.live", {"dataset_id": "", "cache_id": "act_1"}), ("devices", {"devices": 2})],
+)
+def test_what_cannot_be_live_is_refused(field: str, changes: dict[str, Any]) -> None:
+    assert resolve(wanted(1, live=True), MODEL, None).live
+    with pytest.raises(errors.Invalid) as caught:
+        resolve(wanted(1, live=True, **changes), MODEL, None)
+    assert field_of(caught) == field
+
+
 def test_norms_without_rms_have_no_rms_scaling() -> None:
     gpt2 = BaseModel("m_1", "gpt2", "base", 4, 32)
     with pytest.raises(errors.Invalid) as caught:
