@@ -34,6 +34,8 @@ from services.residency.together import Together
 
 MADE = "model"
 """Kind of artifact that a model is which a job made."""
+LOCAL = "local:"
+"""Before the path, below a model root, of a folder that is no artifact of ours: a tuned lens that somebody brings."""
 UNFINISHED = "\ufffd"
 """What a tokenizer writes for bytes that are no whole character yet."""
 PERPLEXITY_TOKENS = 1024
@@ -188,8 +190,17 @@ class Host:
         if not artifact_uri:
             yield None
             return
+        if artifact_uri.startswith(LOCAL):
+            yield await self.pool.read(self._brought, artifact_uri.removeprefix(LOCAL))
+            return
         async with self.artifacts.reading(self.database, artifact_uri) as folder:
             yield folder
+
+    def _brought(self, path: str) -> Path:
+        try:
+            return sources.find_local(path, self.settings.model_roots)
+        except sources.SourceNotFound as error:
+            raise errors.Invalid.of("artifact_uri", str(error)) from error
 
     async def attach(self, model_id: str, spec: Spec, artifact_uri: str) -> None:
         """Bring a lens to a resident model."""

@@ -12,6 +12,7 @@ from lensmesh.common.v1 import types_pb2
 from lensmesh.residency.v1 import residency_pb2
 from prometheus_client import generate_latest
 
+from services.residency.lenses import tuned_lens
 from services.residency.lenses.transcoder import Transcoder, TranscoderShape
 from services.residency.splice import logits
 from tests import models
@@ -188,6 +189,25 @@ async def test_a_lens_reads_another_models_activations_and_both_are_leased(host,
     await host.stub.Unload(residency_pb2.UnloadRequest(model_id="s"))
     request = residency_pb2.AnalyzeRequest(model_id="m", lens_ids=["other"], text=TEXT, top_k=5)
     assert (await refused(host.stub.Analyze(request)))[1] == "WRONG_STATE"
+
+
+async def test_a_tuned_lens_that_somebody_brings_is_read_and_a_corrupt_one_fails_alone(host, tmp_path):
+    await host.load("m", "gpt2")
+    folder = tmp_path / "models" / "lens"
+    tuned_lens.save(folder, {1: (torch.eye(models.WIDTH), torch.zeros(models.WIDTH))})
+    kind = types_pb2.LENS_KIND_TUNED_LENS
+    lens = types_pb2.LensSpec(lens_id="l", kind=kind, artifact_uri="local:lens")
+    attached = await host.stub.AttachLens(residency_pb2.AttachLensRequest(model_id="m", lens=lens))
+    assert attached.memory_bytes == 4 * models.WIDTH * (models.WIDTH + 1)
+    (folder / tuned_lens.FILE).write_bytes(b"nothing of the kind")
+    for uri, reason in (("local:lens", "CHECKSUM_MISMATCH"), ("local:../models", "VALIDATION_ERROR")):
+        wrong = types_pb2.LensSpec(lens_id="wrong", kind=kind, artifact_uri=uri)
+        refusal = await refused(host.stub.AttachLens(residency_pb2.AttachLensRequest(model_id="m", lens=wrong)))
+        assert refusal[1] == reason
+    request = residency_pb2.AnalyzeRequest(model_id="m", lens_ids=["l"], text=TEXT, top_k=3)
+    (reading,) = (await host.stub.Analyze(request)).readings
+    assert reading.kind == kind
+    assert [layer.layer for layer in reading.tokens[0].layers] == [1, 3]
 
 
 def transcoder_bytes() -> int:

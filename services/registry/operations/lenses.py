@@ -56,7 +56,7 @@ async def attach_lens(registry: Registry, caller: Caller, group_id: str, new: Ne
     async with registry.store.transaction() as tx, tx.once(request) as once:
         if once.answer is not None:
             return (await tx.groups.get(group_id)).lens(once.answer["id"])
-        lens = await tx.groups.add_lens(_row(caller, group_id, group.model_id, new, artifact))
+        lens = await tx.groups.add_lens(_row(caller, group_id, model, new, artifact))
         once.answer = {"id": lens.id}
         copy = await serving(tx, group.model_id)
     if copy is not None:
@@ -324,9 +324,17 @@ async def _artifact(registry: Registry, new: NewLens) -> LensArtifact | None:
     return None
 
 
-def _row(
-    caller: Caller, group_id: str, model_id: str, new: NewLens, artifact: LensArtifact | None
-) -> dict[str, object]:
+def _size(model: Model, new: NewLens, artifact: LensArtifact | None) -> int:
+    """Bytes of a lens before it was loaded once; those of a tuned lens with a float32 translator for every layer."""
+    if artifact is not None:
+        return artifact.size_bytes
+    if new.kind == "tuned_lens":
+        width = model.hidden_size or 0
+        return 4 * (model.num_layers or 0) * width * (width + 1)
+    return 0
+
+
+def _row(caller: Caller, group_id: str, model: Model, new: NewLens, artifact: LensArtifact | None) -> dict[str, object]:
     source = new.activation_source_model_id or None
     return {
         "id": new_id("lens"),
@@ -335,9 +343,9 @@ def _row(
         "transcoder_id": new.transcoder_id or None,
         "extension_id": new.extension_id or None,
         "artifact_uri": (artifact.uri if artifact else new.artifact_uri) or None,
-        "activation_source_model_id": source if source != model_id else None,
+        "activation_source_model_id": source if source != model.id else None,
         "base_digest": (artifact.base_digest if artifact else "") or None,
         "layer": artifact.layer if artifact else None,
-        "size_bytes": artifact.size_bytes if artifact else 0,
+        "size_bytes": _size(model, new, artifact),
         "created_by": caller.subject,
     }

@@ -132,6 +132,7 @@ KINDS: Mapping[str, str] = {
     "transcoder": "services.residency.lenses.features",
     "extension": "services.residency.lenses.altering",
     "logit_lens": "services.residency.lenses.logit_lens",
+    "tuned_lens": "services.residency.lenses.tuned_lens",
 }
 """Kind to the module whose `load(spec, base)` makes it; a new kind is one module and one line. A module may have a
 `needed(spec, base)` too."""

@@ -24,7 +24,11 @@ class LogitLens:
     """Reads all layers; owns no memory."""
 
     altering = False
-    nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Nothing of its own."""
+        return 0
 
     def __init__(self, base: Base) -> None:
         if base.family is None:
@@ -46,12 +50,16 @@ class LogitLens:
         cap = getattr(model.config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
+    def translated(self, layer: int, residual: Tensor) -> Tensor:
+        """The stream after a layer, as it is."""
+        return residual
+
     def read(self, activations: Mapping[str, Tensor], input_ids: Tensor, top_k: int, prefix: int) -> Reading:
         """The next-token distribution read after each layer; the last layer's is the model's own."""
         tokens = [TokenReading() for _ in range(input_ids.shape[1])]
         with torch.no_grad():
             for point, layer in self._points.items():
-                rows = most_probable(self.unembed(activations[point])[0], top_k)
+                rows = most_probable(self.unembed(self.translated(layer, activations[point]))[0], top_k)
                 for token, predictions in zip(tokens, rows, strict=True):
                     token.layers.append((layer, predictions))
         return Reading(tokens)
