@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from blake3 import blake3
+
 from services.extraction import preparing
 from services.extraction.domain import (
     Cache,
@@ -37,8 +39,8 @@ class Damage:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardBytes:
-    """A part of a shard's file that is about to be sent."""
+class FileBytes:
+    """A part of a cache's file that is about to be sent."""
 
     total: int
     """Bytes of the whole file."""
@@ -206,7 +208,7 @@ class Operations:
             return await asyncio.to_thread(_damage, directory, cache)
 
     @asynccontextmanager
-    async def read_shard(self, cache_id: str, index: int, offset: int, length: int) -> AsyncIterator[ShardBytes]:
+    async def read_shard(self, cache_id: str, index: int, offset: int, length: int) -> AsyncIterator[FileBytes]:
         """Bytes of a shard in chunks of at most 1 MiB; to its end where `length` is 0.
 
         The whole shard is checked against its digest before its first byte leaves this process.
@@ -220,13 +222,28 @@ class Operations:
         shards = cache.manifest["shards"]
         if index >= len(shards):
             raise errors.NotFound(f"{cache_id} has {len(shards)} shards", metadata={"id": cache_id, "index": index})
-        entry = FileEntry(*(shards[index][name] for name in ("name", "size_bytes", "digest")))
+        async with self.read_file(cache_id, shards[index]["name"], offset, length) as found:
+            yield found
+
+    @asynccontextmanager
+    async def read_file(self, cache_id: str, name: str, offset: int, length: int) -> AsyncIterator[FileBytes]:
+        """Bytes of a file of a cache, checked and cut as a shard's.
+
+        Raises:
+            errors.NotFound: there is no such cache, it has no such file, or it is on another host.
+            errors.Invalid: `offset` is behind the end.
+            errors.Failed: `CHECKSUM_MISMATCH`.
+        """
+        cache = await self._caches.get(cache_id)
+        entry = _entries(cache).get(name)
+        if entry is None:
+            raise errors.NotFound(f"{cache_id} has no such file", metadata={"id": cache_id})
         if offset > entry.size_bytes:
-            raise errors.Invalid.of("offset", f"the shard has {entry.size_bytes} bytes", size_bytes=entry.size_bytes)
+            raise errors.Invalid.of("offset", f"the file has {entry.size_bytes} bytes", size_bytes=entry.size_bytes)
         async with self._caches.reading(cache) as directory:
             await self._require_intact(cache, directory, entry)
             end = min(entry.size_bytes, offset + length) if length else entry.size_bytes
-            yield ShardBytes(entry.size_bytes, chunks(directory / entry.name, offset, end, what="shard"))
+            yield FileBytes(entry.size_bytes, chunks(directory / entry.name, offset, end, what="file"))
 
     async def _require_intact(self, cache: Cache, directory: Path, entry: FileEntry) -> None:
         """Hash a file when it is first read, and again whenever it was touched."""
@@ -245,6 +262,14 @@ class Operations:
                 metadata={"id": cache.id, "file": entry.name, "problem": problem},
             )
         self._intact.add(seen)
+
+
+def _entries(cache: Cache) -> dict[str, FileEntry]:
+    """Every file of a cache by its name, with the digest that it must have."""
+    manifest = Manifest.from_dict(cache.manifest)
+    text = manifest.to_json().encode()
+    own = FileEntry(MANIFEST, len(text), blake3(text).hexdigest())
+    return {entry.name: entry for entry in (own, manifest.sequences, manifest.statistics, *manifest.shards)}
 
 
 def _damage(directory: Path, cache: Cache) -> list[Damage]:

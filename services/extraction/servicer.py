@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 from google.api import httpbody_pb2
@@ -12,7 +12,7 @@ from lensmesh.extraction.v1 import extraction_pb2 as pb
 from lensmesh.extraction.v1 import extraction_pb2_grpc
 
 from services.extraction import messages
-from services.extraction.operations import Operations
+from services.extraction.operations import FileBytes, Operations
 from services.extraction.streaming import Streams
 from services.kit.idempotency import request_key
 
@@ -91,10 +91,16 @@ class ExtractionServicer(extraction_pb2_grpc.ExtractionServiceServicer):
     async def ReadShard(self, request: pb.ReadShardRequest, context: Any) -> AsyncIterator[httpbody_pb2.HttpBody]:
         """Bytes of a shard."""
         part = self._operations.read_shard(request.id, request.index, request.offset, request.length)
-        async with part as shard:
-            await context.send_initial_metadata((("x-total-size", str(shard.total)),))
-            async for chunk in shard.chunks:
-                yield httpbody_pb2.HttpBody(content_type=SHARD_TYPE, data=chunk)
+        async for body in _sent(part, context):
+            yield body
+
+    async def ReadCacheFile(
+        self, request: pb.ReadCacheFileRequest, context: Any
+    ) -> AsyncIterator[httpbody_pb2.HttpBody]:
+        """Bytes of a file of a cache."""
+        part = self._operations.read_file(request.id, request.name, request.offset, request.length)
+        async for body in _sent(part, context):
+            yield body
 
     async def OpenCache(self, request: pb.OpenCacheRequest, context: Any) -> pb.OpenedCache:
         """Handle and manifest for a reader inside the mesh."""
@@ -109,3 +115,10 @@ class ExtractionServicer(extraction_pb2_grpc.ExtractionServiceServicer):
             async with aclosing(stream.parts()) as parts:
                 async for part in parts:
                     yield messages.stream_part(part)
+
+
+async def _sent(part: AbstractAsyncContextManager[FileBytes], context: Any) -> AsyncIterator[httpbody_pb2.HttpBody]:
+    async with part as file:
+        await context.send_initial_metadata((("x-total-size", str(file.total)),))
+        async for chunk in file.chunks:
+            yield httpbody_pb2.HttpBody(content_type=SHARD_TYPE, data=chunk)

@@ -111,7 +111,7 @@ class Manifest:
         uncounted_ids: token ids that are in no row and in no statistic.
         shards: in order.
         sequences, statistics: those two files.
-        model: `id, digest, revision, quantization, dtype, family` of the model that ran.
+        model: `id, digest, revision, quantization, dtype, family, attention` of the model that ran.
         extension: `id, digest` of the extension that was active, or None.
         dataset: `id, digest, source, identifier, split, text_field, rows_read, bad_rows, truncated_rows,
             truncated_tokens, max_length, special_tokens, packing`.

@@ -313,6 +313,29 @@ async def test_a_shard_is_streamed_in_parts(mesh: Mesh) -> None:
     assert (await refused(read(mesh, done.cache_id, 999)))[0] == grpc.StatusCode.NOT_FOUND
 
 
+async def test_every_file_of_a_cache_can_be_read(mesh: Mesh) -> None:
+    done = await mesh.extracted(dataset_id="ds_few")
+    for name in ("manifest.json", "sequences.safetensors", "statistics.safetensors", "shard-00000.safetensors"):
+        whole = (mesh.folder_of(done) / name).read_bytes()
+        for offset, length in ((0, 0), (5, 9)):
+            asked = pb.ReadCacheFileRequest(id=done.cache_id, name=name, offset=offset, length=length)
+            parts = [body.data async for body in mesh.stub.ReadCacheFile(asked)]
+            assert b"".join(parts) == whole[offset : offset + length if length else None]
+    for name in ("../manifest.json", "nothing"):
+        call = mesh.stub.ReadCacheFile(pb.ReadCacheFileRequest(id=done.cache_id, name=name))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    path = mesh.folder_of(done) / "sequences.safetensors"
+    content = path.read_bytes()
+    path.chmod(0o600)
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    call = mesh.stub.ReadCacheFile(pb.ReadCacheFileRequest(id=done.cache_id, name=path.name))
+    with pytest.raises(grpc.aio.AioRpcError, match="corrupt"):
+        await call.read()
+    path.write_bytes(content)
+
+
 async def test_a_flipped_bit_is_found_and_never_served(mesh: Mesh) -> None:
     done = await mesh.extracted()
     verify = pb.VerifyActivationCacheRequest(id=done.cache_id)

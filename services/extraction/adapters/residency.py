@@ -61,6 +61,7 @@ class PooledModel:
             "quantization": record.quantization,
             "dtype": str(self._lease.model.dtype).removeprefix("torch."),
             "family": self.family.name,
+            "attention": self._lease.model.config._attn_implementation,
         }
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:

@@ -102,6 +102,11 @@ class ExtractionServiceStub:
                 request_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.ReadShardRequest.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
+        self.ReadCacheFile = channel.unary_stream(
+                '/lensmesh.extraction.v1.ExtractionService/ReadCacheFile',
+                request_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.ReadCacheFileRequest.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+                _registered_method=True)
         self.OpenCache = channel.unary_unary(
                 '/lensmesh.extraction.v1.ExtractionService/OpenCache',
                 request_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.OpenCacheRequest.SerializeToString,
@@ -209,6 +214,13 @@ class ExtractionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadCacheFile(self, request, context):
+        """Bytes of a file of the cache: its manifest, where its rows come from, its statistics, a shard.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def OpenCache(self, request, context):
         """Handle and manifest for a reader inside the mesh; counts as a use of the cache.
         """
@@ -289,6 +301,11 @@ def add_ExtractionServiceServicer_to_server(servicer, server):
             'ReadShard': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadShard,
                     request_deserializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.ReadShardRequest.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+            ),
+            'ReadCacheFile': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadCacheFile,
+                    request_deserializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.ReadCacheFileRequest.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'OpenCache': grpc.unary_unary_rpc_method_handler(
@@ -653,6 +670,33 @@ class ExtractionService:
             target,
             '/lensmesh.extraction.v1.ExtractionService/ReadShard',
             lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.ReadShardRequest.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadCacheFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lensmesh.extraction.v1.ExtractionService/ReadCacheFile',
+            lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.ReadCacheFileRequest.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
