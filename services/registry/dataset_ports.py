@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from services.registry.domain import Dataset, Listed, Page
+from services.registry.domain import Dataset
+from services.registry.listing import Listed, Page
 
 
 class DatasetRows(Protocol):

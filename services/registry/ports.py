@@ -19,15 +19,14 @@ from services.registry.domain import (
     HostedModel,
     Lens,
     LensArtifact,
-    Listed,
     Load,
     Model,
     Need,
-    Page,
     Place,
     Residency,
     Source,
 )
+from services.registry.listing import Listed, Page
 
 T = TypeVar("T")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lensmesh.residency.v1 import residency_pb2_grpc
 
 from services.kit.server import Context, Part, Servicer
+from services.residency import custom
 from services.residency.catalogue import Catalogue
 from services.residency.config import ResidencySettings
 from services.residency.disk_cache import DiskCache
@@ -39,6 +40,7 @@ async def compose(context: Context) -> Part:
         disk_cache=cache,
         metrics=ResidencyMetrics(context.metrics, pool, memory, sensors),
         guests=pool.guests,
+        custom_classes=custom.allow(name for name in settings.custom_classes.split(",") if name),
     )
     presence = Presence(
         registry=context.registry,

@@ -44,17 +44,12 @@ _OPS = {
     types_pb2.InterventionSpec.OP_MEAN: "mean",
 }
 
+_KINDS = {types_pb2.MODEL_SOURCE_HUGGINGFACE: "huggingface", types_pb2.MODEL_SOURCE_CUSTOM: "custom"}
+
 
 def source(message: residency_pb2.SourceSpec) -> Source:
-    """Where a model's files come from.
-
-    Raises:
-        errors.Unsupported: a custom model.
-    """
-    if message.source == types_pb2.MODEL_SOURCE_CUSTOM:
-        raise errors.Unsupported("this build allows no custom model classes")
-    kind = "huggingface" if message.source == types_pb2.MODEL_SOURCE_HUGGINGFACE else "local"
-    return Source(cast(Any, kind), message.identifier, message.revision)
+    """Where a model's files come from."""
+    return Source(cast(Any, _KINDS.get(message.source, "local")), message.identifier, message.revision)
 
 
 def model_facts(found: Contents) -> residency_pb2.ModelFacts:

@@ -15,7 +15,7 @@ import torch
 from services.kit import errors
 from services.kit.artifacts import ArtifactStore
 from services.kit.database import Database
-from services.residency import estimate, loading, reading, sources, texts
+from services.residency import custom, estimate, loading, reading, sources, texts
 from services.residency.catalogue import Catalogue
 from services.residency.config import ResidencySettings
 from services.residency.disk_cache import DiskCache
@@ -105,6 +105,8 @@ class Host:
     disk_cache: DiskCache
     metrics: ResidencyMetrics
     guests: Guests
+    custom_classes: frozenset[str] = frozenset()
+    """Names of the classes that custom models may be of."""
 
     @property
     def model_roots(self) -> list[Path]:
@@ -128,7 +130,10 @@ class Host:
 
     async def inspect(self, source: sources.Source) -> sources.Contents:
         """Config, headers and digest of a model's files."""
-        return await self.pool.read(sources.inspect, source, self.model_roots, self.hub_dir)
+        found = await self.pool.read(sources.inspect, source, self.model_roots, self.hub_dir)
+        if source.kind == "custom":
+            custom.check(found.config, self.custom_classes)
+        return found
 
     async def estimate(self, source: sources.Source, quantization: str) -> estimate.Estimate:
         """What a load would need."""

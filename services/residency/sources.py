@@ -30,7 +30,8 @@ class SourceUnavailable(ConnectionError):
 class Source:
     """Where a model comes from."""
 
-    kind: Literal["huggingface", "local"]
+    kind: Literal["huggingface", "local", "custom"]
+    """Custom ones lie below a model root, too, and are of a class that a setting names."""
     identifier: str
     """Hub id, or path relative to a model root."""
     revision: str = ""
@@ -73,7 +74,7 @@ def fetch(source: Source, roots: Sequence[Path], cache_dir: Path) -> Path:
         SourceNotFound: there is no such model, or the token may not read it.
         SourceUnavailable: the hub does not answer and the cache does not have it.
     """
-    if source.kind == "local":
+    if source.kind != "huggingface":
         return find_local(source.identifier, roots)
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - only hub models need it
 
@@ -95,7 +96,7 @@ def fetch_folder(source: Source, subfolder: str, roots: Sequence[Path], cache_di
         SourceNotFound: there is none, or a name leads out of its root.
         SourceUnavailable: the hub does not answer and the cache does not have it.
     """
-    if source.kind == "local":
+    if source.kind != "huggingface":
         return find_local(f"{source.identifier}/{subfolder}" if subfolder else source.identifier, roots)
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - only hub folders need it
 
@@ -139,7 +140,7 @@ def inspect(source: Source, roots: Sequence[Path], cache_dir: Path) -> Contents:
         SourceNotFound, SourceUnavailable: see `fetch`.
         CheckpointError: the files are not right.
     """
-    if source.kind == "local":
+    if source.kind != "huggingface":
         directory = find_local(source.identifier, roots)
         return Contents(_read_json(directory / "config.json"), read_headers(directory), digest(directory))
     from huggingface_hub import get_safetensors_metadata, hf_hub_download  # noqa: PLC0415

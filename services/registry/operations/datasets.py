@@ -10,8 +10,9 @@ from blake3 import blake3
 from services.kit.errors import Conflict, Invalid
 from services.kit.ids import new_id
 from services.kit.requests import RequestKey
-from services.registry.domain import Caller, Dataset, Listed, Page
+from services.registry.domain import Caller, Dataset
 from services.registry.identifiers import check_dataset_identifier
+from services.registry.listing import Listed, Page
 from services.registry.operations.registry import Registry
 
 TEXTS_AT_ONCE = 100

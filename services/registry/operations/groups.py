@@ -10,9 +10,10 @@ from typing import Any
 from services.kit.errors import Exhausted, Invalid, LensmeshError
 from services.kit.ids import new_id
 from services.kit.requests import RequestKey
-from services.registry.domain import Beside, Caller, Group, Listed, Page
+from services.registry.domain import Beside, Caller, Group
 from services.registry.failures import not_resident
 from services.registry.job_ports import LoadLease
+from services.registry.listing import Listed, Page
 from services.registry.operations.lenses import bring, take_lens_off
 from services.registry.operations.loading import await_job, bring_base, move_model
 from services.registry.operations.planning import ASSUMED_BYTES_PER_SECOND

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from services.kit.errors import Conflict, Forbidden, LensmeshError, Stale
 from services.kit.ids import new_id
 from services.kit.requests import RequestKey
-from services.registry.domain import Caller, Facts, Listed, LoadPlan, Model, Page, Source
+from services.registry.domain import Caller, Facts, LoadPlan, Model, Source
 from services.registry.identifiers import check_identifier
+from services.registry.listing import Listed, Page
 from services.registry.operations import admission
 from services.registry.operations.estimating import columns_of, inspect_if_reachable, need_of, plan
 from services.registry.operations.registry import Registry

@@ -10,7 +10,8 @@ from google.protobuf.message import Message
 from services.kit import paging
 from services.kit.auth import current_caller
 from services.kit.errors import Invalid
-from services.registry.domain import Caller, Listed, Page
+from services.registry.domain import Caller
+from services.registry.listing import Listed, Page
 
 M = TypeVar("M", bound=Message)
 

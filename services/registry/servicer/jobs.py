@@ -10,7 +10,7 @@ from lensmesh.registry.v1 import jobs_pb2 as pb
 from lensmesh.registry.v1 import jobs_pb2_grpc
 
 from services.kit.jobs import Job, JobStore
-from services.registry.domain import Listed
+from services.registry.listing import Listed
 from services.registry.operations.registry import Registry
 from services.registry.operations.running import settle_abandoned
 from services.registry.servicer.calls import page, page_fields

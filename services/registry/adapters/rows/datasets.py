@@ -10,7 +10,8 @@ import asyncpg
 from services.kit.database import load_queries
 from services.kit.errors import NotFound
 from services.registry.adapters.rows import columns
-from services.registry.domain import Dataset, Listed, Page
+from services.registry.domain import Dataset
+from services.registry.listing import Listed, Page
 
 _QUERIES = load_queries(__file__, "datasets.sql")
 

@@ -9,8 +9,9 @@ import asyncpg
 
 from services.kit.database import load_queries
 from services.registry.adapters.rows import columns
-from services.registry.domain import Listed, Load, Model, Page
+from services.registry.domain import Load, Model
 from services.registry.failures import model_not_found
+from services.registry.listing import Listed, Page
 
 _QUERIES = load_queries(__file__, "models.sql")
 
