@@ -299,7 +299,7 @@ async def test_a_hot_group_gets_a_copy_with_its_lenses_on_an_idle_device(
 ) -> None:
     monkeypatch.setenv("LENSMESH_DUPLICATE_AT", "2")
     async with running(database, tmp_path, nats_url) as mesh:
-        left, right = [await add_host(mesh, host_id=name) for name in ("left", "right")]
+        left, right = [await add_host(mesh, host_id=name, device=name) for name in ("cuda:0", "cuda:1")]
         made, lens_id = await group(mesh, "a")
         await switched(mesh, (made, lens_id))
         hot, idle = (left, right) if left.held else (right, left)
@@ -310,4 +310,4 @@ async def test_a_hot_group_gets_a_copy_with_its_lenses_on_an_idle_device(
         await mesh.beat(hot)
         await eventually(lambda: made.model_id in idle.held and len(idle.held[made.model_id].lenses) == 1)
         assert idle.held[made.model_id].lenses[0].lens_id == lens_id
-        assert (await mesh.get(made.model_id)).device == f"{hot.host_id}/cpu"
+        assert (await mesh.get(made.model_id)).device == f"{hot.host_id}/{hot.device}"
