@@ -107,7 +107,7 @@ async def test_a_plan_says_what_it_would_take_and_changes_nothing(mesh: Mesh) ->
     assert list(config.group_sizes) == [models.WIDTH * factor for factor in (1, 2, 4, 9)]
     assert not config.HasField("learning_rate")  # its rule needs the number of tokens
     short = await mesh.create(validate_only=True, dict_size=None, top_k=None, num_tokens=4096)
-    assert short.config.learning_rate == pytest.approx(3.2e-3 * 2)
+    assert short.config.learning_rate == pytest.approx(5e-3 * 2)
     two_coders_with_gradients_and_moments = 2 * 4 * 4 * config.dict_size * 2 * models.WIDTH
     assert plan.estimated_memory_bytes > two_coders_with_gradients_and_moments
     larger = await mesh.create(validate_only=True, dict_size=4 * config.dict_size)

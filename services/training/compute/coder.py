@@ -23,6 +23,9 @@ from services.training.compute.ranks import ALONE, Ranks
 from services.training.compute.report import StepReport
 from services.training.compute.schedule import learning_rate
 
+_BETAS = (0.8, 0.9)
+"""Adam's. A latent is active on a few rows of a batch, if any: a long memory of its gradients is of no use, and the
+usual one of their squares holds it back after every large one. Measured against 0.9 and 0.999: a tenth less FVU."""
 _LEAST_VARIANCE = 1e-12
 """A batch whose target varies less, in scaled units, has nothing to explain."""
 
@@ -54,7 +57,9 @@ class Coder:
         self._ranks, self._products = ranks, products
         weights = torch.tensor(config.prefix_weights, dtype=torch.float64)
         self._prefixes = Prefixes(config.shape.prefix_widths, (weights / weights.sum()).float().to(device))
-        self._optimizer = torch.optim.Adam(list(parameters.values()), lr=learning_rate(config, 0), fused=True)
+        self._optimizer = torch.optim.Adam(
+            list(parameters.values()), lr=learning_rate(config, 0), betas=_BETAS, fused=True
+        )
         self._threshold = torch.zeros((), device=device)
         self._idle_rows = torch.zeros(config.dict_size, dtype=torch.int64, device=device)
 

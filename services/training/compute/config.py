@@ -53,7 +53,7 @@ class TrainConfig:
     aux_weight: float = 1 / 32
     """Weight of the auxiliary loss (Gao et al. 2024, arXiv:2406.04093, appendix A.2)."""
     dead_after_tokens: int | None = None
-    """A latent is dead that was not active for so many rows; a tenth of the run when None."""
+    """A latent is dead that was not active for so many rows; by the rule of `default_dead_after` when None."""
     batch_size: int = 2048
     """Rows per step."""
     learning_rate: float | None = None
@@ -153,7 +153,7 @@ class TrainConfig:
             prefix_weights=tuple(self.prefix_weights or (1.0,) * len(self.groups)),
             top_k=self.shape.top_k,
             aux_k=d_out // 2 if self.aux_k is None else self.aux_k,
-            dead_after_tokens=self.dead_after_tokens or max(self.batch_size, self.num_tokens // 10),
+            dead_after_tokens=self.dead_after_tokens or max(self.batch_size, default_dead_after(self.num_tokens)),
             learning_rate=self.learning_rate or default_learning_rate(self.dict_size, self.steps),
         )
 
@@ -169,12 +169,17 @@ def default_top_k(dict_size: int) -> int:
 
 
 def default_learning_rate(dict_size: int, steps: int) -> float:
-    """Falls with the square root of the dictionary's size, as sparsify's rule for Adam, and of long runs.
+    """Falls with the square root of the dictionary's size, as sparsify's rule for Adam, and of the number of steps.
 
-    3.2e-3 at 4,096 latents up to 128 steps, from there with the cube root of their number: a high rate is ahead early
-    and lets latents die later. Both constants are measured (tests/bench/training.py).
+    5e-3 at 4,096 latents up to 128 steps, never less than sparsify's 4e-4 there, and never more than 1e-2: a high rate
+    is ahead early and lets latents die later. Measured at 123 and 977 steps (tests/bench/training.py).
     """
-    return 3.2e-3 * math.sqrt(4096 / dict_size) * min(1.0, (128 / steps) ** (1 / 3))
+    return min(1e-2, math.sqrt(4096 / dict_size) * max(4e-4, 5e-3 * min(1.0, math.sqrt(128 / steps))))
+
+
+def default_dead_after(num_tokens: int) -> int:
+    """A tenth of the run, of more than 250,000 tokens less: 50 times the root of their number."""
+    return min(num_tokens // 10, 50 * math.isqrt(num_tokens))
 
 
 def prefix_widths(groups: Sequence[int]) -> tuple[int, ...]:

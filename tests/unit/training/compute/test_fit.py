@@ -51,7 +51,8 @@ def test_it_learns_a_planted_map(activation: str, skip: bool) -> None:
     assert reports[-1].fvu < 0.2 < reports[0].fvu
     active = transcoder.encode(x).gt(0).sum(1).float().mean().item()
     assert active < 4.16
-    assert skip or active > 3.84  # a linear path leaves less to do
+    least = 3.5 if activation == "topk" else 3.84  # of the k largest some are not positive
+    assert skip or active > least  # a linear path leaves less to do
     last = reports[-1]
     assert (
         last.fvu == last.fvu_per_prefix[-1] == last.fvu_min <= last.fvu_mean <= last.fvu_max == last.fvu_per_prefix[0]
