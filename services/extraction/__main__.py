@@ -8,11 +8,13 @@ from typing import Any
 from lensmesh.extraction.v1.extraction_pb2_grpc import add_ExtractionServiceServicer_to_server
 
 from services.extraction.adapters.caches import PublishedCaches
+from services.extraction.adapters.files import WorkFolders
 from services.extraction.adapters.help import Helper, HelpingRun
 from services.extraction.adapters.metrics import ExtractionMetrics
 from services.extraction.adapters.peers import RegisteredDatasets, RegisteredModels
 from services.extraction.adapters.places import StagedPlaces
 from services.extraction.adapters.postgres import PostgresStore
+from services.extraction.adapters.remote import RemoteUnits
 from services.extraction.adapters.residency import PooledModels
 from services.extraction.adapters.run import ClaimedRun, handled
 from services.extraction.adapters.tidying import keep_tidy
@@ -50,12 +52,21 @@ async def compose(context: Context) -> Part:
     streams = Streams(
         catalogue, models, datasets, places, device=context.device, most_streams=settings.max_activation_streams
     )
-    operations = Operations(store, caches, catalogue, datasets, device=context.device, meters=metrics)
+    operations = Operations(
+        store,
+        caches,
+        catalogue,
+        datasets,
+        units=WorkFolders(context.artifacts.root),
+        device=context.device,
+        meters=metrics,
+    )
+    remote = RemoteUnits(shared)
 
     async def extract(claim: Claim) -> dict[str, Any]:
-        return await handled(ClaimedRun(claim, caches, metrics), job.run)
+        return await handled(ClaimedRun(claim, caches, metrics, remote), job.run)
 
-    helper = Helper(context.database, caches, incarnation=context.incarnation, device=context.device)
+    helper = Helper(context.database, incarnation=context.incarnation, device=context.device)
 
     async def help_with(extraction_id: str) -> None:
         await job.help(
@@ -65,6 +76,7 @@ async def compose(context: Context) -> Part:
                 metrics,
                 extraction_id=extraction_id,
                 holder=context.incarnation,
+                address=context.address,
                 lease=context.jobs.lease,
             )
         )

@@ -20,7 +20,7 @@ from services.extraction.domain import (
     Planned,
     Wanted,
 )
-from services.extraction.ports import Caches, Catalogue, Datasets, Meters, Store
+from services.extraction.ports import Caches, Catalogue, Datasets, Meters, Store, UnitFiles
 from services.extraction.requests import estimate
 from services.kit import errors
 from services.kit.files import chunks
@@ -51,7 +51,15 @@ class Operations:
     """What the servicer calls; raises `services.kit.errors` only."""
 
     def __init__(
-        self, store: Store, caches: Caches, catalogue: Catalogue, datasets: Datasets, *, device: str, meters: Meters
+        self,
+        store: Store,
+        caches: Caches,
+        catalogue: Catalogue,
+        datasets: Datasets,
+        *,
+        units: UnitFiles,
+        device: str,
+        meters: Meters,
     ) -> None:
         """Use these ports.
 
@@ -60,6 +68,7 @@ class Operations:
             caches: activation caches.
             catalogue: the registry.
             datasets: registered text.
+            units: what was made for other hosts.
             device: what the first estimate and the size of a forward pass assume.
             meters: counts hits and misses.
         """
@@ -67,6 +76,7 @@ class Operations:
         self._caches = caches
         self._catalogue = catalogue
         self._datasets = datasets
+        self._units = units
         self._device = device
         self._meters = meters
         self._intact: set[tuple[str, str, int, int]] = set()
@@ -244,6 +254,17 @@ class Operations:
             await self._require_intact(cache, directory, entry)
             end = min(entry.size_bytes, offset + length) if length else entry.size_bytes
             yield FileBytes(entry.size_bytes, chunks(directory / entry.name, offset, end, what="file"))
+
+    def read_unit(self, extraction_id: str, unit: int, fence: int, *, sums: bool) -> AsyncIterator[bytes]:
+        """A file of a unit in chunks of at most 1 MiB.
+
+        Raises:
+            errors.NotFound: it is not here.
+        """
+        path = self._units.find(extraction_id, unit, fence, sums=sums)
+        if path is None:
+            raise errors.NotFound(f"{extraction_id} has no such unit here", metadata={"unit": unit, "fence": fence})
+        return chunks(path, 0, path.stat().st_size, what="unit")
 
     async def _require_intact(self, cache: Cache, directory: Path, entry: FileEntry) -> None:
         """Hash a file when it is first read, and again whenever it was touched."""

@@ -175,6 +175,13 @@ class Caches(Protocol):
         """
 
 
+class UnitFiles(Protocol):
+    """Units that this process made for jobs of other hosts."""
+
+    def find(self, extraction_id: str, unit: int, fence: int, *, sums: bool) -> Path | None:
+        """The shard of a unit, or the file of its sums."""
+
+
 class Place(Protocol):
     """A directory that a reader on this host offers for blocks."""
 

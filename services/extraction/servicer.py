@@ -102,6 +102,12 @@ class ExtractionServicer(extraction_pb2_grpc.ExtractionServiceServicer):
         async for body in _sent(part, context):
             yield body
 
+    async def ReadUnit(self, request: pb.ReadUnitRequest, context: Any) -> AsyncIterator[httpbody_pb2.HttpBody]:
+        """A file of a unit."""
+        parts = self._operations.read_unit(request.extraction_id, request.unit, request.fence, sums=request.sums)
+        async for part in parts:
+            yield httpbody_pb2.HttpBody(content_type=SHARD_TYPE, data=part)
+
     async def OpenCache(self, request: pb.OpenCacheRequest, context: Any) -> pb.OpenedCache:
         """Handle and manifest for a reader inside the mesh."""
         return messages.opened(await self._operations.open(request.id))

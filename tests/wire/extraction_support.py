@@ -222,5 +222,6 @@ async def meshing(
             stack.push_async_callback(close)
         own = [(s.add, s.implementation, s.name) for s in (*residency.servicers, *part.servicers)]
         address = await stack.enter_async_context(serving(shared, own))
+        context.address = address
         channel = await stack.enter_async_context(open_channel(address, shared))
         yield Mesh(extraction_pb2_grpc.ExtractionServiceStub(channel), registry, context, part, shared, address)

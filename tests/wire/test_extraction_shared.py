@@ -13,8 +13,10 @@ import torch
 from lensmesh.extraction.v1 import extraction_pb2 as pb
 
 from services.extraction.adapters import help as helping
+from services.extraction.adapters.files import WorkFolder
 from services.extraction.adapters.help import HelpingRun
 from services.extraction.adapters.postgres import QUERIES
+from services.extraction.adapters.remote import RemoteUnits
 from services.extraction.adapters.run import ClaimedRun
 from services.kit.database import Database
 from services.residency.shards import ShardReader
@@ -35,9 +37,15 @@ async def mesh(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-async def other(database: Database, tmp_path: Path, mesh: Mesh) -> AsyncIterator[Mesh]:
-    """A second process on the same host."""
-    async with meshing(database, tmp_path / "state", lease_seconds=1.5, incarnation="incarnation-2") as other:
+def place() -> str:
+    """Directory of the second process's state: the first one's, as on the same host."""
+    return "state"
+
+
+@pytest.fixture
+async def other(database: Database, tmp_path: Path, mesh: Mesh, place: str) -> AsyncIterator[Mesh]:
+    """A second process."""
+    async with meshing(database, tmp_path / place, lease_seconds=1.5, incarnation="incarnation-2") as other:
         other.registry.texts = mesh.registry.texts
         yield other
 
@@ -48,6 +56,7 @@ async def holders(mesh: Mesh) -> dict[str, int]:
     return {row["holder"]: row["units"] for row in await mesh.context.database.pool.fetch(counted)}
 
 
+@pytest.mark.parametrize("place", ["state", "elsewhere"])
 async def test_two_processes_make_one_cache_and_every_sequence_once(
     mesh: Mesh, other: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +89,35 @@ async def test_two_processes_make_one_cache_and_every_sequence_once(
     assert other.registry.loads == 1
     assert (await contiguous_events(mesh, started.extraction_id))[-1] == "completed"
     assert mesh.unfinished() == []
+
+
+@pytest.mark.parametrize("place", ["elsewhere"])
+async def test_what_another_host_lost_is_made_again(mesh: Mesh, other: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = await undisturbed(mesh)
+    fetch = RemoteUnits.fetch
+    fetched: list[int] = []
+    lease = ClaimedRun.lease_unit
+
+    async def leased_once_helped(self: ClaimedRun) -> int | None:
+        await eventually(lambda: _helped(mesh))
+        return await lease(self)
+
+    async def from_a_broken_disk(self: RemoteUnits, address: str, folder: WorkFolder, unit: int, fence: int) -> bool:
+        there = WorkFolder(other.context.artifacts.root, folder.extraction_id)
+        if not fetched:
+            there.moments(unit, fence).unlink()
+        elif len(fetched) == 1:
+            there.shard(unit, fence).write_bytes(b"something else")
+        fetched.append(unit)
+        return await fetch(self, address, folder, unit, fence)
+
+    monkeypatch.setattr(ClaimedRun, "lease_unit", leased_once_helped)
+    monkeypatch.setattr(RemoteUnits, "fetch", from_a_broken_disk)
+    started = await mesh.extract()
+    async with other.background(), mesh.working():
+        found = await mesh.ended(started.extraction_id)
+    assert (found.status, found.storage_uri) == (pb.EXTRACTION_STATUS_COMPLETED, expected)
+    assert fetched
 
 
 async def _helped(mesh: Mesh) -> bool:

@@ -23,6 +23,7 @@ class WorkFolder:
     PLACE = ".extractions"
 
     def __init__(self, root: Path, extraction_id: str) -> None:
+        self.extraction_id = extraction_id
         self._path = root / self.PLACE / extraction_id
 
     @classmethod
@@ -81,6 +82,19 @@ class WorkFolder:
     def discard(self) -> None:
         """Delete everything."""
         shutil.rmtree(self._path, ignore_errors=True)
+
+
+class WorkFolders:
+    """Implements the port `UnitFiles`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def find(self, extraction_id: str, unit: int, fence: int, *, sums: bool) -> Path | None:
+        """In the extraction's folder."""
+        folder = WorkFolder(self._root, extraction_id)
+        path = folder.moments(unit, fence) if sums else folder.shard(unit, fence)
+        return path if path.is_file() else None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:

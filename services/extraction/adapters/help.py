@@ -1,4 +1,7 @@
-"""Help with an extraction that another process of this host works on: units are leased, made, and given to it."""
+"""Help with an extraction that another process works on: units are leased, made, and given to it.
+
+On its own disk their files go into its folder; on another host they stay here until it has fetched them.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,7 @@ class HelpingRun:
         *,
         extraction_id: str,
         holder: str,
+        address: str,
         lease: timedelta,
     ) -> None:
         """Use these.
@@ -50,13 +54,14 @@ class HelpingRun:
             metrics: counts what is written.
             extraction_id: what is helped.
             holder: who helps, until this process ends.
+            address: where other hosts reach this process.
             lease: how long a unit is ours without renewal.
         """
         self._database = database
-        self._caches = caches
         self._metrics = metrics
         self._id = extraction_id
         self._holder = holder
+        self._address = address
         self._lease = lease
         self._folder = WorkFolder(caches.artifacts.root, extraction_id)
         self._fences: dict[int, int] = {}
@@ -67,13 +72,15 @@ class HelpingRun:
         """What is to be done.
 
         Raises:
-            NotNeeded: the extraction was deleted meanwhile, or its units lie on another disk.
+            NotNeeded: the extraction was deleted meanwhile.
         """
         async with self._database.connection() as conn:
             row = await conn.fetchrow(QUERIES["helped"], self._id)
-        if row is None or not self._folder.opened_for(row["plan_digest"]):
+        if row is None:
             raise NotNeeded
         self._plan_digest = row["plan_digest"]
+        if self._folder.opened_for(self._plan_digest):
+            self._address = ""
         return Task(self._id, row["model_id"], row["dataset_id"], Options.from_json(row["options"]), None)
 
     def joins(self, plan: Plan) -> None:
@@ -88,11 +95,15 @@ class HelpingRun:
     @asynccontextmanager
     async def leasing(self) -> AsyncIterator[None]:
         """Leases are renewed within the block, and given back at its end."""
+        if self._address:
+            await asyncio.to_thread(self._folder.open, self._plan_digest)
         renewal = asyncio.create_task(self._renew())
         try:
             yield
         finally:
             renewal.cancel()
+            if self._address and not self._fences:
+                await asyncio.to_thread(self._folder.discard)
             with suppress(errors.Unavailable):  # they expire by themselves
                 async with self._database.connection() as conn:
                     await conn.execute(QUERIES["release_units"], self._id, self._holder)
@@ -112,7 +123,7 @@ class HelpingRun:
             row = await lease_unit(
                 conn,
                 self._id,
-                store_id=self._caches.artifacts.store_id,
+                address=self._address,
                 holder=self._holder,
                 plan_digest=self._plan_digest,
                 lease=self._lease,
@@ -153,9 +164,8 @@ class HelpingRun:
 class Helper:
     """Looks for extractions to help while this process has none of its own."""
 
-    def __init__(self, database: Database, caches: PublishedCaches, *, incarnation: str, device: str) -> None:
+    def __init__(self, database: Database, *, incarnation: str, device: str) -> None:
         self._database = database
-        self._caches = caches
         self._incarnation = incarnation
         self._device = device
         self._refused: set[str] = set()
@@ -171,8 +181,7 @@ class Helper:
 
     async def _found(self) -> str | None:
         """One that was not tried in vain before."""
-        store_id, refused = self._caches.artifacts.store_id, sorted(self._refused)
-        facts = (self._incarnation, self._device, store_id, refused, HELP_AFTER)
+        facts = (self._incarnation, self._device, sorted(self._refused), HELP_AFTER)
         async with self._database.connection() as conn:
             return await conn.fetchval(QUERIES["to_help"], *facts)
 

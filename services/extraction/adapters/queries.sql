@@ -59,11 +59,17 @@ WHERE u.extraction_id = $1 AND e.id = $1 AND (u.store_id <> $2 OR e.plan_digest 
 UPDATE extraction_units SET size_bytes = NULL, digest = NULL, lease_until = '-infinity'
 WHERE extraction_id = $1 AND unit = $2
 
+-- take_unit --
+-- What cannot be had from another host is made by the job's own worker.
+UPDATE extraction_units SET size_bytes = NULL, digest = NULL, address = '', holder = $3, fence = fence + 1,
+    lease_until = 'infinity'
+WHERE extraction_id = $1 AND unit = $2 RETURNING fence
+
 -- release_units --
 UPDATE extraction_units SET lease_until = '-infinity' WHERE extraction_id = $1 AND holder = $2 AND digest IS NULL
 
 -- units --
-SELECT unit, fence, size_bytes, digest FROM extraction_units
+SELECT unit, fence, size_bytes, digest, address FROM extraction_units
 WHERE extraction_id = $1 AND digest IS NOT NULL ORDER BY unit
 
 -- lock_units --
@@ -71,8 +77,8 @@ SELECT pg_advisory_xact_lock(hashtextextended('extraction_units:' || $1, 0))
 
 -- lease_unit --
 -- The first unit that nobody has done or holds, while the extraction's job runs; for ever where $5 is null.
-INSERT INTO extraction_units (extraction_id, unit, store_id, fence, holder, lease_until)
-SELECT e.id, wanted.unit, $2, 1, $3, coalesce(clock_timestamp() + $5::interval, 'infinity')
+INSERT INTO extraction_units (extraction_id, unit, store_id, address, fence, holder, lease_until)
+SELECT e.id, wanted.unit, e.store_id, $2, 1, $3, coalesce(clock_timestamp() + $5::interval, 'infinity')
 FROM extractions e JOIN jobs j ON j.id = e.job_id
 CROSS JOIN generate_series(0, e.units_total - 1) AS wanted(unit)
 LEFT JOIN extraction_units u ON u.extraction_id = e.id AND u.unit = wanted.unit
@@ -80,9 +86,12 @@ WHERE e.id = $1 AND e.plan_digest = $4 AND j.state = 'running' AND NOT j.cancel_
   AND (u.unit IS NULL OR (u.digest IS NULL AND u.lease_until <= clock_timestamp()))
 ORDER BY wanted.unit LIMIT 1
 ON CONFLICT (extraction_id, unit) DO UPDATE
-SET store_id = excluded.store_id, fence = extraction_units.fence + 1, holder = excluded.holder,
-    lease_until = excluded.lease_until
+SET store_id = excluded.store_id, address = excluded.address, fence = extraction_units.fence + 1,
+    holder = excluded.holder, lease_until = excluded.lease_until
 RETURNING unit, fence
+
+-- fetched_unit --
+UPDATE extraction_units SET address = '' WHERE extraction_id = $1 AND unit = $2 AND fence = $3
 
 -- keep_units --
 -- Longer leases of who helps; whether there is still something to help.
@@ -106,11 +115,11 @@ WHERE extraction_id = $1 AND unit = $2 AND fence = $3 AND (digest IS NULL OR dig
 RETURNING unit
 
 -- to_help --
--- An extraction that another process of this store and kind of device works on, with units that nobody has.
+-- An extraction that another process with this kind of device works on, with units that nobody has.
 SELECT e.id FROM extractions e JOIN jobs j ON j.id = e.job_id JOIN job_workers w ON w.incarnation = j.owner
 WHERE j.state = 'running' AND NOT j.cancel_requested AND NOT j.pause_requested AND j.owner <> $1
-  AND split_part(w.device, ':', 1) = split_part($2, ':', 1) AND e.store_id = $3 AND NOT e.id = ANY ($4)
-  AND j.started_at < clock_timestamp() - $5::interval
+  AND split_part(w.device, ':', 1) = split_part($2, ':', 1) AND NOT e.id = ANY ($3)
+  AND j.started_at < clock_timestamp() - $4::interval
   AND e.units_total - 1 > (
       SELECT count(*) FROM extraction_units u
       WHERE u.extraction_id = e.id AND (u.digest IS NOT NULL OR u.lease_until > clock_timestamp()))

@@ -16,6 +16,7 @@ from services.extraction.adapters.caches import NewCache, PublishedCaches
 from services.extraction.adapters.files import WorkFolder, write_tensors
 from services.extraction.adapters.metrics import ExtractionMetrics
 from services.extraction.adapters.postgres import QUERIES, finish_reused
+from services.extraction.adapters.remote import RemoteUnits
 from services.extraction.compute import Moments, Plan, Unit, merged
 from services.extraction.domain import ARTIFACT_KIND, EVENT_PREFIX, REUSED_MESSAGE, Cache, Options, Task
 from services.extraction.job_ports import Product
@@ -32,14 +33,16 @@ Units = dict[int, tuple[int, int, str]]
 class ClaimedRun:
     """Implements the port `Run`: every write is in a transaction that checks the fence first."""
 
-    def __init__(self, claim: Claim, caches: PublishedCaches, metrics: ExtractionMetrics) -> None:
+    def __init__(self, claim: Claim, caches: PublishedCaches, metrics: ExtractionMetrics, remote: RemoteUnits) -> None:
         self._claim = claim
         self._caches = caches
         self._metrics = metrics
+        self._remote = remote
         self._id = claim.job.resource_id
         self._folder = WorkFolder(caches.artifacts.root, self._id)
         self._units: Units = {}
         self._fences: dict[int, int] = {}
+        self._taken: list[int] = []
         self._plan_digest = ""
         self._task: Task | None = None
 
@@ -98,6 +101,8 @@ class ClaimedRun:
 
     async def lease_unit(self) -> int | None:
         """For ever: whoever takes the job over releases it."""
+        if self._taken:
+            return self._taken.pop()
         leased: int | None = None
 
         async def lease() -> None:
@@ -106,7 +111,7 @@ class ClaimedRun:
                 row = await lease_unit(
                     conn,
                     self._id,
-                    store_id=self._caches.artifacts.store_id,
+                    address="",
                     holder=self._claim.job.id,
                     plan_digest=self._plan_digest,
                     lease=None,
@@ -118,15 +123,35 @@ class ClaimedRun:
         return leased
 
     async def done(self) -> set[int]:
-        """As the rows say, whoever made them."""
+        """As the rows say, whoever made them; those of other hosts are fetched, or else taken over."""
+        rows: list[asyncpg.Record] = []
 
         async def read() -> None:
+            nonlocal rows
             async with self._claim.commit() as conn:
                 rows = await conn.fetch(QUERIES["units"], self._id)
-            self._units = {row["unit"]: (row["fence"], row["size_bytes"], row["digest"]) for row in rows}
 
         await self._claim.insist(read)
+        self._units = {}
+        for row in rows:
+            unit = (row["fence"], row["size_bytes"], row["digest"])
+            if not row["address"] or await self._fetched(row["address"], row["unit"], unit):
+                self._units[row["unit"]] = unit
         return set(self._units)
+
+    async def _fetched(self, address: str, number: int, unit: tuple[int, int, str]) -> bool:
+        fence = unit[0]
+        with full_disk_named():
+            there = await self._claim.unless_stopped(self._remote.fetch(address, self._folder, number, fence))
+        whole = there and await asyncio.to_thread(self._folder.intact, number, *unit)
+        async with self._claim.commit() as conn:
+            if whole:
+                await conn.execute(QUERIES["fetched_unit"], self._id, number, fence)
+            else:
+                taken = (self._id, number, self._claim.job.id)
+                self._fences[number] = await conn.fetchval(QUERIES["take_unit"], *taken)
+                self._taken.append(number)
+        return whole
 
     async def save_unit(self, unit: Unit, tensors: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> None:
         """Files first, the row last; only then the unit counts."""
@@ -229,14 +254,14 @@ async def lease_unit(
     conn: asyncpg.Connection,
     extraction_id: str,
     *,
-    store_id: str,
+    address: str,
     holder: str,
     plan_digest: str,
     lease: timedelta | None,
 ) -> asyncpg.Record | None:
     """Number and fence of a unit that is nobody's, one caller after the other; in a transaction."""
     await conn.execute(QUERIES["lock_units"], extraction_id)
-    return await conn.fetchrow(QUERIES["lease_unit"], extraction_id, store_id, holder, plan_digest, lease)
+    return await conn.fetchrow(QUERIES["lease_unit"], extraction_id, address, holder, plan_digest, lease)
 
 
 async def handled(run: ClaimedRun, work: Callable[[ClaimedRun], Awaitable[dict[str, Any]]]) -> dict[str, Any]:

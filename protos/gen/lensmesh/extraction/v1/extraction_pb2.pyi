@@ -418,6 +418,18 @@ class ReadCacheFileRequest(_message.Message):
     length: int
     def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
+class ReadUnitRequest(_message.Message):
+    __slots__ = ("extraction_id", "unit", "fence", "sums")
+    EXTRACTION_ID_FIELD_NUMBER: _ClassVar[int]
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    FENCE_FIELD_NUMBER: _ClassVar[int]
+    SUMS_FIELD_NUMBER: _ClassVar[int]
+    extraction_id: str
+    unit: int
+    fence: int
+    sums: bool
+    def __init__(self, extraction_id: _Optional[str] = ..., unit: _Optional[int] = ..., fence: _Optional[int] = ..., sums: _Optional[bool] = ...) -> None: ...
+
 class OpenCacheRequest(_message.Message):
     __slots__ = ("id",)
     ID_FIELD_NUMBER: _ClassVar[int]

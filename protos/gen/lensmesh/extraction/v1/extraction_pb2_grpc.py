@@ -107,6 +107,11 @@ class ExtractionServiceStub:
                 request_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.ReadCacheFileRequest.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
+        self.ReadUnit = channel.unary_stream(
+                '/lensmesh.extraction.v1.ExtractionService/ReadUnit',
+                request_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.ReadUnitRequest.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+                _registered_method=True)
         self.OpenCache = channel.unary_unary(
                 '/lensmesh.extraction.v1.ExtractionService/OpenCache',
                 request_serializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.OpenCacheRequest.SerializeToString,
@@ -221,6 +226,13 @@ class ExtractionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadUnit(self, request, context):
+        """A file of a unit that this process made to help a job on another host.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def OpenCache(self, request, context):
         """Handle and manifest for a reader inside the mesh; counts as a use of the cache.
         """
@@ -306,6 +318,11 @@ def add_ExtractionServiceServicer_to_server(servicer, server):
             'ReadCacheFile': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadCacheFile,
                     request_deserializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.ReadCacheFileRequest.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+            ),
+            'ReadUnit': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadUnit,
+                    request_deserializer=lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.ReadUnitRequest.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'OpenCache': grpc.unary_unary_rpc_method_handler(
@@ -697,6 +714,33 @@ class ExtractionService:
             target,
             '/lensmesh.extraction.v1.ExtractionService/ReadCacheFile',
             lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.ReadCacheFileRequest.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadUnit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lensmesh.extraction.v1.ExtractionService/ReadUnit',
+            lensmesh_dot_extraction_dot_v1_dot_extraction__pb2.ReadUnitRequest.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
