@@ -78,63 +78,80 @@ def _remove_leftovers(directory: Path) -> None:
                 shutil.rmtree(root, ignore_errors=True)
 
 
+class PostgresServer:
+    """A PostgreSQL on a unix socket in a temporary directory that a test may stop and start again."""
+
+    def __init__(self) -> None:
+        _remove_leftovers(_fast_directory())
+        self._root = Path(tempfile.mkdtemp(prefix="lm-pg-", dir=_fast_directory()))
+        self._data, self._binaries = self._root / "data", pgserver.POSTGRES_VERSIONS[18]
+        self.dsn = f"postgresql://postgres@/{{}}?host={self._root}"
+        """Connection string without a database name."""
+        self._user = None
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            self._user = "nobody"
+            os.chown(self._root, pwd.getpwnam(self._user).pw_uid, -1)
+            pgserver.ensure_prefix_permissions(self._binaries)
+        options = ["--auth=trust", "--encoding=UTF8", "--no-sync", "--locale=C"]
+        subprocess.run(
+            [self._binaries / "initdb", "-D", self._data, "-U", "postgres", *options],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            user=self._user,
+            cwd=self._root,
+        )
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        settings = {
+            "listen_addresses": "",
+            "unix_socket_directories": str(self._root),
+            "fsync": "off",
+            "full_page_writes": "off",
+            "max_wal_size": "128MB",
+            "max_connections": "200",
+            "shared_buffers": "32MB",
+            "jit": "off",
+            "autovacuum": "off",
+        }
+        with (self._root / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    self._binaries / "postgres",
+                    "-D",
+                    self._data,
+                    *(f"--{name}={value}" for name, value in settings.items()),
+                ],
+                stdout=log,
+                stderr=log,
+                user=self._user,
+                cwd=self._root,
+                process_group=0,  # Ctrl-C belongs to pytest, which then stops the server
+                preexec_fn=die_with_parent(signal.SIGQUIT),  # noqa: PLW1509 - calls one system call only
+            )
+        run_async(_answering(self._process, self.dsn.format("postgres")))
+
+    def stop(self) -> None:
+        """At once, as when it crashes: sessions are cut off, and the next start recovers."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGQUIT)
+            self._process.wait()
+            self._process = None
+
+    def remove(self) -> None:
+        self.stop()
+        shutil.rmtree(self._root, ignore_errors=True)
+
+
 @contextmanager
 def postgres_server() -> Iterator[str]:
-    """A PostgreSQL on a unix socket in a temporary directory; yields a connection string without a database name."""
-    _remove_leftovers(_fast_directory())
-    root = Path(tempfile.mkdtemp(prefix="lm-pg-", dir=_fast_directory()))
-    data, binaries = root / "data", pgserver.POSTGRES_VERSIONS[18]
-    user = None
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        user = "nobody"
-        os.chown(root, pwd.getpwnam(user).pw_uid, -1)
-        pgserver.ensure_prefix_permissions(binaries)
-    subprocess.run(
-        [
-            binaries / "initdb",
-            "-D",
-            data,
-            "-U",
-            "postgres",
-            "--auth=trust",
-            "--encoding=UTF8",
-            "--no-sync",
-            "--locale=C",
-        ],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        user=user,
-        cwd=root,
-    )
-    settings = {
-        "listen_addresses": "",
-        "unix_socket_directories": str(root),
-        "fsync": "off",
-        "full_page_writes": "off",
-        "max_wal_size": "128MB",
-        "max_connections": "200",
-        "shared_buffers": "32MB",
-        "jit": "off",
-        "autovacuum": "off",
-    }
-    with (root / "log").open("wb") as log:
-        server = subprocess.Popen(
-            [binaries / "postgres", "-D", data, *(f"--{name}={value}" for name, value in settings.items())],
-            stdout=log,
-            stderr=log,
-            user=user,
-            cwd=root,
-            process_group=0,  # Ctrl-C belongs to pytest, which then stops the server
-            preexec_fn=die_with_parent(signal.SIGQUIT),  # noqa: PLW1509 - calls one system call only
-        )
+    """A PostgreSQL that stays up; yields a connection string without a database name."""
+    server = PostgresServer()
     try:
-        dsn = f"postgresql://postgres@/{{}}?host={root}"
-        run_async(_answering(server, dsn.format("postgres")))
-        yield dsn
+        server.start()
+        yield server.dsn
     finally:
-        server.send_signal(signal.SIGQUIT)
-        server.wait()
-        shutil.rmtree(root, ignore_errors=True)
+        server.remove()
 
 
 async def _answering(server: subprocess.Popen, dsn: str) -> None:

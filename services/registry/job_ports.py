@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, TypeVar
 
@@ -31,6 +31,9 @@ class LoadLease(Protocol):
 
     async def progress(self, percent: float, detail: Mapping[str, Any]) -> None:
         """Write how far it is."""
+
+    async def insist(self, write: Callable[[], Awaitable[None]]) -> None:
+        """Repeat `write` while the database does not answer and the lease may still be ours."""
 
     def commit(self) -> AbstractAsyncContextManager[Transaction]:
         """A transaction that counts only while the lease is ours."""

@@ -64,6 +64,8 @@ class Mesh:
     stack: AsyncExitStack
     part: Part
     channel: grpc.aio.Channel = field(init=False)
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    """What the process runs in the background, its worker last."""
     hosts: dict[str, tuple[FakeHost, grpc.aio.Server]] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
@@ -238,7 +240,8 @@ async def running(
         server, address = await _serve(settings, own, tuple(s.name for s in part.servicers), context)
         mesh = Mesh(address, settings, database, context, stack, part)
         stack.push_async_callback(server.stop, None)
-        tasks = [asyncio.create_task(task()) for task in part.background]
+        tasks = mesh.tasks
+        tasks += [asyncio.create_task(task()) for task in part.background]
         if worker:
             own_worker = Worker(
                 jobs,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -34,6 +34,10 @@ class ClaimLease:
     async def progress(self, percent: float, detail: Mapping[str, Any]) -> None:
         """Write how far it is; inside `commit` this joins the transaction."""
         await self._claim.progress(percent, dict(detail))
+
+    async def insist(self, write: Callable[[], Awaitable[None]]) -> None:
+        """Repeat `write` while the database does not answer."""
+        await self._claim.insist(write)
 
     @asynccontextmanager
     async def commit(self) -> AsyncIterator[PostgresTransaction]:

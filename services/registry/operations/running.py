@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from datetime import datetime
+from functools import partial
 from typing import Any
 
-from services.kit.errors import Conflict, Exhausted, Failed, LensmeshError
+from services.kit.errors import Conflict, Exhausted, Failed, LensmeshError, Unavailable
 from services.registry.domain import Host, HostedModel, Load, Model, Residency
 from services.registry.failures import insufficient_memory
 from services.registry.job_ports import LoadLease
@@ -30,7 +31,7 @@ async def run_load(registry: Registry, lease: LoadLease) -> dict[str, Any]:
     try:
         model, residency, host = await _prepare(registry, lease)
         loaded, last = await _load_making_room(registry, lease, model, residency, host)
-        await _publish(registry, lease, host, loaded, last)
+        await lease.insist(partial(_publish, registry, lease, host, loaded, last))
     except LensmeshError as error:
         if not error.transient or lease.last_attempt:
             async with lease.commit() as tx:
@@ -216,7 +217,8 @@ async def _load(
                 return step.model, step
             if step.percent >= told + STEP_PERCENT:
                 told = step.percent - step.percent % STEP_PERCENT
-                await _tell(lease, model.id, step)
+                with suppress(Unavailable):  # the weights do not wait for the database
+                    await _tell(lease, model.id, step)
     raise Failed("The host ended the load without a result", reason="MODEL_LOAD_FAILED")
 
 
