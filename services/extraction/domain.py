@@ -20,6 +20,7 @@ REUSED_MESSAGE = "Using cached activations"
 
 Match = Literal["hit", "subset", "miss"]
 IfUnloaded = Literal["load", "wait", "fail"]
+Mode = Literal["full", "safe", "cpu", "auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ class Wanted:
     special_tokens: SpecialTokens = "tokenizer"
     packing: bool = False
     if_unloaded: IfUnloaded = "load"
+    mode: Mode = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,7 @@ class Options:
     special_tokens: SpecialTokens = "tokenizer"
     packing: bool = False
     if_unloaded: IfUnloaded = "load"
+    mode: Mode = "auto"
     batch_tokens: int | None = None
     """Most tokens of a forward pass of several sequences, padding included."""
 
@@ -136,7 +139,7 @@ class Options:
     def key(self, model: BaseModel, dataset: Survey) -> str:
         """Digest of everything that decides a cache's content, hook points left out: a superset serves a subset."""
         options = self.as_json()
-        for name in ("hook_points", "extension_id", "if_unloaded"):
+        for name in ("hook_points", "extension_id", "if_unloaded", "mode"):
             del options[name]
         if self.sample_count is None and dataset.rows is not None:
             options["sample_count"] = dataset.rows

@@ -15,12 +15,11 @@ from services.extraction.compute import (
     Plan,
     Unit,
     UnitFiller,
-    bytes_at_work,
     hook_point_entries,
     sequence_tensors,
     statistics_tensors,
 )
-from services.extraction.domain import BaseModel, Task
+from services.extraction.domain import BaseModel, Mode, Task
 from services.extraction.job_ports import Filler, Help, LeasedModel, Models, Product, Run
 from services.extraction.ports import Caches, Catalogue, Datasets, Tokenized
 from services.extraction.requests import row_bytes
@@ -49,6 +48,7 @@ class _Work:
     model: LeasedModel
     tokenized: Tokenized
     plan: Plan
+    mode: Mode
 
     @property
     def samples(self) -> int:
@@ -155,11 +155,12 @@ class ExtractionJob:
     async def _prepared(self, run: Filler, task: Task, model: LeasedModel) -> _Work:
         record, survey = await self._inputs(task)
         preparing.check_files(record, model)
+        mode, model = await preparing.placed(task.options, model)
         tokenized = await run.unless_stopped(
             self._datasets.tokenize(task.dataset_id, task.options, model.tokenizer, model.facts.vocab_size)
         )
         plan = await asyncio.to_thread(preparing.planned, task.options, tokenized, model)
-        return _Work(task, task.options.key(record, survey), record, model, tokenized, plan)
+        return _Work(task, task.options.key(record, survey), record, model, tokenized, plan, mode)
 
     async def _extract(self, run: Run, work: _Work) -> str:
         done = await run.resume(work.plan, work.samples, work.size_bytes)
@@ -194,6 +195,7 @@ class _Meter:
     def __init__(self, run: Run, work: _Work, done: set[int]) -> None:
         self._run = run
         self._units = work.plan.units
+        self._mode = work.mode
         self._total = work.samples
         self._samples = self._tokens = 0
         self._counted: set[int] = set()
@@ -238,21 +240,21 @@ class _Meter:
         if not tell and now - self._written < ROW_SECONDS:
             return
         self._told, self._written = self._percent // EVENT_STEP, now
-        figures = {
+        figures: dict[str, Any] = {
             "samples_processed": self._samples,
             "total_samples": self._total,
             "tokens": self._tokens,
             "tokens_per_second": round(self.tokens_per_second or 0.0, 1),
         }
         if pace.latest:
-            figures |= {"batch_size": pace.latest, "out_of_memory": pace.halved}
+            figures |= {"mode": self._mode, "batch_size": pace.latest, "out_of_memory": pace.halved}
         await self._run.progress(self._percent, figures, tell=tell)
 
 
 async def _fill(run: Filler, work: _Work, meter: _Meter | None) -> None:
     """Make units until none is left to lease; one is written while the next one is computed."""
     options, model = work.task.options, work.model
-    pace = Pace(model.free_bytes, bytes_at_work(model.facts, DTYPES[options.dtype].itemsize))
+    pace = preparing.pace(work.mode, options, model)
     writing: asyncio.Task[None] | None = None
     try:
         while (index := await run.lease_unit()) is not None:

@@ -62,6 +62,18 @@ class LeasedModel(Protocol):
     def description(self) -> dict[str, Any]:
         """What really runs: `id, digest, quantization, dtype, family`."""
 
+    @property
+    def on_host(self) -> bool:
+        """Whether its weights are in the host's memory and run there."""
+
+    async def host_copy(self) -> LeasedModel:
+        """The same model with its extension as a copy on the host.
+
+        Raises:
+            errors.Unsupported: its weights run on a GPU only.
+            errors.Exhausted: `INSUFFICIENT_MEMORY`: of the host.
+        """
+
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """On the device's thread, with the job's extension in force."""
 

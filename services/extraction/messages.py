@@ -9,7 +9,7 @@ from typing import Any
 from lensmesh.common.v1 import types_pb2
 from lensmesh.extraction.v1 import extraction_pb2 as pb
 
-from services.extraction.domain import Cache, Extraction, Filter, IfUnloaded, Planned, Wanted, WantedStream
+from services.extraction.domain import Cache, Extraction, Filter, IfUnloaded, Mode, Planned, Wanted, WantedStream
 from services.extraction.operations import Damage
 from services.extraction.streaming import Facts, Part
 from services.kit.paging import Page, asked
@@ -44,6 +44,15 @@ IF_UNLOADED: Mapping[int, IfUnloaded] = {
 }
 
 
+MODES: Mapping[int, Mode] = {
+    pb.EXTRACTION_MODE_UNSPECIFIED: "auto",
+    pb.EXTRACTION_MODE_FULL: "full",
+    pb.EXTRACTION_MODE_SAFE: "safe",
+    pb.EXTRACTION_MODE_CPU: "cpu",
+    pb.EXTRACTION_MODE_AUTO: "auto",
+}
+
+
 def wanted(request: pb.ExtractActivationsRequest) -> Wanted:
     """What a request asks for."""
     return Wanted(
@@ -64,6 +73,7 @@ def wanted(request: pb.ExtractActivationsRequest) -> Wanted:
         special_tokens=SPECIAL_TOKENS[request.special_tokens],
         packing=request.packing,
         if_unloaded=IF_UNLOADED[request.if_unloaded],
+        mode=MODES[request.mode],
     )
 
 

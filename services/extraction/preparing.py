@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from services.extraction.compute import Plan, identity_errors, make_plan
+from services.extraction.compute.pace import Pace, bytes_at_work, fits
 from services.extraction.compute.plan import TOKENS_AT_ONCE, NothingCounted
-from services.extraction.domain import BaseModel, Options, Survey, Wanted
+from services.extraction.domain import BaseModel, Mode, Options, Survey, Wanted
 from services.extraction.job_ports import LeasedModel
 from services.extraction.ports import Catalogue, Datasets, Tokenized
 from services.extraction.requests import resolve, row_bytes
 from services.kit import errors
+from services.residency.shards import DTYPES
 from services.residency.texts import special_ids
 
 
@@ -73,3 +75,30 @@ def identity(options: Options, tokenized: Tokenized, plan: Plan, model: LeasedMo
     batch = plan.units[0].batches[0]
     ids, mask = map(torch.from_numpy, tokenized.sequences.padded(batch.indices, batch.length))
     return identity_errors(model.model, model.family, options.hook_points, ids, mask)
+
+
+async def placed(options: Options, model: LeasedModel) -> tuple[Mode, LeasedModel]:
+    """The mode that the memory left allows, and the model where it runs in it.
+
+    Raises:
+        errors.Unsupported, errors.Exhausted: mode cpu cannot be.
+    """
+    mode = options.mode
+    if mode == "auto" and not model.on_host and not fits(model.free_bytes, _token_bytes(options, model)):
+        mode = "cpu"
+    return mode, model if mode != "cpu" or model.on_host else await model.host_copy()
+
+
+def pace(mode: Mode, options: Options, model: LeasedModel) -> Pace:
+    """How many sequences run at once."""
+    match mode:
+        case "full":
+            return Pace()
+        case "safe":
+            return Pace(0, _token_bytes(options, model))
+        case _:
+            return Pace(model.free_bytes, _token_bytes(options, model))
+
+
+def _token_bytes(options: Options, model: LeasedModel) -> int:
+    return bytes_at_work(model.facts, DTYPES[options.dtype].itemsize)

@@ -55,6 +55,7 @@ def resolve(wanted: Wanted, model: BaseModel, dataset: Survey, extension_uri: st
         special_tokens=wanted.special_tokens,
         packing=wanted.packing,
         if_unloaded=wanted.if_unloaded,
+        mode=wanted.mode,
     )
 
 

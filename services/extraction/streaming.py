@@ -13,7 +13,7 @@ from torch import Tensor
 
 from services.extraction import preparing
 from services.extraction.compute import Plan, Unit, UnitFiller
-from services.extraction.domain import Options, WantedStream
+from services.extraction.domain import Mode, Options, WantedStream
 from services.extraction.job_ports import LeasedModel, Models
 from services.extraction.ports import Catalogue, Datasets, Place, Places, Tokenized
 from services.extraction.requests import row_bytes, widths
@@ -105,13 +105,14 @@ class Streams:
         self._open += 1
         try:
             await self._models.bring(record.id)
-            async with self._models.lease(record.id, options.extension_uri) as model:
-                preparing.check_files(record, model)
+            async with self._models.lease(record.id, options.extension_uri) as leased:
+                preparing.check_files(record, leased)
+                mode, model = await preparing.placed(options, leased)
                 tokenized = await self._datasets.tokenize(
                     wanted.dataset_id, options, model.tokenizer, model.facts.vocab_size
                 )
                 place = self._places.find(asked.place) if asked.place else None
-                rows = _Rows(model, options, tokenized, (asked.buffer_bytes or BUFFER_BYTES) // 2)
+                rows = _Rows(model, options, tokenized, mode=mode, unit_bytes=(asked.buffer_bytes or BUFFER_BYTES) // 2)
                 yield Stream(asked, rows, await rows.facts(record.digest, place is not None), place)
         finally:
             self._open -= 1
@@ -138,8 +139,11 @@ class Stream:
 class _Rows:
     """All rows of a dataset, pass after pass, in the order that the options fix."""
 
-    def __init__(self, model: LeasedModel, options: Options, tokenized: Tokenized, unit_bytes: int) -> None:
+    def __init__(
+        self, model: LeasedModel, options: Options, tokenized: Tokenized, *, mode: Mode, unit_bytes: int
+    ) -> None:
         self._model = model
+        self._pace = preparing.pace(mode, options, model)
         self._options = options
         self._tokenized = tokenized
         self._unit_bytes = unit_bytes
@@ -188,9 +192,8 @@ class _Rows:
 
     async def _filled(self, plan: Plan, unit: Unit) -> Mapping[str, Tensor]:
         options, model = self._options, self._model
-        filler = await asyncio.to_thread(
-            UnitFiller, self._tokenized.sequences, plan, unit, options.hook_points, DTYPES[options.dtype]
-        )
+        sequences, dtype = self._tokenized.sequences, DTYPES[options.dtype]
+        filler = await asyncio.to_thread(UnitFiller, sequences, plan, unit, options.hook_points, dtype, pace=self._pace)
         for batch in unit.batches:
             await model.run(filler.run, model.model, model.family, batch)
         return filler.tensors

@@ -57,6 +57,7 @@ class Ready:
         self.facts = facts(config.to_dict())
         self.family = family_of(self.model)
         self.tokenizer = None
+        self.on_host, self.free_bytes = True, 2**40
         self.description = {"digest": "ready"}
         self._config = config.to_dict()
         # One unit is half a buffer; a pass has eight of them.

@@ -22,6 +22,7 @@ from services.extensions.compute.config import ExtensionConfig
 from services.extraction.compute import capture
 from services.kit.database import Database
 from services.kit.events import EventLog
+from services.residency.hooks import Capture
 from services.residency.lenses.extension_files import ADAPTER_FILE, LORA_FOLDER
 from services.residency.shards import ShardReader
 from tests import models
@@ -444,3 +445,24 @@ async def test_an_extension_is_in_force_for_its_own_extraction_only(mesh: Mesh, 
             torch.testing.assert_close(
                 shard[POINTS[3]][rows], expected[shard["pos"][rows].long()], rtol=1e-5, atol=1e-5
             )
+
+
+async def test_every_mode_gives_the_same_bytes_and_safe_runs_fewer_sequences_at_once(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uris, sizes = set[str](), dict[int, set[int]]()
+    run = Capture.run
+
+    def counted(self: Capture, input_ids: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes[mode].add(len(input_ids))
+        return run(self, input_ids, *arguments, **options)
+
+    monkeypatch.setattr(Capture, "run", counted)
+    for mode in (pb.EXTRACTION_MODE_FULL, pb.EXTRACTION_MODE_SAFE, pb.EXTRACTION_MODE_CPU, pb.EXTRACTION_MODE_AUTO):
+        sizes[mode] = set()
+        done = await mesh.extracted(mode=mode, batch_size=16)
+        uris.add(done.storage_uri)
+        await mesh.stub.DeleteActivationCache(pb.DeleteActivationCacheRequest(id=done.cache_id))
+    assert len(uris) == 1
+    assert max(sizes[pb.EXTRACTION_MODE_FULL]) == 16
+    assert max(sizes[pb.EXTRACTION_MODE_SAFE]) < 16

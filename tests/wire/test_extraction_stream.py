@@ -130,9 +130,9 @@ async def test_computing_waits_for_the_reader(mesh: Mesh, monkeypatch: pytest.Mo
     filled: list[int] = []
     original = streaming.UnitFiller
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **options: Any) -> Any:
         filled.append(1)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(streaming, "UnitFiller", counted)
     with mesh.context.artifacts.staging("stream") as folder:

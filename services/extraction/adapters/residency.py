@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+import psutil
 import torch
 
 from services.kit import errors
 from services.kit.artifacts import ArtifactStore
+from services.residency.failures import insufficient_memory
 from services.residency.families import Facts, Family
+from services.residency.host_copy import device_bound, host_copy
 from services.residency.lease import Lease
 from services.residency.lenses import Spec
 from services.residency.pool import Pool
@@ -64,9 +68,48 @@ class PooledModel:
             "attention": self._lease.model.config._attn_implementation,
         }
 
+    @property
+    def on_host(self) -> bool:
+        """Whether the pool's device is the CPU."""
+        return self._pool.device == "cpu"
+
+    async def host_copy(self) -> HostModel:
+        """Made while the extension is in force."""
+        if bound := await self.run(device_bound, self.model):
+            raise errors.Unsupported(
+                f"weights in the format {bound} run on a GPU only", metadata={"device": self._pool.device}
+            )
+        weights, free = self._lease.record.total_bytes, psutil.virtual_memory().available
+        if weights > free:
+            raise insufficient_memory(weights, free)
+        return HostModel(self, await self.run(host_copy, self.model))
+
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """On the device's thread."""
         return await self._lease.run(work, *arguments)
+
+
+class HostModel:
+    """Implements the port `LeasedModel` on a copy of a leased model in the host's memory."""
+
+    def __init__(self, leased: PooledModel, model: torch.nn.Module) -> None:
+        self.model = model
+        self.family, self.tokenizer, self.facts = leased.family, leased.tokenizer, leased.facts
+        self.description = leased.description
+        self.on_host = True
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the host's memory that nobody uses."""
+        return psutil.virtual_memory().available
+
+    async def host_copy(self) -> HostModel:
+        """Itself."""
+        return self
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """On any thread; one batch at a time, as its one user does."""
+        return await asyncio.to_thread(work, *arguments)
 
 
 class PooledModels:

@@ -22,6 +22,11 @@ def bytes_at_work(known: Facts, itemsize: int) -> int:
     return itemsize * (6 * known.hidden_size + 2 * heads + 3 * known.intermediate_size)
 
 
+def fits(free_bytes: int, token_bytes: int) -> bool:
+    """Whether the smallest forward pass may be tried with so much memory left."""
+    return free_bytes * SHARE >= LEAST_TOKENS * token_bytes
+
+
 class Pace:
     """Starts from the memory left and halves when it runs out; one for all batches of a job.
 

@@ -117,14 +117,12 @@ class UnitFiller:
 
         parts = list(self._pace.parts(len(ids), batch.length, forward, device.type))
         places = self._places.take(batch, ids, counted)
-        low = 0
-        for found in parts:
-            high = low + len(next(iter(found.values())))
-            for name, rows in found.items():
-                self._keep(name, self._flat(rows).to("cpu", self._dtype), places[low:high])
-            low = high
-        self._filled += low
-        return low
+        for name in parts[0]:
+            found = [self._flat(part[name]).to("cpu", self._dtype) for part in parts]
+            # Rows are summed as one batch, however many parts it ran in: the grouping decides the sums' last bits.
+            self._keep(name, found[0] if len(found) == 1 else torch.cat(found), places)
+        self._filled += len(places)
+        return len(places)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

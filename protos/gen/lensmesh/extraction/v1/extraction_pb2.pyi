@@ -40,6 +40,14 @@ class SpecialTokens(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SPECIAL_TOKENS_NONE: _ClassVar[SpecialTokens]
     SPECIAL_TOKENS_BOS: _ClassVar[SpecialTokens]
 
+class ExtractionMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EXTRACTION_MODE_UNSPECIFIED: _ClassVar[ExtractionMode]
+    EXTRACTION_MODE_FULL: _ClassVar[ExtractionMode]
+    EXTRACTION_MODE_SAFE: _ClassVar[ExtractionMode]
+    EXTRACTION_MODE_CPU: _ClassVar[ExtractionMode]
+    EXTRACTION_MODE_AUTO: _ClassVar[ExtractionMode]
+
 class IfUnloaded(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     IF_UNLOADED_UNSPECIFIED: _ClassVar[IfUnloaded]
@@ -67,6 +75,11 @@ SPECIAL_TOKENS_UNSPECIFIED: SpecialTokens
 SPECIAL_TOKENS_TOKENIZER: SpecialTokens
 SPECIAL_TOKENS_NONE: SpecialTokens
 SPECIAL_TOKENS_BOS: SpecialTokens
+EXTRACTION_MODE_UNSPECIFIED: ExtractionMode
+EXTRACTION_MODE_FULL: ExtractionMode
+EXTRACTION_MODE_SAFE: ExtractionMode
+EXTRACTION_MODE_CPU: ExtractionMode
+EXTRACTION_MODE_AUTO: ExtractionMode
 IF_UNLOADED_UNSPECIFIED: IfUnloaded
 IF_UNLOADED_LOAD: IfUnloaded
 IF_UNLOADED_WAIT: IfUnloaded
@@ -77,7 +90,7 @@ CACHE_MATCH_SUBSET: CacheMatch
 CACHE_MATCH_MISS: CacheMatch
 
 class ExtractActivationsRequest(_message.Message):
-    __slots__ = ("model_id", "dataset_id", "layer_indices", "hook_points", "sites", "layout", "sample_count", "batch_size", "max_length", "dtype", "extension_id", "seed", "validate_only", "request_id", "max_tokens", "apply_rmsnorm_scaling", "special_tokens", "packing", "if_unloaded")
+    __slots__ = ("model_id", "dataset_id", "layer_indices", "hook_points", "sites", "layout", "sample_count", "batch_size", "max_length", "dtype", "extension_id", "seed", "validate_only", "request_id", "max_tokens", "apply_rmsnorm_scaling", "special_tokens", "packing", "if_unloaded", "mode")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     DATASET_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_INDICES_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +110,7 @@ class ExtractActivationsRequest(_message.Message):
     SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PACKING_FIELD_NUMBER: _ClassVar[int]
     IF_UNLOADED_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     dataset_id: str
     layer_indices: _containers.RepeatedScalarFieldContainer[int]
@@ -116,7 +130,8 @@ class ExtractActivationsRequest(_message.Message):
     special_tokens: SpecialTokens
     packing: bool
     if_unloaded: IfUnloaded
-    def __init__(self, model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., layer_indices: _Optional[_Iterable[int]] = ..., hook_points: _Optional[_Iterable[str]] = ..., sites: _Optional[_Iterable[str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., sample_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., extension_id: _Optional[str] = ..., seed: _Optional[int] = ..., validate_only: _Optional[bool] = ..., request_id: _Optional[str] = ..., max_tokens: _Optional[int] = ..., apply_rmsnorm_scaling: _Optional[bool] = ..., special_tokens: _Optional[_Union[SpecialTokens, str]] = ..., packing: _Optional[bool] = ..., if_unloaded: _Optional[_Union[IfUnloaded, str]] = ...) -> None: ...
+    mode: ExtractionMode
+    def __init__(self, model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., layer_indices: _Optional[_Iterable[int]] = ..., hook_points: _Optional[_Iterable[str]] = ..., sites: _Optional[_Iterable[str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., sample_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., extension_id: _Optional[str] = ..., seed: _Optional[int] = ..., validate_only: _Optional[bool] = ..., request_id: _Optional[str] = ..., max_tokens: _Optional[int] = ..., apply_rmsnorm_scaling: _Optional[bool] = ..., special_tokens: _Optional[_Union[SpecialTokens, str]] = ..., packing: _Optional[bool] = ..., if_unloaded: _Optional[_Union[IfUnloaded, str]] = ..., mode: _Optional[_Union[ExtractionMode, str]] = ...) -> None: ...
 
 class ExtractActivationsResponse(_message.Message):
     __slots__ = ("extraction_id", "status", "estimated_time_seconds", "estimated_bytes", "cache", "fits_limit", "message")
