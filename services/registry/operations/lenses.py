@@ -48,11 +48,10 @@ async def attach_lens(registry: Registry, caller: Caller, group_id: str, new: Ne
     async with registry.store.transaction() as tx:
         group = await tx.groups.get(group_id)
         model = await tx.models.get(group.model_id)
-        if new.activation_source_model_id:
-            await tx.models.get(new.activation_source_model_id)
+        source = await tx.models.get(new.activation_source_model_id) if new.activation_source_model_id else model
     artifact = await _artifact(registry, new)
     if artifact is not None:
-        check_fit(model, artifact)
+        check_fit(source if artifact.base_digest == source.digest else model, artifact)
     async with registry.store.transaction() as tx, tx.once(request) as once:
         if once.answer is not None:
             return (await tx.groups.get(group_id)).lens(once.answer["id"])

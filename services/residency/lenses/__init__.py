@@ -161,7 +161,8 @@ def load(spec: Spec, base: Base, source: Base | None = None) -> Lens:
         LensCorrupt: the files cannot be read.
         KeyError: no module makes this kind.
     """
-    if spec.base_digest and spec.base_digest != base.digest:
+    digests = (base.digest, base.digest if source is None else source.digest)
+    if spec.base_digest and spec.base_digest not in digests:
         raise LensIncompatible("base", spec.base_digest, base.digest)
     if source is not None and source.facts.vocab_size != base.facts.vocab_size:
         raise LensIncompatible("vocab_size", base.facts.vocab_size, source.facts.vocab_size)

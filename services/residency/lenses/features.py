@@ -120,7 +120,7 @@ def load(spec: Spec, base: Base) -> FeatureLens:
     except OSError as error:
         raise LensCorrupt("the transcoder's files cannot be read") from error
     made_for = transcoder.info.get("base_digest")
-    if made_for and made_for != base.digest:
+    if made_for and made_for not in (base.digest, spec.base_digest):  # made for the model it belongs to or reads
         raise LensIncompatible("base", made_for, base.digest)
     width = base.facts.hidden_size
     for name, found in (("input width", transcoder.d_in), ("output width", transcoder.d_out)):

@@ -77,7 +77,7 @@ def load(spec: Spec, base: Base) -> TunedLens:
     """
     file = _file(spec)
     made_for = _metadata(file).get("base_digest")
-    if made_for and made_for != base.digest:
+    if made_for and made_for not in (base.digest, spec.base_digest):
         raise LensIncompatible("base", made_for, base.digest)
     entries = _entries(file, base)
     target = {"device": base.model.device, "dtype": base.model.dtype}
