@@ -138,16 +138,22 @@ async def bring_base(registry: Registry, model_id: str, beside: Beside = ALONE, 
         Exhausted: it fits nowhere.
         LensmeshError: as `ensure_resident`.
     """
-    async with registry.store.transaction() as tx:
-        copies = await tx.placement.of_model(model_id)
-    placed = next((copy.host_id for copy in copies if copy.state in ("resident", "loading")), None)
+    placed = await _placed(registry, model_id)
     if placed is None:
         found = await estimate_model(registry, model_id, None, "", beside)
-        if found.best is None:
+        if found.best is not None:
+            fitting = {placement.host.host_id for placement in found.placements if placement.fits}
+            placed = first if first in fitting else found.best.host.host_id
+        elif (placed := await _placed(registry, model_id)) is None:  # else it is what takes the room, by now
             raise does_not_fit(found, registry.limits.max_resident_models)
-        fitting = {placement.host.host_id for placement in found.placements if placement.fits}
-        placed = first if first in fitting else found.best.host.host_id
     return await ensure_resident(registry, placed, model_id, beside)
+
+
+async def _placed(registry: Registry, model_id: str) -> str | None:
+    """The host where a model is, or will be in a moment."""
+    async with registry.store.transaction() as tx:
+        copies = await tx.placement.of_model(model_id)
+    return next((copy.host_id for copy in copies if copy.state in ("resident", "loading")), None)
 
 
 async def await_job(registry: Registry, job_id: str) -> None:
