@@ -22,12 +22,13 @@ def extract(
     layers: Layers,
     sites: Annotated[str, typer.Option(help="Sites of each layer, comma-separated.")] = "mlp_in,mlp_out",
     max_tokens: Annotated[int, typer.Option(help="Most tokens; all when 0.")] = 0,
+    mode: Annotated[str, typer.Option(help="full, safe, cpu or auto.")] = "auto",
     plan: Annotated[bool, typer.Option(help="Only say what it would take.")] = False,
     as_json: Json = False,
 ) -> None:
     """Turn a dataset into an activation cache."""
     with session(as_json) as to:
-        fields = {"layer_indices": numbers(layers), "sites": sites.split(","), "max_tokens": max_tokens}
+        fields = {"layer_indices": numbers(layers), "sites": sites.split(","), "max_tokens": max_tokens, "mode": mode}
         started = to.api.call(
             "ExtractActivations", model_id=model_id, dataset_id=dataset_id, validate_only=plan, **fields
         )

@@ -41,6 +41,7 @@ async def mesh(database: Database, tmp_path: Path) -> AsyncIterator[Mesh]:
     torch.set_num_threads(1)
     async with meshing(database, tmp_path / "state") as mesh:
         mesh.registry.texts = {DATASET: texts(200), "ds_some": texts(70), "ds_few": texts(5), "ds_empty": [""]}
+        mesh.registry.texts["ds_special"] = ["<eos>"]
         yield mesh
 
 
@@ -234,6 +235,9 @@ async def test_a_local_file_is_a_dataset_too(mesh: Mesh) -> None:
         ({"dtype": 77}, "dtype"),
         ({"extension_id": "x_unknown"}, "extension_id"),
         ({"model_id": ""}, "model_id"),
+        ({"dataset_id": "ds_empty"}, "dataset_id"),
+        ({"if_unloaded": 77}, "if_unloaded"),
+        ({"mode": 77}, "mode"),
     ],
 )
 async def test_a_wrong_field_is_named_and_nothing_started(mesh: Mesh, changes: dict[str, Any], field: str) -> None:
@@ -259,9 +263,9 @@ async def test_what_does_not_exist(mesh: Mesh) -> None:
         assert (await refused(call))[0] == grpc.StatusCode.NOT_FOUND
 
 
-async def test_a_dataset_without_a_usable_row_fails_the_job(mesh: Mesh) -> None:
+async def test_a_dataset_whose_tokens_are_all_special_fails_the_job(mesh: Mesh) -> None:
     async with mesh.working():
-        failed = await mesh.ended((await mesh.extract(dataset_id="ds_empty")).extraction_id)
+        failed = await mesh.ended((await mesh.extract(dataset_id="ds_special")).extraction_id)
     assert failed.status == pb.EXTRACTION_STATUS_FAILED
     assert failed.error_code == "DATASET_UNUSABLE"
     assert failed.message == failed.error_message

@@ -181,7 +181,7 @@ async def test_no_more_streams_than_allowed(mesh: Mesh) -> None:
         ({"layout": pb.LAYOUT_SEQUENCES}, "extraction.layout"),
         ({"sample_count": 0}, "extraction.sample_count"),
         ({"cursor": -1}, "cursor"),
-        ({"dataset_id": "ds_empty"}, "dataset_id"),
+        ({"dataset_id": "ds_empty"}, "extraction.dataset_id"),
     ],
 )
 async def test_a_wrong_field_is_named(mesh: Mesh, changes: dict[str, Any], field: str) -> None:

@@ -192,6 +192,7 @@ class Helper:
             self._refused.add(extraction_id)
         except errors.Unavailable:
             raise
-        except errors.LensmeshError as error:  # the job's own worker meets what concerns the job
-            get_logger("extraction").warning("no help", extraction=extraction_id, reason=error.reason)
+        except (errors.LensmeshError, OSError, RuntimeError, ValueError) as error:
+            # The job's own worker meets what concerns the job; this process must not end of it.
+            get_logger("extraction").warning("no help", extraction=extraction_id, error=type(error).__name__)
             self._refused.add(extraction_id)

@@ -116,6 +116,8 @@ class RegisteredDatasets:
 
     def _inspect(self, record: DatasetRecord) -> tuple[str, int]:
         rows = open_rows(record, self._roots, self._cache_dir)
+        if not rows.tokenized and not any(rows.texts()):
+            raise DatasetError("dataset_id", "no row of the dataset has any text")
         columns = (record.split, record.text_field, record.prompt_field, record.target_field)
         return f"{content_digest(record, self._roots)} {columns}", len(rows)
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from services.cli import app
 from services.client import output
 from services.client.api import ApiError, Event
+from services.client.http import ROUTES
 
 
 class FakeApi:
@@ -285,6 +286,7 @@ def test_extractions_and_caches(
     api: FakeApi, lensmesh: Callable[..., Any], arguments: tuple[str, ...], rpc: str, fields: dict[str, Any]
 ):
     api.replies = {"ListExtractions": {"extractions": []}}
+    assert rpc in ROUTES
     assert lensmesh(*arguments, "--json").exit_code == 0
     assert api.calls == [(rpc, fields)]
 
