@@ -169,7 +169,7 @@ def _layout(names: tuple[str, ...]) -> Layout:
 def _dtype(model: BaseModel) -> str:
     if model.quantization in _QUANTIZED_DTYPES:
         return _QUANTIZED_DTYPES[model.quantization]
-    own = facts(model.config).dtype or "float32"
+    own = str(model.config.get("dtype") or model.config.get("torch_dtype") or "float32")
     return own if own in DTYPES else "float32"
 
 

@@ -34,7 +34,7 @@ def load(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_model(folder: Path, adapter: Path | None, told: dict[str, str]) -> torch.nn.Module:
-    options: dict[str, object] = {"attn_implementation": told["attention"], "dtype": getattr(torch, told["dtype"])}
+    options: dict[str, object] = {"attn_implementation": told["attention"], "dtype": "auto"}
     if told["quantization"] == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
         options["device_map"] = "cpu"
@@ -137,7 +137,8 @@ def main() -> None:
             figures["rows"] += 1
             figures["characters"] += tokenizer.decode([int(ids[place])]) == rows.characters(sequence, position)
             for key, name in (("x", x_name), ("y", y_name)):
-                again, kept = found[key][place], stored[name][row]
+                kept = stored[name][row]
+                again = found[key][place].to(kept.dtype)
                 figures[key] += torch.equal(again, kept)
                 figures["error"] = max(figures["error"], float((again - kept).norm() / kept.norm()))
     print(json.dumps(figures))  # noqa: T201 - the figures are what this script is for

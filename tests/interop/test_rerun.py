@@ -67,8 +67,8 @@ class Remote:
         wait_for_job(self.api, extraction["job_id"], "extract", self.quiet)
         return str(self.api.call("GetExtraction", id=started["extraction_id"])["cache_id"])
 
-    def extension(self, model_id: str) -> str:
-        """A trained LoRA in a group of the model."""
+    def extension(self, model_id: str) -> tuple[str, str]:
+        """A trained LoRA and the group of the model that it is in."""
         made = self.api.call("CreateExtension", model_id=model_id, task_name="words", kind="lora", lora={"r": 4})
         job = self.api.call(
             "TrainExtension", id=made["id"], dataset_id=self.few_id, steps=5, batch_size=4, max_length=32
@@ -76,7 +76,7 @@ class Remote:
         wait_for_job(self.api, job["job_id"], "train", self.quiet)
         group = self.api.call("CreateGroup", name="words", model_id=model_id)
         self.api.call("AttachLens", group_id=group["id"], kind="extension", extension_id=made["id"])
-        return str(made["id"])
+        return made["id"], group["id"]
 
 
 @pytest.mark.demo
@@ -103,8 +103,9 @@ def test_a_thousand_rows_of_every_kind_of_model_have_the_same_bits_again() -> No
                 model_id = remote.model(family, quantization)
                 cases[f"{family} {quantization}"] = (remote.cache(model_id), family, ())
                 if family == "gpt2":
-                    extension_id = remote.extension(model_id)
-                    (adapter,) = up.state.glob("**/lora/adapter_config.json")
+                    extension_id, group_id = remote.extension(model_id)
+                    lens = api.call("GetGroup", id=group_id)["lenses"][0]
+                    (adapter,) = up.state.glob(f"**/{lens['artifact_uri'].rpartition('/')[2]}/lora/adapter_config.json")
                     extended = remote.cache(model_id, extension_id=extension_id)
                     cases["gpt2 lora"] = (extended, family, ("--adapter", adapter.parent))
             api.close()

@@ -120,6 +120,11 @@ def test_a_pattern_is_computed_by_other_kernels_and_shares_no_cache():
     assert with_pattern.key(MODEL, DATASET) != without.key(MODEL, DATASET)
 
 
+def test_a_gemma_stored_as_float32_is_kept_so():
+    gemma = replace(MODEL, model_type="gemma2", config={**MODEL.config, "model_type": "gemma2", "dtype": "float32"})
+    assert resolve(WANTED, gemma, DATASET).dtype == "float32"
+
+
 def test_layers_of_an_extension_need_one():
     wanted = Wanted("m_1", "ds_1", hook_points=("blocks.x1.hook_resid_post",), extension_id="x_1")
     assert resolve(wanted, MODEL, DATASET, "artifact://extension/0").hook_points == wanted.hook_points
