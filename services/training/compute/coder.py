@@ -209,7 +209,7 @@ class Coder:
         """Codes, gradients, and by how much jumprelu's thresholds are off."""
         kind = PRODUCTS[self._products]
         if self.config.activation != "jumprelu":
-            codes = sparsity.select(self.config, self.parameters, x, self._ranks)
+            codes = sparsity.select(self.config, self.parameters, self._threshold, x, self._ranks)
             return codes, nested_gradients(self.parameters, codes, x, y, self._prefixes, kind=kind), 1.0
         window = sparsity.Window.of(self.config, self.parameters, x)
         nested = nested_gradients(self.parameters, window.codes, x, y, self._prefixes, kind=kind)

@@ -18,6 +18,8 @@ FOLLOW = 0.25
 """Weight of the newest estimate in the running threshold."""
 PROBE_EVERY, PROBE_ROWS = 4, 256
 """How often, and on how many rows, a topk coder's threshold is estimated."""
+LIKELY = 0.8
+"""Part of the running threshold above which the next batch's strongest are looked for first."""
 BANDWIDTH = 0.1
 """Width of the window around a threshold in which it gets a gradient; pre-activations start with variance 1."""
 STEERING = 0.1, 0.4
@@ -34,13 +36,13 @@ def encoder(config: TrainConfig, parameters: Parameters) -> Encoder:
     return Encoder(parameters["W_enc"].to(dtype), parameters["b_enc"].to(dtype))
 
 
-def select(config: TrainConfig, parameters: Parameters, x: Tensor, ranks: Ranks) -> Codes:
-    """Codes of a rank's rows x [N, d_in] with topk or batch_topk; values in float32."""
+def select(config: TrainConfig, parameters: Parameters, threshold: Tensor, x: Tensor, ranks: Ranks) -> Codes:
+    """Codes of a rank's rows x [N, d_in] with topk or batch_topk; values in float32. `threshold`: the running one."""
     x, k = x.to(getattr(torch, config.dtype)), config.shape.top_k
     if config.activation == "topk":
         codes = select_topk(encoder(config, parameters), x, k)
     else:
-        codes = select_batch_topk(encoder(config, parameters), x, k, ranks)
+        codes = select_batch_topk(encoder(config, parameters), x, k, ranks, LIKELY * threshold)
     return Codes(codes.rows, codes.dict_size, codes.row, codes.latent, codes.value.float())
 
 
@@ -64,7 +66,7 @@ def follow_threshold(
         if step % PROBE_EVERY:
             return threshold
         rows = x[:: max(1, config.batch_size // PROBE_ROWS)].to(getattr(torch, config.dtype))
-        codes = select_batch_topk(encoder(config, parameters), rows, config.shape.top_k, ranks)
+        codes = select_batch_topk(encoder(config, parameters), rows, config.shape.top_k, ranks, LIKELY * threshold)
     newest = lowest(codes, ranks)
     return newest if step == 0 else threshold + FOLLOW * (newest - threshold)
 
