@@ -12,6 +12,8 @@ from lensmesh.common.v1 import types_pb2
 from lensmesh.residency.v1 import residency_pb2
 from prometheus_client import generate_latest
 
+from services.extensions.adapters.residency import PooledBases
+from services.extraction.adapters.residency import PooledModels
 from services.residency.lenses import tuned_lens
 from services.residency.lenses.transcoder import Transcoder, TranscoderShape
 from services.residency.splice import logits
@@ -208,6 +210,21 @@ async def test_a_tuned_lens_that_somebody_brings_is_read_and_a_corrupt_one_fails
     (reading,) = (await host.stub.Analyze(request)).readings
     assert reading.kind == kind
     assert [layer.layer for layer in reading.tokens[0].layers] == [1, 3]
+
+
+async def test_services_of_one_process_hold_one_copy(host):
+    """What extraction and extensions lease are the same bytes, not equal ones."""
+
+    async def here(model_id: str) -> None:
+        """It is."""
+
+    await host.load("m", "gpt2")
+    extraction = PooledModels(host.pool, here, host.context.artifacts)
+    extensions = PooledBases(host.pool, here)
+    async with extraction.lease("m", "") as one, extensions.lease("m") as two:
+        pointers = [{n: p.data_ptr() for n, p in each.model.named_parameters()} for each in (one, two)]
+    assert pointers[0] == pointers[1]
+    assert host.pool.used_bytes == host.pool.get("m").nbytes
 
 
 def transcoder_bytes() -> int:

@@ -93,9 +93,11 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
         ValueError: it is missing or cut short; the message names the file, never its folder.
     """
     try:
-        return load_file(path, device=str(device))
+        found = load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path.name}: cannot be read as safetensors") from error
+    # On a CPU they are a mapping of the file: a file that is cut short then would end the process.
+    return {name: tensor.clone() if tensor.device.type == "cpu" else tensor for name, tensor in found.items()}
 
 
 def _sae_lens_config(
