@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,46 @@ async def mesh(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         yield mesh
 
 
-async def test_both_sites_train_in_one_job_and_the_older_one_is_labelled(mesh: Mesh) -> None:
-    job = await mesh.trained(layers=[1], source_site="resid_mid", variants=[{"source_site": "mlp_in"}])
+async def test_checkpoints_are_compared_as_what_they_would_be_finalised_to_and_stay_until_they_were_judged(
+    mesh: Mesh,
+) -> None:
+    sites = {"source_site": "resid_mid", "variants": [{"source_site": "mlp_in"}]}
+    async with mesh.working():
+        job = await mesh.create(layers=[1], num_tokens=200 * STEPS * BATCH, **sites)
+        await eventually(lambda: has_two(mesh, job.id), timeout=60)
+        await mesh.stub.PauseTrainingJob(pb.PauseTrainingJobRequest(id=job.id))
+        paused = await mesh.reached(job.id, pb.TRAINING_STATUS_PAUSED)
+    await assert_wrong_ones_are_named(mesh, job.id)
+    oldest, newest = paused.checkpoints[0].id, paused.checkpoints[-1].id
+    wanted: dict[str, Any] = {"dataset_id": HELD_OUT, "num_batches": 2, "batch_size": 4}
+    chosen = tpb.CompareTranscodersRequest(checkpoints=[{"job_id": job.id, "checkpoint": oldest}], **wanted)
+    waiting = (await mesh.transcoders.CompareTranscoders(chosen)).compared
+    prune = pb.PruneCheckpointsRequest(id=job.id, retention={"last": 1})
+    assert {oldest, newest} == {one.id for one in (await mesh.stub.PruneCheckpoints(prune)).kept}
+
+    async with mesh.working("w2"):
+        early = await compared(mesh, **wanted, prefix=2, checkpoints=[{"job_id": job.id}])
+        assert [(one.training_job_id, one.checkpoint, one.coder) for one in early] == [
+            (job.id, newest, "layer-1"),
+            (job.id, newest, "layer-1-variant-1"),
+        ]
+        assert all((one.transcoder_id, one.prefix, len(one.fvu_per_prefix)) == ("", 2, 2) for one in early)
+        assert len(await ended(mesh, waiting)) == 2
+        await eventually(lambda: nothing_waits(mesh, prune), timeout=60)
+        assert [one.id for one in (await mesh.get(job.id)).checkpoints] == [newest]
+
+        await mesh.stub.FinalizeTrainingJob(pb.FinalizeTrainingJobRequest(id=job.id, checkpoint=newest))
+        done = await mesh.reached(job.id, pb.TRAINING_STATUS_COMPLETED, pb.TRAINING_STATUS_FAILED)
+        finished = await compared(mesh, **wanted, prefix=2, transcoder_ids=done.transcoder_ids)
+    for before, after in zip(early, finished, strict=True):
+        assert (after.training_job_id, after.checkpoint, after.coder) == ("", "", "")
+        for name in ("fvu", "l0", "ce_spliced", "ce_mean_ablated", "kl", "tokens"):
+            assert getattr(before, name) == getattr(after, name), name
+        assert list(before.fvu_per_prefix) == list(after.fvu_per_prefix)
+    await assert_the_older_site_is_labelled(mesh, done)
+
+
+async def assert_the_older_site_is_labelled(mesh: Mesh, job: pb.TrainingJob) -> None:
     assert (job.config.source_site, job.config.legacy) == ("resid_mid", True)
     assert [(one.source_site, one.legacy) for one in job.variants] == [("mlp_in", False)]
     legacy, current = [await mesh.transcoder(one) for one in job.transcoder_ids]
@@ -40,57 +78,20 @@ async def test_both_sites_train_in_one_job_and_the_older_one_is_labelled(mesh: M
     assert legacy.target_hook_point == current.target_hook_point == "blocks.1.hook_mlp_out"
 
 
-async def test_a_checkpoint_is_compared_as_what_it_would_be_finalised_to(mesh: Mesh) -> None:
-    async with mesh.working():
-        job = await mesh.create(num_tokens=200 * STEPS * BATCH, retention={"last": 1})
-        await eventually(lambda: mesh.has_checkpoint(job.id), timeout=60)
-        await mesh.stub.PauseTrainingJob(pb.PauseTrainingJobRequest(id=job.id))
-        paused = await mesh.reached(job.id, pb.TRAINING_STATUS_PAUSED)
-        checkpoint = paused.checkpoints[-1].id
-        wanted: dict[str, Any] = {"dataset_id": HELD_OUT, "num_batches": 2, "batch_size": 4}
-        early = await compared(mesh, **wanted, prefix=2, checkpoints=[{"job_id": job.id}])
-        assert [(one.training_job_id, one.checkpoint, one.coder) for one in early] == [
-            (job.id, checkpoint, "layer-1"),
-            (job.id, checkpoint, "layer-3"),
-        ]
-        assert all((one.transcoder_id, one.prefix, len(one.fvu_per_prefix)) == ("", 2, 2) for one in early)
-
-        await mesh.stub.FinalizeTrainingJob(pb.FinalizeTrainingJobRequest(id=job.id, checkpoint=checkpoint))
-        done = await mesh.reached(job.id, pb.TRAINING_STATUS_COMPLETED, pb.TRAINING_STATUS_FAILED)
-        finished = await compared(mesh, **wanted, prefix=2, transcoder_ids=done.transcoder_ids)
-    for before, after in zip(early, finished, strict=True):
-        assert (after.training_job_id, after.checkpoint, after.coder) == ("", "", "")
-        for name in ("fvu", "l0", "ce_spliced", "ce_mean_ablated", "kl", "tokens"):
-            assert getattr(before, name) == getattr(after, name), name
-        assert list(before.fvu_per_prefix) == list(after.fvu_per_prefix)
-
-
-async def test_a_checkpoint_stays_until_it_was_judged_and_wrong_ones_are_named(mesh: Mesh) -> None:
-    async with mesh.working():
-        job = await mesh.create(num_tokens=200 * STEPS * BATCH)
-        await eventually(lambda: mesh.has_checkpoint(job.id), timeout=60)
-        await mesh.stub.PauseTrainingJob(pb.PauseTrainingJobRequest(id=job.id))
-        paused = await mesh.reached(job.id, pb.TRAINING_STATUS_PAUSED)
-    oldest = paused.checkpoints[0].id
+async def assert_wrong_ones_are_named(mesh: Mesh, job_id: str) -> None:
     for fields, field in (
-        ({"checkpoints": [{"job_id": job.id, "coder": "layer-1"}]}, "transcoder_ids"),
-        ({"checkpoints": [{"job_id": job.id, "coder": "layer-2"}]}, "checkpoints[0].coder"),
-        ({"checkpoints": [{"job_id": job.id}], "prefix": 5}, "prefix"),
+        ({"checkpoints": [{"job_id": job_id, "coder": "layer-1"}]}, "transcoder_ids"),
+        ({"checkpoints": [{"job_id": job_id, "coder": "layer-2"}]}, "checkpoints[0].coder"),
+        ({"checkpoints": [{"job_id": job_id}], "prefix": 5}, "prefix"),
     ):
         code, fields_named = await refused(mesh, dataset_id=HELD_OUT, **fields)
         assert (code, fields_named) == (grpc.StatusCode.INVALID_ARGUMENT, [field])
-    missing = {"checkpoints": [{"job_id": job.id, "checkpoint": "ckpt_none"}]}
+    missing = {"checkpoints": [{"job_id": job_id, "checkpoint": "ckpt_none"}]}
     assert (await refused(mesh, dataset_id=HELD_OUT, **missing))[0] == grpc.StatusCode.NOT_FOUND
-    chosen = [{"job_id": job.id, "checkpoint": oldest}]
-    await mesh.transcoders.CompareTranscoders(
-        tpb.CompareTranscodersRequest(dataset_id=HELD_OUT, checkpoints=chosen, num_batches=1)
-    )
-    prune = pb.PruneCheckpointsRequest(id=job.id, retention={"last": 1})
-    assert oldest in [one.id for one in (await mesh.stub.PruneCheckpoints(prune)).kept]
-    async with mesh.working():
-        await compared(mesh, dataset_id=HELD_OUT, checkpoints=chosen, num_batches=1)
-        await eventually(lambda: nothing_waits(mesh, prune), timeout=60)
-    assert len((await mesh.get(job.id)).checkpoints) == 1
+
+
+async def has_two(mesh: Mesh, job_id: str) -> bool:
+    return len((await mesh.get(job_id)).checkpoints) >= 2
 
 
 async def nothing_waits(mesh: Mesh, prune: pb.PruneCheckpointsRequest) -> bool:
@@ -98,7 +99,12 @@ async def nothing_waits(mesh: Mesh, prune: pb.PruneCheckpointsRequest) -> bool:
 
 
 async def compared(mesh: Mesh, **fields: Any) -> list[pb.Evaluation]:
-    queued = (await mesh.transcoders.CompareTranscoders(tpb.CompareTranscodersRequest(**fields))).compared
+    return await ended(
+        mesh, (await mesh.transcoders.CompareTranscoders(tpb.CompareTranscodersRequest(**fields))).compared
+    )
+
+
+async def ended(mesh: Mesh, queued: Sequence[Any]) -> list[pb.Evaluation]:
     ids = tpb.GetEvaluationsRequest(ids=[one.evaluation_id for one in queued])
 
     async def all_ended() -> Any:

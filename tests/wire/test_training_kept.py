@@ -84,21 +84,18 @@ def halve_targets(tensors: dict[str, Tensor]) -> None:
 async def test_mixed_dtypes_and_the_cache_of_another_model_are_refused_by_name(mesh: Mesh) -> None:
     async with mesh.working():
         cache_id = (await mesh.cache()).cache_id
-        folder = await mesh.cache_folder(cache_id)
-        queued = await mesh.create(layers=[1], source={"cache_id": cache_id}, num_tokens=200 * STEPS * BATCH)
-        await mesh.stub.PauseTrainingJob(pb.PauseTrainingJobRequest(id=queued.id))
-        await mesh.reached(queued.id, pb.TRAINING_STATUS_PAUSED)
-        mesh.registry.reserved.clear()
-        rewrite(folder, halve_targets)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await mesh.create(layers=[1], source={"cache_id": cache_id})
-        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        said = "source.cache_id: the cache mixes F16, F32"
-        assert caught.value.details() == said
-        listed = await mesh.stub.ListTrainingJobs(pb.ListTrainingJobsRequest())
-        assert [one.id for one in listed.training_jobs] == [queued.id]
-        # where the request was answered on a host without the files, the job says so before it reserves anything
-        await mesh.stub.ResumeTrainingJob(pb.ResumeTrainingJobRequest(id=queued.id))
+    folder = await mesh.cache_folder(cache_id)
+    queued = await mesh.create(layers=[1], source={"cache_id": cache_id})
+    rewrite(folder, halve_targets)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await mesh.create(layers=[1], source={"cache_id": cache_id})
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    said = "source.cache_id: the cache mixes F16, F32"
+    assert caught.value.details() == said
+    listed = await mesh.stub.ListTrainingJobs(pb.ListTrainingJobsRequest())
+    assert [one.id for one in listed.training_jobs] == [queued.id]
+    # where the request was answered on a host without the files, the job says so before it reserves anything
+    async with mesh.working("w2"):
         failed = await mesh.reached(queued.id, pb.TRAINING_STATUS_FAILED, pb.TRAINING_STATUS_COMPLETED)
     assert (failed.error_code, failed.error_message) == ("VALIDATION_ERROR", said)
     assert (mesh.registry.reserved, mesh.registry.ledger) == ({}, {})
@@ -137,7 +134,6 @@ async def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint_and_n
         x, _ = next(rows.batches(BATCH, 0, int(facts["position"])))["pair"]
         assert int(facts["position"]) == BATCH * int(facts["step"]) >= last.tokens_seen
         assert (float(facts["min_x"]), float(facts["max_x"])) == (x.min(), x.max())
-        await finalised(mesh, job.id, last)
 
 
 async def test_a_paused_training_is_pruned_as_its_preview_said_and_finalised(mesh: Mesh) -> None:
