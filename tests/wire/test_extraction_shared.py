@@ -31,7 +31,7 @@ async def mesh(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     torch.set_num_threads(1)
     monkeypatch.setattr(helping, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr(helping, "HELP_AFTER", timedelta(0))
-    async with meshing(database, tmp_path / "state", lease_seconds=1.5) as mesh:
+    async with meshing(database, tmp_path / "state") as mesh:
         mesh.registry.texts = {DATASET: texts(64 * UNITS)}
         yield mesh
 
@@ -45,7 +45,7 @@ def place() -> str:
 @pytest.fixture
 async def other(database: Database, tmp_path: Path, mesh: Mesh, place: str) -> AsyncIterator[Mesh]:
     """A second process."""
-    async with meshing(database, tmp_path / place, lease_seconds=1.5, incarnation="incarnation-2") as other:
+    async with meshing(database, tmp_path / place, incarnation="incarnation-2") as other:
         other.registry.texts = mesh.registry.texts
         yield other
 
