@@ -10,7 +10,7 @@ import time
 
 import torch
 from nnsight import LanguageModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROWS, LENGTH = 8, 256
 
@@ -22,7 +22,7 @@ def main() -> None:
     body = copy.deepcopy(plain).base_model
     del body.h[layer + 1 :]
     body.ln_f = torch.nn.Identity()
-    traced = LanguageModel(folder, dtype=torch.float32)
+    traced = LanguageModel(plain, tokenizer=AutoTokenizer.from_pretrained(folder))
     batches = [torch.randint(1, plain.config.vocab_size, (ROWS, LENGTH)) for _ in range(tokens // (ROWS * LENGTH))]
     ratios = []
     for measured in range(rounds + 1):
