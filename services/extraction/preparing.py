@@ -67,14 +67,20 @@ def planned(options: Options, tokenized: Tokenized, model: LeasedModel, **change
 
 
 def identity(options: Options, tokenized: Tokenized, plan: Plan, model: LeasedModel) -> dict[str, float]:
-    """Relative errors of the identity check on the plan's first batch; on the device's thread.
+    """Largest relative errors of the identity check on the plan's first batch; on the device's thread.
 
     Raises:
         IdentityFailed: a captured pair is no input and output of its MLP.
     """
     batch = plan.units[0].batches[0]
     ids, mask = map(torch.from_numpy, tokenized.sequences.padded(batch.indices, batch.length))
-    return identity_errors(model.model, model.family, options.hook_points, ids, mask)
+
+    def check(part: slice) -> dict[str, float]:
+        return identity_errors(model.model, model.family, options.hook_points, ids[part], mask[part])
+
+    device = next(model.model.parameters()).device.type
+    found = list(Pace().parts(len(ids), batch.length, check, device))
+    return {layer: max(errors[layer] for errors in found) for layer in found[0]}
 
 
 async def placed(options: Options, model: LeasedModel) -> tuple[Mode, LeasedModel]:
