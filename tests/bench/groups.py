@@ -128,6 +128,7 @@ def running(root: Path, megabytes: int, lens_count: int, budget: int, park: int)
         "LENSMESH_PARK_MEMORY_LIMIT": str(park),
         "LENSMESH_LOADS_PER_HOUR": "100000",
         "LENSMESH_MAX_RESIDENT_MODELS": "32",
+        "LENSMESH_PREDICTIVE_PRELOAD": "false",  # what is brought between a plan and its switch is not in the plan
     }
     with run_up(root / "state", environment=environment) as up:
         bench = Bench(up, HttpApi(up.mesh.gateway, up.mesh.token))
