@@ -1,6 +1,7 @@
 """Load, quantise, park, restore and switch, each against the floor of reading the same bytes.
 
     python -m tests.bench.residency [--megabytes 512] [--repeat 5]
+    python -m tests.bench.residency --cycles 100 [--curve memory.png]     # what loading and unloading leaves behind
 
 The floor is `safetensors.torch.load_file` plus a clone of every tensor; the fingerprint is timed apart.
 """
@@ -15,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -126,14 +128,64 @@ async def measure(path: Path, files: list[Path], repeat: int) -> list[tuple[str,
     return rows
 
 
+async def cycles(path: Path, count: int) -> list[float]:
+    """Resident MB of this process after each load, park, restore and unload; the first entry is before any."""
+    pool = Pool("cpu", 1 << 40, 1 << 40)
+    process = psutil.Process()
+    found = []
+    for quantization in ("none", "int8", "int4"):  # what is imported and allocated once is no leak
+        await pool.load("m", path, quantization)
+        await pool.unload("m")
+    for turn in range(count + 1):
+        found.append(process.memory_info().rss / 1e6)
+        if turn == count:
+            break
+        await pool.load("m", path, ("none", "int8", "int4")[turn % 3])
+        await pool.park("m")
+        await pool.restore("m")
+        await pool.unload("m")
+    await pool.close()
+    return found
+
+
+def draw(found: list[float], file: Path) -> None:
+    """The curve as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4))
+    axes.plot(found)
+    axes.axhspan(found[0] * 0.99, found[0] * 1.01, alpha=0.2, label="1 %")
+    axes.set(xlabel="loads and unloads", ylabel="resident MB", ylim=(0, max(found) * 1.2))
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def report_cycles(path: Path, count: int, curve: Path) -> None:
+    """Print the drift, and draw it."""
+    found = asyncio.run(cycles(path, count))
+    draw(found, curve)
+    drift = found[-1] / found[0] - 1
+    Console().print(
+        f"{found[0]:.1f} MB before, {found[-1]:.1f} MB after {count} cycles: {drift:+.2%}; at most {max(found):.1f} MB"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=512, help="size of the synthetic model")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each step; the fastest counts")
+    parser.add_argument("--cycles", type=int, default=0, help="only load and unload so often, and draw the memory")
+    parser.add_argument("--curve", type=Path, default=Path("memory.png"), help="where the picture goes")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
         synthetic(Path(folder), arguments.megabytes)
+        if arguments.cycles:
+            report_cycles(Path(folder), arguments.cycles, arguments.curve)
+            return
         files = sorted(Path(folder).glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
         rows = asyncio.run(measure(Path(folder), files, arguments.repeat))

@@ -118,3 +118,15 @@ def test_weights_that_do_not_fit_are_named() -> None:
             Transcoder(make().shape, good | {name: wrong})
     with pytest.raises(ValueError, match="b_dec: missing"):
         Transcoder(make().shape, {name: tensor for name, tensor in good.items() if name != "b_dec"})
+
+
+def test_its_weights_do_not_hang_on_the_file(tmp_path: Path) -> None:
+    """A mapping of a file that is cut short ends the process."""
+    transcoder, x = make(), torch.randn(20, 6)
+    transcoder.save(tmp_path)
+    loaded = Transcoder.load(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        opened.write(b"\0" * 64)
+    assert torch.equal(loaded(x), transcoder(x))
