@@ -34,7 +34,8 @@ def group(journey: Journey, step: Step) -> None:
     journey.say(f"cold load {cold:.3f} s, lens switch {step.figures['switch_seconds'] * 1000:.1f} ms (median)")
     _show(journey, readings)
     step.check(status["fully_loaded"], "the base and every lens are on the device")
-    step.check(step.figures["switch_seconds"] <= _MOST_SWITCH_SECONDS, "a resident lens is switched in 20 ms")
+    if journey.thresholds:
+        step.check(step.figures["switch_seconds"] <= _MOST_SWITCH_SECONDS, "a resident lens is switched in 20 ms")
     step.check([one["lens_id"] for one in readings] == lens_ids, "every lens reads the sentence")
     step.check(all(_says_something(one) for one in readings), "every lens says something about every token")
 

@@ -11,6 +11,7 @@ from services.kit.ids import new_id
 from services.kit.logs import get_logger
 from services.registry.domain import Caller, Place
 from services.registry.operations.turns import serving
+from services.registry.ports import Transaction
 
 if TYPE_CHECKING:
     from services.registry.operations.registry import Registry
@@ -28,7 +29,7 @@ class Foresight:
         self._last: OrderedDict[str, Place] = OrderedDict()
         self._foreseen: dict[str, Place] = {}
         self._steps: Counter[tuple[str, Place, Place]] = Counter()
-        self._moved: set[str] = set()
+        self._moved: dict[str, None] = {}
 
     def note(self, registry: Registry, caller: Caller, group_id: str, lens_id: str | None) -> None:
         """A user asked for a switch."""
@@ -44,7 +45,7 @@ class Foresight:
             self._foreseen.pop(gone, None)
         if before not in (None, here):
             self._steps[subject, before, here] += 1
-        self._moved.add(subject)
+        self._moved[subject] = None
 
     async def look_ahead(self, registry: Registry) -> None:
         """Keep the habits, and preload for those who moved what they are likely to want next.
@@ -53,7 +54,7 @@ class Foresight:
             LensmeshError: the database does not answer; what was not kept is kept in the next round.
         """
         steps, moved = self._steps, self._moved
-        self._steps, self._moved = Counter(), set()
+        self._steps, self._moved = Counter(), {}
         try:
             if steps:
                 async with registry.store.transaction() as tx:
@@ -61,11 +62,14 @@ class Foresight:
         except LensmeshError:
             self._steps += steps
             raise
-        for subject in sorted(moved)[:AT_ONCE]:
+        for subject in list(moved)[:AT_ONCE]:
             if (here := self._last.get(subject)) is None:
                 continue
             async with registry.store.transaction() as tx:
                 likely = await tx.habits.likely(subject, here)
+                if likely is not None and likely.group_id != here.group_id and not await _is_whole(tx, here.group_id):
+                    self._moved[subject] = None
+                    continue
             if likely is not None and self._last.get(subject) == here:
                 self._foreseen[subject] = likely
                 await _preload(registry, subject, likely)
@@ -78,6 +82,17 @@ class Foresight:
                 await self.look_ahead(registry)
             except LensmeshError as error:
                 get_logger("registry").warning("not looked ahead", reason=error.reason, error=error.message)
+
+
+async def _is_whole(tx: Transaction, group_id: str) -> bool:
+    """Whether a base is there with every lens that comes with it: until then the device's room is theirs."""
+    try:
+        group = await tx.groups.get(group_id)
+    except NotFound:
+        return True
+    copy = await serving(tx, group.model_id)
+    coming = [lens for lens in group.lenses if lens.error_code is None and not lens.activation_source_model_id]
+    return copy is not None and {lens.id for lens in coming} <= set(copy.lens_ids)
 
 
 async def _preload(registry: Registry, subject: str, likely: Place) -> None:
