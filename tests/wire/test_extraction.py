@@ -243,7 +243,8 @@ async def test_a_local_file_is_a_dataset_too(mesh: Mesh) -> None:
 async def test_a_wrong_field_is_named_and_nothing_started(mesh: Mesh, changes: dict[str, Any], field: str) -> None:
     for validate_only in (False, True):
         code, reason, fields = await refused(mesh.extract(**changes, validate_only=validate_only))
-        assert (code, reason, fields) == (grpc.StatusCode.INVALID_ARGUMENT, "VALIDATION_ERROR", [field])
+        expected = "DATASET_UNUSABLE" if field == "dataset_id" else "VALIDATION_ERROR"
+        assert (code, reason, fields) == (grpc.StatusCode.INVALID_ARGUMENT, expected, [field])
     assert (await mesh.stub.ListExtractions(pb.ListExtractionsRequest())).total == 0
 
 

@@ -67,7 +67,7 @@ async def test_a_stream_that_there_cannot_be_fails_the_training_with_its_reason(
     async with mesh.working():
         job = await mesh.create(source=LIVE)
         failed = await mesh.reached(job.id, pb.TRAINING_STATUS_COMPLETED, pb.TRAINING_STATUS_FAILED)
-    assert (failed.status, failed.error_code) == (pb.TRAINING_STATUS_FAILED, "VALIDATION_ERROR")
+    assert (failed.status, failed.error_code) == (pb.TRAINING_STATUS_FAILED, "DATASET_UNUSABLE")
     assert mesh.registry.ledger == {}
 
 

@@ -97,7 +97,7 @@ class RegisteredDatasets:
         try:
             digest, rows = await asyncio.to_thread(self._inspect, record)
         except DatasetError as error:
-            raise errors.Invalid.of("dataset_id", error.message) from error
+            raise _unusable("dataset_id", error) from error
         return Survey(digest=digest, size_bytes=row.size_bytes, rows=rows)
 
     async def tokenize(self, dataset_id: str, options: Options, tokenizer: Any, vocab_size: int) -> Tokenized:
@@ -106,9 +106,7 @@ class RegisteredDatasets:
         try:
             return await asyncio.to_thread(self._tokenize, record, options, tokenizer, vocab_size)
         except DatasetError as error:
-            raise errors.Invalid(
-                error.message, reason="DATASET_UNUSABLE", violations=[(error.field, error.message)]
-            ) from error
+            raise _unusable(error.field, error) from error
 
     async def _record(self, dataset_id: str) -> tuple[datasets_pb2.Dataset, DatasetRecord]:
         row = await self._catalogue.dataset(dataset_id)
@@ -158,3 +156,7 @@ class RegisteredDatasets:
         if options.max_tokens:
             sequences = sequences.limited(options.max_tokens, special_ids(tokenizer) if tokenizer is not None else ())
         return Tokenized(sequences, description)
+
+
+def _unusable(field: str, error: DatasetError) -> errors.Invalid:
+    return errors.Invalid(error.message, reason="DATASET_UNUSABLE", violations=[(field, error.message)])
