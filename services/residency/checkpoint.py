@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -37,6 +38,7 @@ MAX_HEADER = 100_000_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 _SMALLEST_READ = 64 * 1024
 _LARGEST_READ = 32 * 1024 * 1024
+_MAPPED_FROM = 64 * 1024
 
 
 class CheckpointError(ValueError):
@@ -172,13 +174,24 @@ def read_tensors(
             if stream is None or entry.file != opened:
                 stack.close()
                 stream, opened = stack.enter_context(FileIO(directory / entry.file)), entry.file
-            raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+            raw = _private(entry.nbytes)
             buffer = memoryview(raw.numpy())
             stream.seek(entry.start)
             for begin in range(0, entry.nbytes, step):
                 _fill(stream, buffer[begin : begin + step], entry)
                 on_bytes(min(step, entry.nbytes - begin))
             yield entry, raw.view(entry.dtype).reshape(entry.shape)
+
+
+def _private(nbytes: int) -> torch.Tensor:
+    """uint8 [nbytes]; large ones are mapped, so that what they took is free for others at once.
+
+    torch allocates aligned, and glibc leaves a hole behind each freed aligned block that the next one does not fit
+    into: a process that streams a model through such blocks may end up holding all of it.
+    """
+    if nbytes < _MAPPED_FROM:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 def _fill(stream: FileIO, buffer: memoryview, entry: Entry) -> None:
