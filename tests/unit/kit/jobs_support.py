@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+from services.kit import errors
 from services.kit.database import Database
 from services.kit.jobs import Claim, Handler, Job, JobStore, Worker
 from tests.support import eventually
@@ -36,11 +37,13 @@ def worker_of(store: JobStore, handler: Handler, kind: str = "count", **options:
 
 
 async def reached(store: JobStore, job: Job, state: str) -> Job:
-    """The job, as soon as it is in this state."""
+    """The job, as soon as it is in this state; a connection that was cut meanwhile is one look lost."""
 
     async def check() -> Job | None:
-        found = await store.get(job.id)
-        return found if found.state == state else None
+        with suppress(errors.Unavailable):
+            found = await store.get(job.id)
+            return found if found.state == state else None
+        return None
 
     return await eventually(check)
 
