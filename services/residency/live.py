@@ -16,13 +16,12 @@ from safetensors.torch import load
 from torch import Tensor
 
 from services.kit import status
+from services.kit.waiting import Backoff
 from services.residency.shards import RowBatch
 
 Call = Callable[[pb.StreamActivationsRequest], Iterable[pb.StreamActivationsResponse]]
 """`ExtractionServiceStub.StreamActivations` of a blocking channel, or what stands for it."""
 
-FIRST_WAIT: Final = 0.2
-LONGEST_WAIT: Final = 5.0
 PATIENCE_SECONDS: Final = 300.0
 """How long connections may fail, one after the other, without a message between them."""
 
@@ -52,7 +51,7 @@ class LiveRows:
         self._cursor = 0
         self._half = bytearray()
         self._failing_since: float | None = None
-        self._wait = FIRST_WAIT
+        self._backoff = Backoff(0.2, 5.0)
 
     @property
     def facts(self) -> pb.StreamedActivations:
@@ -152,7 +151,8 @@ class LiveRows:
             except grpc.RpcError as error:
                 self._broken(error)
                 continue
-            self._failing_since, self._wait = None, FIRST_WAIT
+            self._failing_since = None
+            self._backoff.reset()
             return message
 
     def _asked(self) -> pb.StreamActivationsRequest:
@@ -168,8 +168,7 @@ class LiveRows:
         if error.code() != grpc.StatusCode.UNAVAILABLE or now - since > PATIENCE_SECONDS:
             raise status.from_rpc_error(error) from error
         self._messages = None
-        time.sleep(self._wait)
-        self._wait = min(2 * self._wait, LONGEST_WAIT)
+        time.sleep(self._backoff.next())
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from services.registry.domain import Host, LensArtifact, Residency
 from services.registry.failures import insufficient_memory
 from services.registry.operations.lenses import bring
 from services.registry.operations.registry import Registry
+from services.registry.operations.turns import serving
 
 DEFAULT_SAMPLES = 64
 DEFAULT_NEW_TOKENS = 64
@@ -23,8 +24,7 @@ async def locate(registry: Registry, model_id: str) -> Residency:
         Conflict: it is nowhere.
     """
     async with registry.store.transaction() as tx:
-        copies = await tx.placement.of_model(model_id)
-        copy = next((copy for copy in copies if copy.state == "resident"), None)
+        copy = await serving(tx, model_id)
         if copy is not None:
             await tx.placement.touch(copy.model_id, copy.host_id)
             return copy

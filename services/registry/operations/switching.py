@@ -17,6 +17,7 @@ from services.registry.operations.lenses import restore_lenses, switch_lens
 from services.registry.operations.loading import bring_base, ensure_resident
 from services.registry.operations.registry import Registry
 from services.registry.operations.room import plan as plan_lens
+from services.registry.operations.turns import serving
 from services.registry.ports import Switched, Transaction
 
 
@@ -77,8 +78,7 @@ async def plan_switch(registry: Registry, group_id: str, lens_id: str | None) ->
         group = await tx.groups.get(group_id)
         if lens_id is not None:
             group.lens(lens_id)
-        copies = await tx.placement.of_model(group.model_id)
-        copy = next((copy for copy in copies if copy.state == "resident"), None)
+        copy = await serving(tx, group.model_id)
         if copy is not None:
             seconds = await tx.groups.switch_seconds(group_id, "within") or 0.0
     if copy is not None:
