@@ -27,7 +27,7 @@ from services.residency.lenses.extension import Extensions
 from services.residency.lenses.extension_files import attachable, read_manifest, retrained
 from services.residency.lines import Gone
 from services.residency.loading import LoadFailed, load_model
-from services.residency.memory import is_out_of_memory
+from services.residency.memory import is_out_of_memory, keep_freed
 
 KEY = "trained"
 ACTIONS: tuple[Action, ...] = get_args(Action)
@@ -35,6 +35,7 @@ ACTIONS: tuple[Action, ...] = get_args(Action)
 
 def run(start: Start, commands: queue.SimpleQueue[Do], send: Callable[[Done | Gone], object]) -> None:
     """Train until the service ends it; whatever is foreseen to go wrong is told as `Gone`."""
+    keep_freed()
     try:
         with translated.stored():
             _Member(start, Team(gang.rank(), len(start.ranks)), commands, send).serve()

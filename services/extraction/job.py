@@ -10,6 +10,7 @@ from typing import Any
 
 from services.extraction import preparing
 from services.extraction.compute import (
+    Buffers,
     Moments,
     Pace,
     Plan,
@@ -254,7 +255,12 @@ class _Meter:
 async def _fill(run: Filler, work: _Work, meter: _Meter | None) -> None:
     """Make units until none is left to lease; one is written while the next one is computed."""
     options, model = work.task.options, work.model
-    pace = preparing.pace(work.mode, options, model)
+    pace, memory = preparing.pace(work.mode, options, model), Buffers()
+
+    async def save(filler: UnitFiller, moments: Mapping[str, Moments]) -> None:
+        await run.save_unit(filler.unit, filler.tensors, moments)
+        filler.release()
+
     writing: asyncio.Task[None] | None = None
     try:
         while (index := await run.lease_unit()) is not None:
@@ -263,16 +269,17 @@ async def _fill(run: Filler, work: _Work, meter: _Meter | None) -> None:
                 meter.begin(unit)
             sequences, dtype = work.tokenized.sequences, DTYPES[options.dtype]
             filler = await asyncio.to_thread(
-                UnitFiller, sequences, work.plan, unit, options.hook_points, dtype, pace=pace
+                UnitFiller, sequences, work.plan, unit, options.hook_points, dtype, pace=pace, memory=memory
             )
             for batch in unit.batches:
                 await run.checkpoint()
                 rows = await model.run(filler.run, model.model, model.family, batch)
                 if meter is not None:
                     await meter.add(len(batch.indices), rows, pace)
+            moments = await model.run(filler.moments)
             if writing is not None:
                 await writing
-            writing = asyncio.create_task(run.save_unit(unit, filler.tensors, filler.moments))
+            writing = asyncio.create_task(save(filler, moments))
         if writing is not None:
             await writing
     finally:

@@ -14,6 +14,7 @@ from services.residency.layouts import Cut
 
 Take = Callable[[Tensor], Tensor]
 See = Callable[[Tensor], Tensor | None]
+Watch = Callable[[str, Tensor], None]
 
 
 class _Enough(Exception):
@@ -143,19 +144,39 @@ class Capture:
     def __init__(self, model: nn.Module, hook_points: Sequence[str]) -> None:
         self._model = model
         self._hook_points = tuple(dict.fromkeys(hook_points))
-        self._take: Take | None = None
+        self._seen: set[str] = set()
+        self._watcher: Watch | None = None
         self.tensors: dict[str, Tensor] = {}
         """What the latest forward pass left, by hook point, [B, S, d]; whoever runs the model itself reads this."""
 
     def _record(self, hook_point: str, tensor: Tensor) -> None:
-        if self._take is None:
+        if self._watcher is None:
             self.tensors[hook_point] = tensor
             return
-        # At once, not after the pass: some models go on to change a tensor in place.
-        with torch.inference_mode(False):
-            self.tensors[hook_point] = self._take(tensor)
-        if len(self.tensors) == len(self._hook_points):
+        self._watcher(hook_point, tensor)
+        self._seen.add(hook_point)
+        if len(self._seen) == len(self._hook_points):
             raise _Enough
+
+    def watch(self, input_ids: Tensor, attention_mask: Tensor | None, watcher: Watch) -> None:
+        """Forward one batch up to the deepest hook point.
+
+        Args:
+            input_ids: [B, S] int64.
+            attention_mask: [B, S], 1 on real tokens; None when all are.
+            watcher: is given each hook point's name and tensor, [B, S, d] in the model's dtype and on its device, the
+                moment it is there, in inference mode. It must copy what it keeps: some models go on to change a tensor
+                in place.
+        """
+        self._seen.clear()
+        self._watcher = watcher
+        try:
+            with torch.inference_mode():
+                self._model(**forward_arguments(input_ids, attention_mask))
+        except _Enough:
+            pass
+        finally:
+            self._watcher = None
 
     def run(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, take: Take = torch.clone
@@ -163,27 +184,22 @@ class Capture:
         """Forward one batch up to the deepest hook point.
 
         Args:
-            input_ids: [B, S] int64.
-            attention_mask: [B, S], 1 on real tokens; None when all are.
+            input_ids: as for `watch`.
+            attention_mask: as for `watch`.
             take: makes of each [B, S, d] tensor what is handed out, and must copy; for example a selection by mask. It
                 runs outside inference mode, so that what it returns may be saved for a backward pass.
 
         Returns:
             Hook point to tensor, in the order they were asked for; the model's dtype and device.
         """
-        self.tensors.clear()
-        self._take = take
-        try:
-            with torch.inference_mode():
-                self._model(**forward_arguments(input_ids, attention_mask))
-        except _Enough:
-            pass
-        finally:
-            self._take = None
-        try:
-            return {hook_point: self.tensors[hook_point] for hook_point in self._hook_points}
-        finally:
-            self.tensors.clear()
+        taken: dict[str, Tensor] = {}
+
+        def keep(hook_point: str, tensor: Tensor) -> None:
+            with torch.inference_mode(False):
+                taken[hook_point] = take(tensor)
+
+        self.watch(input_ids, attention_mask, keep)
+        return {hook_point: taken[hook_point] for hook_point in self._hook_points}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from services.kit import errors
 from services.residency.lines import Gone
-from services.residency.memory import is_out_of_memory
+from services.residency.memory import is_out_of_memory, keep_freed
 from services.residency.shards import CorruptCache
 from services.training import state_files
 from services.training.cache_rows import CacheRows
@@ -39,6 +39,7 @@ QUIET_SECONDS: Final = 0.2
 
 def run(start: Start, commands: queue.SimpleQueue[Command], send: Callable[[Message], object]) -> None:
     """Train, or make transcoders of a checkpoint; whatever is foreseen to go wrong is told as `Gone`."""
+    keep_freed()
     ranks = Ranks.joined()
     try:
         _Session(start, commands, send, ranks).run()

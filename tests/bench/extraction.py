@@ -27,9 +27,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.extraction.adapters.files import WorkFolder
-from services.extraction.compute import Moments, Plan, fill_units, make_plan
+from services.extraction.adapters.run import sums
+from services.extraction.compute import Moments, Plan, UnitFiller, fill_units, make_plan
 from services.extraction.compute.plan import TOKENS_AT_ONCE
 from services.residency.families import family_of, hook_points
+from services.residency.memory import keep_freed
 from services.residency.shards import Layout
 from services.residency.texts import Sequences
 
@@ -72,17 +74,16 @@ def extract(model: nn.Module, sequences: Sequences, plan: Plan, points: list[str
     work.open("")
     writing: Future | None = None
 
-    def write(unit: int, tensors: dict[str, torch.Tensor], moments: dict[str, Moments]) -> None:
-        sums: dict[str, torch.Tensor] = {}
-        for name, found in moments.items():
-            sums |= found.tensors(name)
-        work.write(unit, 1, tensors, sums)
+    def write(filled: UnitFiller, moments: dict[str, Moments]) -> None:
+        work.write(filled.unit.index, 1, filled.tensors, sums(moments))
+        filled.release()
 
     with ThreadPoolExecutor(1) as executor:
-        for unit, tensors, moments in fill_units(model, sequences, plan, hook_points=points, dtype=torch.float32):
+        for filled in fill_units(model, sequences, plan, hook_points=points, dtype=torch.float32):
+            moments = filled.moments()
             if writing is not None:
                 writing.result()
-            writing = executor.submit(write, unit.index, tensors, moments)
+            writing = executor.submit(write, filled, moments)
         if writing is not None:
             writing.result()
     work.discard()
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--nnsight", type=Path, help="python of an environment that has nnsight")
     told = parser.parse_args()
+    keep_freed()  # as the services do; the floor and the peers have it, too
     model = AutoModelForCausalLM.from_pretrained(told.model, dtype=torch.float32).eval()
     layers = model.config.num_hidden_layers
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from services.extraction.compute import UnitFiller
 from services.kit.artifacts import ArtifactStore
 from services.kit.database import Database
 from services.kit.events import EventLog
-from services.residency.shards import ShardReader
+from services.residency.shards import FileEntry, ShardReader
 from tests.support import eventually
 from tests.wire.extraction_support import DATASET, MODEL, Mesh, meshing
 from tests.wire.test_extraction import refused, texts
@@ -302,19 +302,19 @@ async def test_without_a_loaded_model_a_job_waits_or_fails_where_it_is_told_to(m
 async def test_a_full_disk_fails_the_job_and_leaves_nothing(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def full(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
         calls.append(path)
         if len(calls) > 3:
             path.write_bytes(b"half a shard")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(tensors, path)
+        return original(path, tensors)
 
-    original = files.save_file
-    monkeypatch.setattr(files, "save_file", full)
+    original = files.write_tensors
+    monkeypatch.setattr(files, "write_tensors", full)
     started = await mesh.extract()
     async with mesh.working():
         found = await mesh.ended(started.extraction_id)
     assert (found.status, found.error_code) == (pb.EXTRACTION_STATUS_FAILED, "CACHE_FULL")
     assert mesh.unfinished() == []
-    monkeypatch.setattr(files, "save_file", original)
+    monkeypatch.setattr(files, "write_tensors", original)
     assert (await mesh.extracted()).status == pb.EXTRACTION_STATUS_COMPLETED

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from services.extraction.adapters.tensor_files import write_tensors
 from services.residency.shards import FileEntry, file_digest
 
 
@@ -95,13 +96,6 @@ class WorkFolders:
         folder = WorkFolder(self._root, extraction_id)
         path = folder.moments(unit, fence) if sums else folder.shard(unit, fence)
         return path if path.is_file() else None
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """Write a safetensors file, flush it to the disk and hash it; the same tensors give the same bytes."""
-    save_file(dict(tensors), path)
-    _sync(path)
-    return FileEntry(path.name, path.stat().st_size, file_digest(path))
 
 
 def _sync(path: Path) -> None:

@@ -13,10 +13,11 @@ import asyncpg
 from torch import Tensor
 
 from services.extraction.adapters.caches import NewCache, PublishedCaches
-from services.extraction.adapters.files import WorkFolder, write_tensors
+from services.extraction.adapters.files import WorkFolder
 from services.extraction.adapters.metrics import ExtractionMetrics
 from services.extraction.adapters.postgres import QUERIES, finish_reused
 from services.extraction.adapters.remote import RemoteUnits
+from services.extraction.adapters.tensor_files import write_tensors
 from services.extraction.compute import Moments, Plan, Unit, merged
 from services.extraction.domain import ARTIFACT_KIND, EVENT_PREFIX, REUSED_MESSAGE, Cache, Options, Task
 from services.extraction.job_ports import Product

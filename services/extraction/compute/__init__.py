@@ -3,11 +3,14 @@
 for found in capture(model, [ids], ["blocks.2.mlp.hook_in"]): ...
 
 plan = make_plan(sequences, layout="rows", seed=0, batch_size=8, row_bytes=1024)
-for unit, tensors, moments in fill_units(model, sequences, plan, ["blocks.2.mlp.hook_in"], torch.float32): ...
+for filled in fill_units(model, sequences, plan, hook_points=["blocks.2.mlp.hook_in"], dtype=torch.float32):
+    save_file(filled.tensors, f"{filled.unit.index}.safetensors")
+    filled.release()
 """
 
 from __future__ import annotations
 
+from services.extraction.compute.buffers import Buffers
 from services.extraction.compute.capture import capture, identity_errors, paired_layers
 from services.extraction.compute.moments import Moments
 from services.extraction.compute.pace import Pace, bytes_at_work
@@ -16,6 +19,7 @@ from services.extraction.compute.tables import hook_point_entries, merged, seque
 from services.extraction.compute.unit import UnitFiller, fill_units
 
 __all__ = [
+    "Buffers",
     "Moments",
     "Pace",
     "Plan",

@@ -46,32 +46,16 @@ def _captured(
 ) -> Iterator[dict[str, Tensor]]:
     device = next(model.parameters()).device
     for batch in batches:
-        ids, mask = batch if isinstance(batch, tuple) else (batch, None)
-        chosen = None if mask is None or bool(mask.all()) else mask.flatten().nonzero().flatten().to(device)
-        yield capture_tokens(model, family, hook_points, ids=ids, mask=mask, chosen=chosen)
+        ids, mask = (part.to(device) for part in batch) if isinstance(batch, tuple) else (batch.to(device), None)
+        chosen = None if mask is None or bool(mask.all()) else mask.flatten().nonzero().flatten()
 
+        def take(tensor: Tensor, chosen: Tensor | None = chosen) -> Tensor:
+            flat = tensor.flatten(0, 1)
+            return flat.clone() if chosen is None else flat.index_select(0, chosen)
 
-def capture_tokens(
-    model: nn.Module,
-    family: Family,
-    hook_points: Sequence[str],
-    *,
-    ids: Tensor,
-    mask: Tensor | None,
-    chosen: Tensor | None,
-) -> dict[str, Tensor]:
-    """One batch: hook point to [tokens, d], the `chosen` rows (int64) of the flattened batch, or all of them.
-
-    `ids` and `mask` are [B, S].
-    """
-    device = next(model.parameters()).device
-
-    def take(tensor: Tensor) -> Tensor:
-        flat = tensor.flatten(0, 1)
-        return flat.clone() if chosen is None else flat.index_select(0, chosen)
-
-    with capture_hooks(model, family, hook_points) as hooks:
-        return hooks.run(ids.to(device), None if mask is None else mask.to(device), take=take)
+        with capture_hooks(model, family, hook_points) as hooks:
+            found = hooks.run(ids, mask, take=take)
+        yield found
 
 
 def paired_layers(hook_points: Sequence[str]) -> list[Layer]:

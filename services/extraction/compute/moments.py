@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ROWS = 256
-"""Rows converted at once: their float64 copy stays in the processor's cache."""
+_NUMBERS = 128 * 1024
+"""Converted at once: their float64 copy stays in the processor's cache."""
 
 
 @dataclass(slots=True)
@@ -33,15 +33,18 @@ class Moments:
         zeros = torch.zeros(width, dtype=torch.float64)
         return cls(0, zeros, zeros.clone(), torch.zeros(1, dtype=torch.float64))
 
-    def add(self, rows: Tensor) -> None:
-        """Count `rows`, [N, d] on the CPU."""
-        for part in rows.split(_ROWS):
-            wide = part.double()
+    def add(self, rows: Tensor, count: int | None = None) -> None:
+        """Sum up `rows`, [N, d] on the CPU, of which `count` are any and the others are zeros; all, if None."""
+        size = max(1, _NUMBERS // rows.shape[-1])
+        squares = torch.zeros(min(size, len(rows)), rows.shape[-1], dtype=torch.float64)
+        held = torch.empty_like(squares)
+        for part in rows.split(size):
+            wide = held[: len(part)].copy_(part)
             self.total += wide.sum(0)
-            squares = wide.square_()
-            self.squares += squares.sum(0)
-            self.norms += squares.sum(1).sqrt().sum()
-        self.count += len(rows)
+            squares[: len(part)].addcmul_(wide, wide)
+            self.norms += torch.linalg.vector_norm(wide, dim=1).sum()
+        self.squares += squares.sum(0)
+        self.count += len(rows) if count is None else count
 
     def merge(self, other: Moments) -> None:
         """Count another's rows too; the order of merges decides the last bits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -9,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from services.extraction.compute.capture import capture_tokens
+from services.extraction.compute.buffers import Buffers
 from services.extraction.compute.moments import Moments
 from services.extraction.compute.pace import Pace
 from services.extraction.compute.plan import Plan, Unit
 from services.residency.families import Family, family_of
+from services.residency.hooks import capture_hooks
 from services.residency.shuffle import permutation
 from services.residency.texts import Batch, Sequences
 
@@ -80,7 +82,6 @@ class UnitFiller:
 
     Attributes:
         unit: which one.
-        moments: of the rows so far, by hook point, as they are stored.
     """
 
     def __init__(
@@ -92,15 +93,15 @@ class UnitFiller:
         dtype: torch.dtype,
         *,
         pace: Pace | None = None,
+        memory: Buffers | None = None,
     ) -> None:
         self.unit = unit
-        self.moments: dict[str, Moments] = {}
         self._sequences = sequences
-        self._counted = plan.counted
-        self._max_length = plan.max_length
+        self._plan = plan
         self._hook_points = tuple(hook_points)
         self._dtype = dtype
         self._pace = pace or Pace()
+        self._memory = memory or Buffers()
         self._places: _Places = _Rows(plan, unit) if plan.layout == "rows" else _Grid(plan, unit)
         self._buffers: dict[str, Tensor] = {}
         self._filled = 0
@@ -109,18 +110,32 @@ class UnitFiller:
         """Forward one batch of the unit and keep its counted rows; returns how many they are."""
         ids, mask = map(torch.from_numpy, self._sequences.padded(batch.indices, batch.length))
         counted = self._counted_of(batch)
+        places = self._places.take(batch, ids, counted)
         device = next(model.parameters()).device
 
-        def forward(part: slice) -> dict[str, Tensor]:
+        def forward(part: slice) -> None:
+            low, rows = int(counted[: part.start].sum()), int(counted[part].sum())
+            where = places[low : low + rows]
             chosen = None if bool(counted[part].all()) else counted[part].flatten().nonzero().flatten().to(device)
-            return capture_tokens(model, family, self._hook_points, ids=ids[part], mask=mask[part], chosen=chosen)
+            on_the_way: dict[str, Tensor] = {}
 
-        parts = list(self._pace.parts(len(ids), batch.length, forward, device.type))
-        places = self._places.take(batch, ids, counted)
-        for name in parts[0]:
-            found = [self._flat(part[name]).to("cpu", self._dtype) for part in parts]
-            # Rows are summed as one batch, however many parts it ran in: the grouping decides the sums' last bits.
-            self._keep(name, found[0] if len(found) == 1 else torch.cat(found), places)
+            def see(name: str, tensor: Tensor) -> None:
+                flat = tensor.flatten(0, 1)
+                taken = self._flat(flat if chosen is None else flat.index_select(0, chosen))
+                if device.type == "cpu":
+                    self._keep(name, taken, where)
+                else:
+                    on_the_way[name] = _pinned(taken, self._dtype)
+
+            with capture_hooks(model, family, self._hook_points) as hooks:
+                hooks.watch(ids[part].to(device), mask[part].to(device), see)
+            if on_the_way:
+                torch.cuda.synchronize(device)
+            for name, taken in on_the_way.items():
+                self._keep(name, taken, where)
+
+        for _ in self._pace.parts(len(ids), batch.length, forward, device.type):
+            pass
         self._filled += len(places)
         return len(places)
 
@@ -129,42 +144,60 @@ class UnitFiller:
         """The shard's tensors, as services.residency.shards describes them."""
         assert self._filled == self.unit.rows, f"{self._filled} of {self.unit.rows} rows are there"
         shaped = {name: buffer.view(*self._places.shape, -1) for name, buffer in self._buffers.items()}
-        return shaped | self._places.tables()
+        return {name: shaped[name] for name in self._hook_points} | self._places.tables()
+
+    def moments(self) -> dict[str, Moments]:
+        """Of the unit's rows as they are stored, by hook point: the same however its batches were split."""
+        found = {}
+        for name in self._hook_points:
+            buffer = self._buffers[name]
+            found[name] = Moments.empty(buffer.shape[-1])
+            found[name].add(buffer, self._filled)
+        return found
+
+    def release(self) -> None:
+        """Give the tensors' memory to the next unit; nobody may read them any more."""
+        self._memory.give_back(self._buffers.values())
+        self._buffers = {}
 
     def _flat(self, rows: Tensor) -> Tensor:
         """[N, d]; the keys of a pattern, [N, heads, keys], are padded with zeros to the longest sequence's."""
         if rows.dim() == 2:
             return rows
-        return nn.functional.pad(rows, (0, self._max_length - rows.shape[-1])).flatten(1)
+        return nn.functional.pad(rows, (0, self._plan.max_length - rows.shape[-1])).flatten(1)
 
     def _keep(self, name: str, rows: Tensor, places: Tensor) -> None:
         if name not in self._buffers:
-            width = rows.shape[-1]
-            self.moments[name] = Moments.empty(width)
-            self._buffers[name] = torch.zeros(int(np.prod(self._places.shape)), width, dtype=self._dtype)
-        self.moments[name].add(rows)
-        self._buffers[name].index_copy_(0, places, rows)
+            buffer = self._memory.take((math.prod(self._places.shape), rows.shape[-1]), self._dtype)
+            # Layout `sequences` has places that no row takes.
+            self._buffers[name] = buffer.zero_() if self._plan.layout == "sequences" else buffer
+        self._buffers[name].index_copy_(0, places, rows.to(self._dtype))
 
     def _counted_of(self, batch: Batch) -> Tensor:
         counted = torch.zeros(len(batch.indices), batch.length, dtype=torch.bool)
         for row, index in enumerate(batch.indices):
             low, high = self._sequences.offsets[index : index + 2]
-            counted[row, : high - low] = torch.from_numpy(self._counted[low:high])
+            counted[row, : high - low] = torch.from_numpy(self._plan.counted[low:high])
         return counted
+
+
+def _pinned(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in memory that the GPU writes to by itself; it is there once the device is synchronized."""
+    return torch.empty(rows.shape, dtype=dtype, pin_memory=True).copy_(rows, non_blocking=True)
 
 
 def fill_units(
     model: nn.Module, sequences: Sequences, plan: Plan, *, hook_points: Sequence[str], dtype: torch.dtype
-) -> Iterator[tuple[Unit, dict[str, Tensor], dict[str, Moments]]]:
-    """Each unit of the plan with its shard's tensors and its moments by hook point.
+) -> Iterator[UnitFiller]:
+    """Each unit of the plan, filled; `release` it once its tensors are written, and its memory is used again.
 
     Raises:
         UnknownHookPoint: a hook point does not exist in this model.
         UnsupportedModel: the model is of no known layout.
     """
-    family = family_of(model)
+    family, memory = family_of(model), Buffers()
     for unit in plan.units:
-        filler = UnitFiller(sequences, plan, unit, hook_points, dtype)
+        filler = UnitFiller(sequences, plan, unit, hook_points, dtype, memory=memory)
         for batch in unit.batches:
             filler.run(model, family, batch)
-        yield unit, filler.tensors, filler.moments
+        yield filler

@@ -125,7 +125,7 @@ def test_another_dataset_seed_or_batch_is_another_plan(ragged):
 def test_the_sequences_are_permuted_and_so_are_the_rows(ragged, gpt2):
     plan = plan_of(ragged)
     assert np.concatenate([unit.sequences for unit in plan.units]).tolist() != list(range(len(ragged)))
-    _, tensors, _ = next(fill_units(gpt2, ragged, plan, hook_points=[X], dtype=torch.float32))
+    tensors = next(fill_units(gpt2, ragged, plan, hook_points=[X], dtype=torch.float32)).tensors
     assert (tensors["seq"].diff() == 0).float().mean() < 0.1
 
 
@@ -149,7 +149,8 @@ def batches_again(sequences, plan):
 def test_every_row_leads_back_to_its_token_and_gives_the_same_bits_again(gpt2, ragged, layout):
     plan = plan_of(ragged, layout)
     values, place_of = {X: {}, Y: {}}, set()
-    for _, tensors, _ in fill_units(gpt2, ragged, plan, hook_points=[X, Y], dtype=torch.float32):
+    for filled in fill_units(gpt2, ragged, plan, hook_points=[X, Y], dtype=torch.float32):
+        tensors = filled.tensors
         if layout == "rows":
             where = torch.stack([tensors["seq"], tensors["pos"]], 1).tolist()
             token, flat = tensors["tok"].tolist(), {name: tensors[name] for name in (X, Y)}
@@ -189,7 +190,8 @@ def test_every_row_leads_back_to_its_dataset_row_token_and_characters(gpt2, pack
     plan = plan_of(sequences, layout)
     tables = {name: tensor.numpy() for name, tensor in sequence_tensors(sequences, plan).items()}
     seen = set()
-    for _, tensors, _ in fill_units(gpt2, sequences, plan, hook_points=[X], dtype=torch.float32):
+    for filled in fill_units(gpt2, sequences, plan, hook_points=[X], dtype=torch.float32):
+        tensors = filled.tensors
         if layout == "rows":
             places = torch.stack([tensors[name] for name in ("tok", "seq", "pos")], 1).tolist()
         else:
@@ -221,18 +223,18 @@ def test_a_batch_that_does_not_fit_is_split_and_keeps_its_bits(gpt2, most):
 
     model.register_forward_pre_hook(limited, with_kwargs=True)
     pace = Pace()
-    for unit, tensors, moments in fill_units(gpt2, sequences, plan, hook_points=[X, Y], dtype=torch.float32):
-        filler = UnitFiller(sequences, plan, unit, [X, Y], torch.float32, pace=pace)
-        for batch in unit.batches:
+    for whole in fill_units(gpt2, sequences, plan, hook_points=[X, Y], dtype=torch.float32):
+        filler = UnitFiller(sequences, plan, whole.unit, [X, Y], torch.float32, pace=pace)
+        for batch in whole.unit.batches:
             passes.clear()
             filler.run(model, family_of(model), batch)
             assert sum(count for count, _ in passes) == len(batch.indices)
             assert {length for _, length in passes} == {batch.length}
             assert all(shape.numel() > 30 for shape in passes if len(passes) > 1)
             halved.append(pace.halved)
-        assert all(torch.equal(tensor, filler.tensors[name]) for name, tensor in tensors.items())
-        assert filler.moments[X].count == moments[X].count
-        torch.testing.assert_close(filler.moments[X].squares, moments[X].squares, rtol=1e-14, atol=0)
+        assert all(torch.equal(tensor, filler.tensors[name]) for name, tensor in whole.tensors.items())
+        sums = filler.moments()[X].tensors("")
+        assert all(torch.equal(tensor, sums[name]) for name, tensor in whole.moments()[X].tensors("").items())
     assert halved[0] > 0
     assert halved[len(halved) // 2] == halved[-1], "it remembers what fitted"
 
@@ -265,7 +267,8 @@ def test_patterns_of_all_lengths_lie_in_one_table():
     pattern, k = "blocks.2.attn.hook_pattern", "blocks.2.attn.hook_k"
     model, sequences = models.tiny("llama"), sequences_of([5, 9, 3, 9])
     plan = plan_of(sequences, batch_size=2)
-    (_, tensors, _), *more = fill_units(model, sequences, plan, hook_points=[pattern, k], dtype=torch.float32)
+    filled, *more = fill_units(model, sequences, plan, hook_points=[pattern, k], dtype=torch.float32)
+    tensors = filled.tensors
     assert not more
     assert tensors[k].shape == (plan.tokens, 32)
     weights = tensors[pattern].unflatten(1, (4, plan.max_length))
@@ -279,12 +282,12 @@ def test_patterns_of_all_lengths_lie_in_one_table():
 def test_statistics_are_those_of_the_stored_rows(gpt2, ragged, dtype):
     plan = plan_of(ragged)
     filled = list(fill_units(gpt2, ragged, plan, hook_points=[X, Y], dtype=dtype))
-    assert all(tensors[X].dtype == dtype for _, tensors, _ in filled)
-    whole = merged(moments for _, _, moments in filled)
+    assert all(unit.tensors[X].dtype == dtype for unit in filled)
+    whole = merged(unit.moments() for unit in filled)
     entries = {entry.name: entry for entry in hook_point_entries(whole)}
     statistics = statistics_tensors(whole)
     for name, site in ((X, "mlp_in"), (Y, "mlp_out")):
-        rows = torch.cat([tensors[name] for _, tensors, _ in filled]).double()
+        rows = torch.cat([unit.tensors[name] for unit in filled]).double()
         torch.testing.assert_close(statistics[f"{name}.mean"], rows.mean(0), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(statistics[f"{name}.second_moment"], rows.square().mean(0), rtol=1e-12, atol=1e-12)
         assert entries[name].site == site
@@ -307,6 +310,21 @@ def test_moments_survive_their_tensors():
 def test_a_unit_has_the_same_bits_whenever_it_is_run(gpt2, ragged, layout):
     plan = plan_of(ragged, layout)
     first, again = (list(fill_units(gpt2, ragged, plan, hook_points=[X, Y], dtype=torch.float32)) for _ in range(2))
-    for (_, one, moments), (_, two, other) in zip(first, again, strict=True):
-        assert all(torch.equal(one[name], two[name]) for name in one)
-        assert all(torch.equal(moments[name].squares, other[name].squares) for name in moments)
+    for one, two in zip(first, again, strict=True):
+        tensors, moments = two.tensors, two.moments()
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in one.tensors.items())
+        assert all(torch.equal(found.squares, moments[name].squares) for name, found in one.moments().items())
+
+
+@pytest.mark.parametrize("layout", ["rows", "sequences"])
+def test_memory_that_a_written_unit_gives_back_holds_the_next_one_and_nothing_of_the_first(gpt2, ragged, layout):
+    plan = plan_of(ragged, layout)
+    kept = list(fill_units(gpt2, ragged, plan, hook_points=[X, Y], dtype=torch.float32))
+    places = set()
+    for one, filled in zip(kept, fill_units(gpt2, ragged, plan, hook_points=[X, Y], dtype=torch.float32), strict=True):
+        tensors = filled.tensors
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in one.tensors.items())
+        places |= {tensors[X].data_ptr(), tensors[Y].data_ptr()}
+        filled.release()
+    assert len(kept) > 1
+    assert len(places) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -118,3 +119,31 @@ async def test_a_child_that_the_kernel_ended_for_memory_ran_out_of_it(monkeypatc
 def test_the_numbers_of_a_refusal_are_in_gb():
     refused = insufficient_memory(14_100_000_000, 5_200_000_000)
     assert refused.metadata == {"required_memory_gb": 14.1, "available_memory_gb": 5.2}
+
+
+REUSED = """
+import resource
+import torch
+from services.residency import memory
+
+def passes():
+    faults = []
+    for _ in range(20):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        # Like a forward pass: two tensors live at once, of some megabytes each.
+        first = torch.ones(3 * 2**20); second = first + 1
+        del first, second
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return faults
+
+memory.keep_freed()
+print(sorted(passes()[10:])[5], memory.give_back("cpu"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the C library of Linux")
+def test_a_forward_pass_takes_the_memory_that_the_one_before_it_freed_and_an_unload_returns_it():
+    done = subprocess.run([sys.executable, "-c", REUSED], capture_output=True, text=True, check=True)
+    faults, returned = map(int, done.stdout.split())
+    assert faults < 300, "24 MiB are 6,144 pages"
+    assert returned > 20 * 2**20
