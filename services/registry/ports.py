@@ -330,17 +330,31 @@ class Transaction(Protocol):
     async def enqueue_preload(self, job_id: str, payload: Mapping[str, Any], subject: str) -> None:
         """Queue the job that preloads a group."""
 
-    async def enqueue_switch(self, job_id: str, payload: Mapping[str, Any], subject: str) -> int:
-        """Queue the job that switches to another group, behind those of users who have fewer waiting; its place.
+    async def enqueue_switch(self, job_id: str, payload: Mapping[str, Any], subject: str) -> None:
+        """Queue the job that switches to another group, behind those of users who have fewer waiting.
 
         Jobs whose payloads name the same `host_id` take turns.
         """
+
+    async def switch_turns(self, host_id: str) -> Sequence[Turn]:
+        """Switches of a host that run or wait, the next one first."""
 
     async def job_outcome(self, job_id: str) -> tuple[str, LensmeshError]:
         """A job's state, and why it failed or was cancelled, when it did."""
 
     async def counted(self) -> Counted:
         """Figures for metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A switch between groups that runs or waits."""
+
+    job_id: str
+    group_id: str
+    lens_id: str | None
+    position: int
+    """Its place; 1 is next or running."""
 
 
 class Store(Protocol):

@@ -433,13 +433,13 @@ async def test_every_mode_gives_the_same_bytes_and_safe_runs_fewer_sequences_at_
     mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uris, sizes = set[str](), dict[int, set[int]]()
-    run = Capture.run
+    watch = Capture.watch
 
     def counted(self: Capture, input_ids: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         sizes[mode].add(len(input_ids))
-        return run(self, input_ids, *arguments, **options)
+        return watch(self, input_ids, *arguments, **options)
 
-    monkeypatch.setattr(Capture, "run", counted)
+    monkeypatch.setattr(Capture, "watch", counted)
     for mode in (pb.EXTRACTION_MODE_FULL, pb.EXTRACTION_MODE_SAFE, pb.EXTRACTION_MODE_CPU, pb.EXTRACTION_MODE_AUTO):
         sizes[mode] = set()
         done = await mesh.extracted(mode=mode, batch_size=16)

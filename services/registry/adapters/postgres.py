@@ -21,16 +21,16 @@ from services.registry.adapters.rows.models import PostgresModels
 from services.registry.adapters.rows.placement import PostgresPlacement
 from services.registry.domain import Counted, Model
 from services.registry.failures import load_failure
-from services.registry.ports import Answered
+from services.registry.ports import Answered, Turn
 
 LOAD_KIND = "model_load"
 PRELOAD_KIND = "group_preload"
 SWITCH_KIND = "group_switch"
 
 _WAITING_OF_USER = "SELECT count(*) FROM jobs WHERE kind = $1 AND state = 'queued' AND created_by = $2"
-_PLACE = """
-SELECT count(*) FROM jobs
-WHERE kind = $1 AND lane = $3 AND (state IN ('running', 'finalizing') OR state = 'queued' AND priority >= $2)
+_TURNS = """
+SELECT id, payload, row_number() OVER (ORDER BY state = 'queued', priority DESC, run_at, created_at, id) AS position
+FROM jobs WHERE kind = $1 AND lane = $2 AND state IN ('queued', 'running', 'finalizing') ORDER BY position
 """
 
 
@@ -62,13 +62,16 @@ class PostgresTransaction:
         """Queue the job that preloads a group; its own events are `preload:…` of the job."""
         await self._enqueue(PRELOAD_KIND, "preload", job_id, payload, subject, about={"group_id": payload["group_id"]})
 
-    async def enqueue_switch(self, job_id: str, payload: Mapping[str, Any], subject: str) -> int:
+    async def enqueue_switch(self, job_id: str, payload: Mapping[str, Any], subject: str) -> None:
         """Queue the job that switches to another group; a user's second waits behind every other user's first."""
-        lane = payload["host_id"]
         mine = await self._conn.fetchval(_WAITING_OF_USER, SWITCH_KIND, subject)
-        about = {"group_id": payload["group_id"]}
+        about, lane = {"group_id": payload["group_id"]}, payload["host_id"]
         await self._enqueue(SWITCH_KIND, "switch", job_id, payload, subject, about=about, priority=-mine, lane=lane)
-        return await self._conn.fetchval(_PLACE, SWITCH_KIND, -mine, lane)
+
+    async def switch_turns(self, host_id: str) -> list[Turn]:
+        """Switches of a host that run or wait, the next one first."""
+        rows = await self._conn.fetch(_TURNS, SWITCH_KIND, host_id)
+        return [Turn(row["id"], row["payload"]["group_id"], row["payload"]["lens_id"], row["position"]) for row in rows]
 
     async def _enqueue(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import dropwhile
 from typing import Any
 
 from services.kit.errors import Conflict
@@ -18,7 +19,7 @@ from services.registry.operations.loading import bring_base, ensure_resident
 from services.registry.operations.registry import Registry
 from services.registry.operations.room import plan as plan_lens
 from services.registry.operations.turns import serving
-from services.registry.ports import Switched, Transaction
+from services.registry.ports import Switched, Transaction, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +56,16 @@ async def switch(registry: Registry, caller: Caller, group_id: str, lens_id: str
     if all(placement.required_bytes > placement.host.budget_bytes for placement in plan.placements):
         raise does_not_fit(plan, registry.limits.max_resident_models)
     job_id = new_id("job")
-    payload = {"group_id": group_id, "model_id": group.model_id, "lens_id": lens_id, "host_id": _target(plan)}
+    host_id = _target(plan)
+    payload = {"group_id": group_id, "model_id": group.model_id, "lens_id": lens_id, "host_id": host_id}
     async with registry.store.transaction() as tx:
-        position = await tx.enqueue_switch(job_id, payload, caller.subject)
-        facts = {"group_id": group_id, "lens_id": lens_id, "kind": "cross", "task_id": job_id}
+        await tx.enqueue_switch(job_id, payload, caller.subject)
         leaving = [asdict(eviction) for eviction in plan.best.evictions] if plan.best is not None else []
-        await tx.emit("group:switching", group_id, {**facts, "position": position, "evictions": leaving})
+        own, *behind = await _from(tx, host_id, job_id)
+        await _announce(tx, [own], evictions=leaving)
+        await _announce(tx, behind)
     registry.foresight.note(registry, caller, group_id, lens_id)
-    return Queued(job_id, position, seconds, plan)
+    return Queued(job_id, own.position, seconds, plan)
 
 
 async def plan_switch(registry: Registry, group_id: str, lens_id: str | None) -> tuple[LoadPlan | None, float]:
@@ -95,6 +98,8 @@ async def run_switch(registry: Registry, lease: LoadLease) -> dict[str, Any]:
     """
     start = time.perf_counter()
     group_id, lens_id = lease.payload["group_id"], lease.payload["lens_id"]
+    async with lease.commit() as tx:  # whoever was before it has ended: the others are one place further
+        await _announce(tx, (await _from(tx, lease.payload["host_id"], lease.id))[1:])
     async with registry.store.transaction() as tx:
         group = await tx.groups.get(group_id)
         beside = await _company(tx, group, lens_id)
@@ -105,6 +110,19 @@ async def run_switch(registry: Registry, lease: LoadLease) -> dict[str, Any]:
     await lease.unless_stopped(restore_lenses(registry, copy.model_id, copy.host_id))
     switched = await switch_lens(registry, group_id, lens_id, began=start)
     return {"group_id": group_id, "lens_id": lens_id, "device": copy.device, "seconds": switched.seconds}
+
+
+async def _from(tx: Transaction, host_id: str, job_id: str) -> Sequence[Turn]:
+    """A switch and those that take their turns behind it."""
+    turns = await tx.switch_turns(host_id)
+    return list(dropwhile(lambda turn: turn.job_id != job_id, turns))
+
+
+async def _announce(tx: Transaction, turns: Sequence[Turn], **more: Any) -> None:
+    """Tell everybody the places of switches."""
+    for turn in turns:
+        facts = {"group_id": turn.group_id, "lens_id": turn.lens_id, "kind": "cross", "task_id": turn.job_id}
+        await tx.emit("group:switching", turn.group_id, {**facts, "position": turn.position, **more})
 
 
 def _target(plan: LoadPlan) -> str:

@@ -62,6 +62,43 @@ async def test_every_revision_can_be_taken_back_alone(empty_database_url: str) -
         assert await _shape(dsn) == shape, f"the way back to {revision} leaves something else"
 
 
+_ROWS = """
+INSERT INTO models (id, name, model_type, source, model_identifier, created_by, status, wanted)
+VALUES ('m_1', 'm', 'gpt2', 'local', 'm', 'u', 'ready', true),
+    ('m_2', 'm', 'gpt2', 'local', 'm', 'u', 'unloaded', true);
+INSERT INTO datasets (id, name, source, identifier, split, text_field, size_bytes, created_by)
+VALUES ('ds_1', 'd', 'inline', '', 'train', 'text', 3, 'u');
+INSERT INTO dataset_texts (dataset_id, ordinal, text) VALUES ('ds_1', 0, 'abc');
+INSERT INTO hosts (host_id, incarnation, address, device, kind, total_bytes, budget_bytes, services)
+VALUES ('h_1', 'i', 'a', 'cpu', 'cpu', 100, 80, '{registry}');
+INSERT INTO residencies (model_id, host_id, state, quantization, required_bytes, charge_bytes)
+VALUES ('m_1', 'h_1', 'resident', 'none', 10, 10), ('m_2', 'h_1', 'parked', 'none', 10, 0);
+INSERT INTO groups (id, name, model_id, active_lens_id, created_by, exclusive)
+VALUES ('g_1', 'g', 'm_1', 'l_1', 'u', true);
+INSERT INTO lenses (id, group_id, kind, created_by)
+VALUES ('l_1', 'g_1', 'text_lens', 'u'), ('l_2', 'g_1', 'tuned_lens', 'u');
+INSERT INTO lens_residencies (lens_id, model_id, host_id, charge_bytes, state)
+VALUES ('l_1', 'm_1', 'h_1', 2, 'here'), ('l_2', 'm_1', 'h_1', 0, 'leaving');
+"""
+
+
+async def test_the_way_back_and_forth_keeps_what_the_registry_knows(empty_database_url: str) -> None:
+    dsn = empty_database_url
+    await migrate.upgrade(dsn)
+    conn = await asyncpg.connect(dsn)
+    await conn.execute(_ROWS)
+    kept = "SELECT id, status, wanted FROM models ORDER BY id", "SELECT id, kind, group_id FROM lenses ORDER BY id"
+    before = [await conn.fetch(query) for query in kept]
+    await migrate.downgrade(dsn, "0002_registry")
+    assert [await conn.fetch(query) for query in kept] == before
+    assert await conn.fetchval("SELECT state FROM residencies WHERE model_id = 'm_1'") == "resident"
+    await migrate.upgrade(dsn)
+    assert [await conn.fetch(query) for query in kept] == before
+    assert await conn.fetchval("SELECT text FROM dataset_texts") == "abc"
+    assert await conn.fetchval("SELECT sum(charge_bytes) FROM residencies JOIN hosts USING (host_id)") == 10
+    await conn.close()
+
+
 async def test_two_processes_that_migrate_at_once_take_turns(empty_database_url: str) -> None:
     code = f"import asyncio; from services.kit import migrate; asyncio.run(migrate.upgrade({empty_database_url!r}))"
     processes = [await asyncio.create_subprocess_exec(sys.executable, "-c", code) for _ in range(2)]
