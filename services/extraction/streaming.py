@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from services.extraction import preparing
-from services.extraction.compute import Plan, Unit, UnitFiller
+from services.extraction.compute import Buffers, Plan, Unit, UnitFiller
 from services.extraction.domain import Mode, Options, WantedStream
 from services.extraction.job_ports import LeasedModel, Models
 from services.extraction.ports import Catalogue, Datasets, Place, Places, Tokenized
@@ -149,6 +149,7 @@ class _Rows:
         self._unit_bytes = unit_bytes
         self._longest = int(tokenized.sequences.lengths.max())
         self._row_bytes = row_bytes(options, model.facts, self._longest)
+        self._memory = Buffers()
         self._first: Plan | None = None
 
     async def facts(self, model_digest: str, by_handle: bool) -> Facts:
@@ -166,17 +167,22 @@ class _Rows:
         )
 
     async def blocks(self, cursor: int, end: int) -> AsyncGenerator[_Block]:
-        """From the block that holds row `cursor` up to the one that holds the last row before `end`; 0 is never."""
+        """From the block that holds row `cursor` up to the one that holds the last row before `end`; 0 is never.
+
+        Whoever asks for the next block has read the last one: its memory is used again.
+        """
         size = max(1, min(BLOCK_BYTES, self._unit_bytes) // (self._row_bytes + TABLE_BYTES))
         async with aclosing(one_ahead(self._units(cursor, end))) as units:
-            async for first, tensors in units:
+            async for first, unit in units:
+                tensors = unit.tensors
                 skipped = max(0, cursor - first) // size * size
                 until = min(len(tensors["tok"]), end - first) if end else len(tensors["tok"])
                 for low in range(skipped, until, size):
                     yield _Block(first + low, {name: tensor[low : low + size] for name, tensor in tensors.items()})
+                unit.release()
 
-    async def _units(self, cursor: int, end: int) -> AsyncGenerator[tuple[int, Mapping[str, Tensor]]]:
-        """First row and tensors of every unit that holds rows from `cursor` to `end`."""
+    async def _units(self, cursor: int, end: int) -> AsyncGenerator[tuple[int, UnitFiller]]:
+        """First row and filled unit, for all that hold rows from `cursor` to `end`."""
         rows_per_pass = (await self._plan(0)).tokens
         number = cursor // rows_per_pass
         first = number * rows_per_pass
@@ -190,13 +196,15 @@ class _Rows:
                 first += unit.rows
             number += 1
 
-    async def _filled(self, plan: Plan, unit: Unit) -> Mapping[str, Tensor]:
+    async def _filled(self, plan: Plan, unit: Unit) -> UnitFiller:
         options, model = self._options, self._model
         sequences, dtype = self._tokenized.sequences, DTYPES[options.dtype]
-        filler = await asyncio.to_thread(UnitFiller, sequences, plan, unit, options.hook_points, dtype, pace=self._pace)
+        filler = await asyncio.to_thread(
+            UnitFiller, sequences, plan, unit, options.hook_points, dtype, pace=self._pace, memory=self._memory
+        )
         for batch in unit.batches:
             await model.run(filler.run, model.model, model.family, batch)
-        return filler.tensors
+        return filler
 
     async def _plan(self, number: int) -> Plan:
         """Of one pass; the first is asked for more than once."""

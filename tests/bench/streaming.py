@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,12 +27,11 @@ import numpy as np
 import torch
 from lensmesh.extraction.v1 import extraction_pb2 as pb
 from lensmesh.extraction.v1 import extraction_pb2_grpc
-from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from services.extraction import streaming
 from services.extraction.adapters.places import StagedPlaces
-from services.extraction.compute import Plan, Unit
+from services.extraction.compute import Buffers, Plan, Unit
 from services.extraction.domain import BaseModel, Survey
 from services.extraction.ports import Tokenized
 from services.extraction.servicer import ExtractionServicer
@@ -40,6 +39,7 @@ from services.kit.artifacts import ArtifactStore
 from services.kit.channels import OPTIONS, SERVER_OPTIONS
 from services.residency.families import facts, family_of
 from services.residency.live import LiveRows
+from services.residency.memory import keep_freed
 from tests.bench.extraction import random_sequences
 
 WIDTH, LENGTH, BATCH = 768, 256, 4096
@@ -84,14 +84,20 @@ class Ready:
         return BaseModel(model_id, "gpt2", "x", "", "ready", "none", self._config, 1, WIDTH, LENGTH, 1, 8)
 
 
-async def filled(self: Any, plan: Plan, unit: Unit) -> Mapping[str, Tensor]:
-    """New tensors of a unit, as large as a forward pass would leave."""
+class Filled:
+    """A unit as large as a forward pass would leave, in memory that units take over from one another, too."""
 
-    def make() -> dict[str, Tensor]:
-        made = {name: torch.full((unit.rows, WIDTH), 0.5) for name in self._options.hook_points}
-        return made | {name: torch.zeros(unit.rows, dtype=torch.int32) for name in ("tok", "seq", "pos")}
+    def __init__(self, memory: Buffers, hook_points: Sequence[str], rows: int) -> None:
+        self.memory = memory
+        self.points = {name: memory.take((rows, WIDTH), torch.float32).fill_(0.5) for name in hook_points}
+        self.tensors = self.points | {name: torch.zeros(rows, dtype=torch.int32) for name in ("tok", "seq", "pos")}
 
-    return await asyncio.to_thread(make)
+    def release(self) -> None:
+        self.memory.give_back(self.points.values())
+
+
+async def filled(self: Any, plan: Plan, unit: Unit) -> Filled:
+    return await asyncio.to_thread(Filled, self._memory, self._options.hook_points, unit.rows)
 
 
 async def serve(root: Path, tell: Connection) -> None:
@@ -107,6 +113,7 @@ async def serve(root: Path, tell: Connection) -> None:
 
 
 def child(root: Path, tell: Connection) -> None:
+    keep_freed()
     torch.set_num_threads(1)
     with patch.object(streaming._Rows, "_filled", filled):
         asyncio.run(serve(root, tell))

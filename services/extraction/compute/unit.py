@@ -168,7 +168,8 @@ class UnitFiller:
 
     def _keep(self, name: str, rows: Tensor, places: Tensor) -> None:
         if name not in self._buffers:
-            buffer = self._memory.take((math.prod(self._places.shape), rows.shape[-1]), self._dtype)
+            with torch.inference_mode(False):  # whoever trains on it may need it in a backward pass
+                buffer = self._memory.take((math.prod(self._places.shape), rows.shape[-1]), self._dtype)
             # Layout `sequences` has places that no row takes.
             self._buffers[name] = buffer.zero_() if self._plan.layout == "sequences" else buffer
         self._buffers[name].index_copy_(0, places, rows.to(self._dtype))

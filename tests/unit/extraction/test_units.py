@@ -325,6 +325,7 @@ def test_memory_that_a_written_unit_gives_back_holds_the_next_one_and_nothing_of
         tensors = filled.tensors
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in one.tensors.items())
         places |= {tensors[X].data_ptr(), tensors[Y].data_ptr()}
+        assert not tensors[X].is_inference(), "it may be trained on"
         filled.release()
     assert len(kept) > 1
     assert len(places) == 2
