@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -87,8 +88,12 @@ async def test_a_backend_that_is_down_is_503(tmp_path: Path) -> None:
 async def test_a_backend_that_comes_back_is_found_again(mesh: Mesh) -> None:
     assert (await mesh.http.get("/api/animals/7", headers=mesh.bearer())).status_code == 200
     await mesh.backend.stop(None)
-    assert (await mesh.http.get("/api/animals/7", headers=mesh.bearer())).status_code == 503
-    again, _, _ = await serve_zoo(mesh.zoo, mesh.settings, mesh.settings.backends["zoo.v1"])
+    host, _, port = mesh.settings.backends["zoo.v1"].rpartition(":")
+    with socket.socket() as nobody:  # keeps the port from servers of other tests; it refuses connections
+        nobody.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        nobody.bind((host, int(port)))
+        assert (await mesh.http.get("/api/animals/7", headers=mesh.bearer())).status_code == 503
+        again, _, _ = await serve_zoo(mesh.zoo, mesh.settings, mesh.settings.backends["zoo.v1"])
     while (await mesh.http.get("/api/animals/7", headers=mesh.bearer())).status_code == 503:
         pass
     assert (await mesh.http.get("/readyz")).status_code == 200
