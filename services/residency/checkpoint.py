@@ -12,8 +12,9 @@ import math
 import mmap
 import os
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
@@ -159,7 +160,7 @@ def read_headers(directory: Path) -> list[Entry]:
 def read_tensors(
     directory: Path, entries: Sequence[Entry], on_bytes: Callable[[int], None]
 ) -> Iterator[tuple[Entry, torch.Tensor]]:
-    """The tensors in turn, each in its own private CPU memory.
+    """The tensors in turn, each in its own private CPU memory; some of the next ones are read meanwhile.
 
     Args:
         directory: where the entries' files lie.
@@ -171,18 +172,43 @@ def read_tensors(
         OSError: it cannot be read.
     """
     step = max(_SMALLEST_READ, min(_LARGEST_READ, sum(entry.nbytes for entry in entries) // 20))
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="read") as readers, ExitStack() as stack:
-        opened, stream = "", None
-        for entry in entries:
-            if stream is None or entry.file != opened:
-                stack.close()
-                stream, opened = stack.enter_context(FileIO(directory / entry.file)), entry.file
-            raw = _private(entry.nbytes)
-            buffer = memoryview(raw.numpy())
-            for begin in range(0, entry.nbytes, step):
-                _fill(readers, stream, buffer[begin : begin + step], entry.start + begin, entry)
-                on_bytes(min(step, entry.nbytes - begin))
-            yield entry, raw.view(entry.dtype).reshape(entry.shape)
+    readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(FileIO(directory / name)) for name in {entry.file for entry in entries}}
+        stack.callback(readers.shutdown, cancel_futures=True)  # before the files are closed
+        coming = deque[_Coming]()
+        left, ahead = iter(entries), 0
+        while True:
+            while ahead < _READERS * step and (entry := next(left, None)):
+                coming.append(_begin(readers, files[entry.file], entry, step))
+                ahead += entry.nbytes
+            if not coming:
+                return
+            found = coming.popleft()
+            for part in found.parts:
+                on_bytes(part.result())
+            ahead -= found.entry.nbytes
+            yield found.entry, found.raw.view(found.entry.dtype).reshape(found.entry.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """A tensor that is being read."""
+
+    entry: Entry
+    raw: torch.Tensor
+    parts: list[Future[int]]
+    """How many bytes each of them reads."""
+
+
+def _begin(readers: ThreadPoolExecutor, stream: FileIO, entry: Entry, step: int) -> _Coming:
+    """Several threads read: most of the time goes into pages that are touched first."""
+    raw = _private(entry.nbytes)
+    buffer, starts = memoryview(raw.numpy()), range(0, entry.nbytes, step)
+    parts = [
+        readers.submit(_read, stream.fileno(), buffer[low : low + step], entry.start + low, entry) for low in starts
+    ]
+    return _Coming(entry, raw, parts)
 
 
 def _private(nbytes: int) -> torch.Tensor:
@@ -196,21 +222,11 @@ def _private(nbytes: int) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
-def _fill(readers: ThreadPoolExecutor, stream: FileIO, buffer: memoryview, start: int, entry: Entry) -> None:
-    """Read all of the buffer, in parts side by side: most of the time goes into pages that are touched first."""
-    share = max(_SMALLEST_READ, math.ceil(len(buffer) / _READERS))
-    parts = [
-        readers.submit(_read, stream.fileno(), buffer[low : low + share], start + low, entry)
-        for low in range(0, len(buffer), share)
-    ]
-    wait(parts)  # all of them, before the file may be closed
-    for part in parts:
-        part.result()
-
-
-def _read(file: int, buffer: memoryview, start: int, entry: Entry) -> None:
-    while len(buffer):
-        count = os.preadv(file, [buffer], start)
+def _read(file: int, buffer: memoryview, start: int, entry: Entry) -> int:
+    left = buffer
+    while left:
+        count = os.preadv(file, [left], start)
         if not count:
             raise CheckpointError(f"{entry.file} is truncated inside {entry.name[:100]!r}")
-        buffer, start = buffer[count:], start + count
+        left, start = left[count:], start + count
+    return len(buffer)

@@ -77,7 +77,9 @@ _laying_out = _LayingOut()
 def _without_memory(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
     if not _laying_out.active or parameter is None or parameter.is_meta:
         return None
-    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    laid_out = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    laid_out._is_hf_initialized = True  # transformers then draws no first weights for it
+    return laid_out
 
 
 register_module_parameter_registration_hook(_without_memory)

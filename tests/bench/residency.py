@@ -49,16 +49,35 @@ def synthetic(path: Path, megabytes: int) -> None:
     tokenizer().save_pretrained(path)
 
 
-async def best(repeat: int, work: Callable[[], Awaitable[object]], after: Callable[[], Awaitable[object]]) -> float:
-    """Shortest seconds of `work`, with `after` untimed behind each; freed memory is the system's again before it."""
-    seconds = []
-    for _ in range(repeat):
-        give_back("cpu")
-        start = time.perf_counter()
-        await work()
-        seconds.append(time.perf_counter() - start)
-        await after()
-    return min(seconds)
+class Rounds:
+    """Times each step in turns with the floor, so that a machine's moods meet both; freed memory is returned before."""
+
+    def __init__(self, pool: Pool, files: list[Path], repeat: int) -> None:
+        self._pool, self._files, self._repeat = pool, files, repeat
+        self.floors: list[float] = []
+        self.rows: list[tuple[str, float, float]] = []
+        """Step, median seconds, median of the rounds' ratios to the floor."""
+
+    async def add(
+        self, name: str, work: Callable[[], Awaitable[object]], after: Callable[[], Awaitable[object]]
+    ) -> None:
+        """Measure `work`, with `after` untimed behind each."""
+        seconds, ratios = [], []
+        for _ in range(self._repeat):
+            bare = await timed(lambda: self._pool.run(floor, self._files))
+            seconds.append(await timed(work))
+            ratios.append(seconds[-1] / bare)
+            self.floors.append(bare)
+            await after()
+        self.rows.append((name, statistics.median(seconds), statistics.median(ratios)))
+
+
+async def timed(work: Callable[[], Awaitable[object]]) -> float:
+    """Seconds of `work` in a process that holds no freed memory."""
+    give_back("cpu")
+    start = time.perf_counter()
+    await work()
+    return time.perf_counter() - start
 
 
 def floor(files: list[Path]) -> list[torch.Tensor]:
@@ -84,15 +103,16 @@ def lens(folder: Path, width: int, seed: int) -> Spec:
     return Spec(f"lens-{seed}", "transcoder", folder)
 
 
-async def measure(path: Path, files: list[Path], repeat: int) -> list[tuple[str, float]]:
+async def measure(path: Path, files: list[Path], repeat: int) -> list[tuple[str, float, float]]:
     pool = Pool("cpu", 1 << 40, 1 << 40)
-    rows = [("floor: load_file and clone", await best(repeat, lambda: pool.run(floor, files), nothing))]
+    rounds = Rounds(pool, files, repeat)
 
     async def reading(quantization: str) -> None:
         await pool.run(load_model, path, quantization)
 
+    await reading("none")  # imports
     for quantization in ("none", "int8", "int4"):
-        rows.append((f"weights as {quantization}", await best(repeat, lambda q=quantization: reading(q), nothing)))
+        await rounds.add(f"weights as {quantization}", lambda q=quantization: reading(q), nothing)
 
     async def load() -> None:
         await pool.load("m", path, "none")
@@ -106,28 +126,31 @@ async def measure(path: Path, files: list[Path], repeat: int) -> list[tuple[str,
                 kept = cache.find("digest", quantization, "cpu")
                 await pool.run(lambda: fill(prepare(path, quantization), "cpu", lambda done, total: None, kept))
 
-            rows.append((f"{quantization} from the disk cache", await best(repeat, again, nothing)))
-    rows.append(("pool.load: weights, fingerprint, tokenizer", await best(repeat, load, lambda: pool.unload("m"))))
+            await rounds.add(f"{quantization} from the disk cache", again, nothing)
+    await rounds.add("pool.load: weights, fingerprint, tokenizer", load, lambda: pool.unload("m"))
     resident = await pool.load("m", path, "none")
-    rows.append(("fingerprint", await best(repeat, lambda: pool.run(fingerprint, resident.base.model), nothing)))
-    rows.append(("park", await best(repeat, lambda: pool.park("m"), lambda: pool.restore("m"))))
+    await rounds.add("fingerprint", lambda: pool.run(fingerprint, resident.base.model), nothing)
+    await rounds.add("park", lambda: pool.park("m"), lambda: pool.restore("m"))
     await pool.park("m")
-    rows.append(
-        ("restore, fingerprint included", await best(repeat, lambda: pool.restore("m"), lambda: pool.park("m")))
-    )
+    await rounds.add("restore, fingerprint included", lambda: pool.restore("m"), lambda: pool.park("m"))
+
+    async def across(old: str, new: str) -> None:
+        await pool.park(old)
+        await pool.restore(new)
+
+    await pool.load("n", path, "none")
+    await rounds.add("switch to another group", lambda: across("n", "m"), lambda: across("m", "n"))
+    await pool.unload("n")
     await pool.restore("m")
+    bare = statistics.median(rounds.floors)
     with tempfile.TemporaryDirectory() as folder:
         specs = [lens(Path(folder) / str(seed), resident.base.facts.hidden_size, seed) for seed in (1, 2)]
-        rows.append(
-            (
-                "attach a lens",
-                await best(1, lambda: pool.attach("m", specs[0]), lambda: pool.attach("m", specs[1])),
-            )
-        )
-    switches = [await pool.switch("m", specs[turn % 2].lens_id) for turn in range(100)]
-    rows.append(("switch within the group, median", statistics.median(switches)))
+        attached = [await timed(lambda one=one: pool.attach("m", one)) for one in specs]
+        rounds.rows.append(("attach a lens", min(attached), min(attached) / bare))
+    switch = statistics.median([await pool.switch("m", specs[turn % 2].lens_id) for turn in range(100)])
+    rounds.rows.append(("switch within the group", switch, switch / bare))
     await pool.close()
-    return rows
+    return [("floor: load_file and clone", bare, 1.0), *rounds.rows]
 
 
 async def cycles(path: Path, count: int) -> list[float]:
@@ -178,7 +201,7 @@ def report_cycles(path: Path, count: int, curve: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=512, help="size of the synthetic model")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each step; the fastest counts")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds of each step; the median counts")
     parser.add_argument("--cycles", type=int, default=0, help="only load and unload so often, and draw the memory")
     parser.add_argument("--curve", type=Path, default=Path("memory.png"), help="where the picture goes")
     arguments = parser.parse_args()
@@ -192,8 +215,8 @@ def main() -> None:
         size = sum(file.stat().st_size for file in files)
         rows = asyncio.run(measure(Path(folder), files, arguments.repeat))
     table = Table("step", "seconds", "of the floor", title=f"{size / 1e6:.0f} MB of bfloat16 weights, CPU")
-    for name, seconds in rows:
-        table.add_row(name, f"{seconds:.4f}", f"{seconds / rows[0][1]:.2f}")
+    for name, seconds, ratio in rows:
+        table.add_row(name, f"{seconds:.4f}", f"{ratio:.2f}")
     Console().print(table)
 
 
