@@ -11,7 +11,7 @@ from typing import Any
 from services.kit import errors
 from services.residency.families import FAMILIES, SITES
 from services.residency.gang import CUDA_CONTEXT_BYTES
-from services.residency.lenses.selection import BLOCK_ELEMENTS
+from services.residency.lenses.selection import block_rows
 from services.residency.shards import CorruptCache, ShardReader
 from services.training.compute.config import ConfigError, TrainConfig
 from services.training.domain import BaseModel, Cache, CoderSpec, Plan, Sites, Training, Wanted
@@ -117,7 +117,8 @@ def memory_bytes(plan: Plan, widths: Mapping[str, int], device: str) -> int:
         kept += 4 * weights * _FLOAT
         rows = config.batch_size // plan.devices
         width = 2 * d_in + (2 * len(config.groups) + 3) * d_out + 16 * config.shape.top_k
-        work = max(work, (rows * width + BLOCK_ELEMENTS) * _FLOAT)
+        block = block_rows(config.dict_size) * config.dict_size
+        work = max(work, (rows * width + block) * _FLOAT)
     return kept + work + (CUDA_CONTEXT_BYTES if device.startswith("cuda") else 0)
 
 

@@ -13,6 +13,11 @@ from services.residency.lenses.codes import Codes
 ACTIVATIONS = ("topk", "batch_topk", "jumprelu")
 BLOCK_ELEMENTS = 4 * 1024 * 1024
 """Pre-activations held at once; 16 MiB in float32. Larger blocks gain nothing, and the allocator returns them."""
+_FEWEST_ROWS = 256
+"""But never fewer rows: each block reads the whole weight, which is slower than multiplying a few rows by it."""
+_CACHED_LATENTS = 512
+"""On a CPU, latents that a block is multiplied by at once: their weights stay in its cache. Measured against the whole
+weight at once: 1.2 times as fast for 16,384 latents of width 256, 1.4 times for 36,864 of width 2304."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +29,21 @@ class Encoder:
 
     def blocks(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first row, pre-activations [rows, D]) over x [N, d_in]. A block is overwritten by the next one."""
-        step = max(1, BLOCK_ELEMENTS // len(self.weight))
+        step = block_rows(len(self.weight))
         buffer = x.new_empty(min(step, len(x)), len(self.weight))
+        latents = _CACHED_LATENTS if x.device.type == "cpu" else len(self.weight)
+        pieces = list(zip(self.bias.split(latents), self.weight.split(latents), strict=True))
         for start in range(0, len(x), step):
             part = x[start : start + step]
-            yield start, torch.addmm(self.bias, part, self.weight.T, out=buffer[: len(part)])
+            pre = buffer[: len(part)]
+            for (bias, weight), out in zip(pieces, pre.split(latents, dim=1), strict=True):
+                torch.addmm(bias, part, weight.T, out=out)
+            yield start, pre
+
+
+def block_rows(dict_size: int) -> int:
+    """Rows whose dense pre-activations are held at once."""
+    return max(_FEWEST_ROWS, BLOCK_ELEMENTS // dict_size)
 
 
 def largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
