@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_NUMBERS = 128 * 1024
+_NUMBERS = 256 * 1024
 """Converted at once: their float64 copy stays in the processor's cache."""
 
 
@@ -35,15 +35,17 @@ class Moments:
 
     def add(self, rows: Tensor, count: int | None = None) -> None:
         """Sum up `rows`, [N, d] on the CPU, of which `count` are any and the others are zeros; all, if None."""
-        size = max(1, _NUMBERS // rows.shape[-1])
-        squares = torch.zeros(min(size, len(rows)), rows.shape[-1], dtype=torch.float64)
-        held = torch.empty_like(squares)
+        size = min(len(rows), max(1, _NUMBERS // rows.shape[-1]))
+        total, squares = torch.zeros(2, size, rows.shape[-1], dtype=torch.float64)  # columns are summed up once
+        norms, held = torch.zeros(size, dtype=torch.float64), torch.empty_like(total)
         for part in rows.split(size):
             wide = held[: len(part)].copy_(part)
-            self.total += wide.sum(0)
+            total[: len(part)] += wide
             squares[: len(part)].addcmul_(wide, wide)
-            self.norms += torch.linalg.vector_norm(wide, dim=1).sum()
+            norms[: len(part)] += torch.linalg.vector_norm(wide, dim=1)
+        self.total += total.sum(0)
         self.squares += squares.sum(0)
+        self.norms += norms.sum()
         self.count += len(rows) if count is None else count
 
     def merge(self, other: Moments) -> None:
