@@ -39,6 +39,7 @@ def start_training(
     cache: Annotated[str, typer.Option(help="Activation cache to train from.")] = "",
     dataset: Annotated[str, typer.Option(help="Dataset to extract from first; instead of --cache.")] = "",
     live: Annotated[bool, typer.Option("--live", help="With --dataset: compute it while training.")] = False,
+    split: Annotated[bool, typer.Option("--split", help="With --live: spread the model over --devices.")] = False,
     dict_size: Annotated[int, typer.Option(help="Latents; 16 times the width when 0.")] = 0,
     group_sizes: Annotated[str, typer.Option(help="Increments of the nested groups, comma-separated.")] = "",
     top_k: Annotated[int | None, typer.Option(help="Active latents per token; dict_size / 200 when left out.")] = None,
@@ -50,7 +51,7 @@ def start_training(
     """Train one Matryoshka transcoder per layer; the bar shows FVU."""
     with session(as_json) as to:
         source: dict[str, Any] = {"cache_id": cache} if cache else {"dataset_id": dataset}
-        source |= {"live": True} if live else {}
+        source |= {name: True for name, given in (("live", live), ("split", split)) if given}
         job = to.api.call(
             "CreateTrainingJob",
             model_id=model_id,

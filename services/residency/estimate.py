@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,26 +94,36 @@ def laid_out(
     Raises:
         LoadFailed: a shape in the files is not the config's.
     """
-    linear = linear_modules(model) if quantization in ("int8", "int4") else {}
-    dtype_of = target_dtypes(model, dtype)
-    weights = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    state = 0
-    for name, numel in _parameters(model, entries):
-        path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and path in linear:
-            weights += weight_bytes(quantization, numel)
-            state += state_bytes(quantization, *_features(linear[path]), device)
-        else:
-            weights += numel * dtype_of(name).itemsize
+    sizes = [found for _, *found in tensor_bytes(model, entries, quantization, dtype, device)]
     known = facts(model.config.to_dict())
     converted = quantization != "none"
     return Estimate(
-        weights=weights,
-        quantization_state=state,
+        weights=sum(weights for weights, _ in sizes),
+        quantization_state=sum(state for _, state in sizes),
         activations=activation_bytes(known, dtype.itemsize, known.model_batch_size),
         overhead=(max((entry.nbytes for entry in entries), default=0) if converted else 0)
         + (DEVICE_CONTEXT if device.startswith("cuda") else 0),
     )
+
+
+def tensor_bytes(
+    model: PreTrainedModel, entries: Sequence[Entry], quantization: str, dtype: torch.dtype, device: str
+) -> Iterator[tuple[str, int, int]]:
+    """Name, bytes and bytes of quantization state of every buffer and parameter with memory of its own.
+
+    Arguments and errors are those of `laid_out`.
+    """
+    for name, buffer in model.named_buffers():
+        yield name, buffer.numel() * buffer.element_size(), 0
+    linear = linear_modules(model) if quantization in ("int8", "int4") else {}
+    dtype_of = target_dtypes(model, dtype)
+    for name, numel in _parameters(model, entries):
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and path in linear:
+            state = state_bytes(quantization, *_features(linear[path]), device)
+            yield name, weight_bytes(quantization, numel), state
+        else:
+            yield name, numel * dtype_of(name).itemsize, 0
 
 
 def _features(module: nn.Module) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from services.kit import errors
@@ -37,6 +38,18 @@ def translated(error: BaseException) -> errors.LensmeshError | None:
         hint = ": what is free is in pieces; a restart of the board helps" if is_fragmented(error) else ""
         return errors.Exhausted(f"the device ran out of memory{hint}", reason="DEVICE_OOM", transient=True)
     return known
+
+
+@contextmanager
+def for_callers() -> Iterator[None]:
+    """Whatever `translated` knows is raised as that."""
+    try:
+        yield
+    except Exception as error:
+        known = translated(error)
+        if known is None or known is error:
+            raise
+        raise known from error
 
 
 def _by_type(error: BaseException) -> errors.LensmeshError | None:

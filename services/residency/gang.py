@@ -48,11 +48,16 @@ def program(module: str, devices: Sequence[str]) -> tuple[str, ...]:
 
     Args:
         module: its process calls `die_with_parent` first and trains inside of `joined`.
-        devices: `cpu`, or how CUDA_VISIBLE_DEVICES names a GPU.
+        devices: of each process: `cpu`, or how CUDA_VISIBLE_DEVICES names a GPU, or several.
     """
     if len(devices) == 1:
         return (sys.executable, "-m", module)
     return (sys.executable, "-m", __name__, module, *devices)
+
+
+def sight(devices: str) -> dict[str, str]:
+    """The environment of a process that has these devices and sees no other."""
+    return {"CUDA_VISIBLE_DEVICES": "" if devices == "cpu" else devices}
 
 
 def die_with_parent() -> None:
@@ -155,7 +160,7 @@ def _environments(devices: Sequence[str], meeting: Path) -> dict[int, Mapping[st
             "LOCAL_WORLD_SIZE": str(len(devices)),
             "GLOO_SOCKET_IFNAME": "lo",
             "NCCL_SOCKET_IFNAME": "lo",
-            "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device,
+            **sight(device),
             MEETING: str(meeting),
             LAUNCHER: str(os.getpid()),
         }

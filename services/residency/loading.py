@@ -34,6 +34,8 @@ PART = ":"
 """Between the path of a quantised module and the name of its part, in files that `fill` reads as `quantized`."""
 Progress = Callable[[int, int], None]
 """Told (bytes read, bytes in all); what it raises ends the load."""
+Where = Callable[[str], str]
+"""The torch device of a tensor or module by its path in the model."""
 
 
 class LoadFailed(ValueError):
@@ -209,12 +211,12 @@ def prepare(directory: Path, quantization: str) -> Prepared:
     return Prepared(model, directory, quantization, dtype, entries, assign_names(model, entries))
 
 
-def fill(prepared: Prepared, device: str, progress: Progress, quantized: Path | None = None) -> PreTrainedModel:
+def fill(prepared: Prepared, device: str | Where, progress: Progress, quantized: Path | None = None) -> PreTrainedModel:
     """Read the weights; each is converted or quantised and placed before the next is read. Any thread may do this.
 
     Args:
         prepared: not used again afterwards.
-        device: torch device of the weights.
+        device: torch device of the weights, or of each by its name.
         progress: see `Progress`; called at least every 5 % of the bytes.
         quantized: the same weights as `DiskCache` kept them, read instead of the model's own files.
 
@@ -224,18 +226,19 @@ def fill(prepared: Prepared, device: str, progress: Progress, quantized: Path | 
         MemoryError, torch.OutOfMemoryError: it does not fit.
     """
     model = prepared.model
-    placed = _read_quantized(prepared, device, progress, quantized) if quantized else _read(prepared, device, progress)
+    where: Where = (lambda _: device) if isinstance(device, str) else device
+    placed = _read_quantized(prepared, where, progress, quantized) if quantized else _read(prepared, where, progress)
     missing = {name for name, _ in model.named_parameters(remove_duplicate=False) if name not in placed}
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     _require_complete(model)
     for path, buffer in list(model.named_buffers()):
-        _place(model, path, buffer.to(device))
+        _place(model, path, buffer.to(where(path)))
     for parameter in model.parameters():
         parameter.requires_grad_(requires_grad=False)
     return model.eval()
 
 
-def _read(prepared: Prepared, device: str, progress: Progress) -> set[str]:
+def _read(prepared: Prepared, where: Where, progress: Progress) -> set[str]:
     """Place the stored weights, converted or quantised; the names that have theirs now."""
     model = prepared.model
     quantized = linear_modules(model) if prepared.quantization in ("int8", "int4") else {}
@@ -244,16 +247,15 @@ def _read(prepared: Prepared, device: str, progress: Progress) -> set[str]:
         for name in names:
             path, _, leaf = name.rpartition(".")
             if leaf == "weight" and path in quantized:
-                replace_linear(
-                    model, path, tensor, quantization=prepared.quantization, dtype=prepared.dtype, device=device
-                )
+                form = {"quantization": prepared.quantization, "dtype": prepared.dtype, "device": where(path)}
+                replace_linear(model, path, tensor, **form)
             else:
                 wanted = dtype_of(name) if tensor.is_floating_point() else tensor.dtype
-                _place(model, name, tensor.to(device=device, dtype=wanted))
+                _place(model, name, tensor.to(device=where(name), dtype=wanted))
     return set(prepared.assigned)
 
 
-def _read_quantized(prepared: Prepared, device: str, progress: Progress, file: Path) -> set[str]:
+def _read_quantized(prepared: Prepared, where: Where, progress: Progress, file: Path) -> set[str]:
     """Place weights that were quantised before; the names that have theirs now."""
     model, entries = prepared.model, read_header(file)
     wanted = Counter(entry.name.partition(PART)[0] for entry in entries if PART in entry.name)
@@ -261,11 +263,11 @@ def _read_quantized(prepared: Prepared, device: str, progress: Progress, file: P
     for entry, tensor in read_tensors(file.parent, entries, _adding_up(entries, progress)):
         path, _, part = entry.name.partition(PART)
         if not part:
-            _place(model, path, tensor.to(device))
+            _place(model, path, tensor.to(where(path)))
             continue
         parts[path][part] = tensor
         if len(parts[path]) == wanted[path]:
-            form = {"quantization": prepared.quantization, "dtype": prepared.dtype, "device": device}
+            form = {"quantization": prepared.quantization, "dtype": prepared.dtype, "device": where(path)}
             put_back(model, path, parts.pop(path), **form)
     return {entry.name for entry in entries if PART not in entry.name} | {f"{path}.weight" for path in wanted}
 

@@ -82,6 +82,7 @@ async def started(kind: type[S], module: str, devices: Sequence[str], threads: i
         env={
             "OMP_WAIT_POLICY": "PASSIVE",
             **os.environ,
+            **(gang.sight(devices[0]) if len(devices) == 1 else {}),
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": str(threads),
         },

@@ -18,6 +18,7 @@ from services.kit.jobs import Claim
 from services.kit.server import Context, Part, Servicer
 from services.residency.catalogue import Catalogue
 from services.residency.hosts import Hosts
+from services.residency.operations import MADE
 from services.training.adapters.datasets import RegisteredTexts
 from services.training.adapters.exchange import ExchangeStore, ForeignFolders
 from services.training.adapters.judged import ClaimedEvaluation
@@ -27,6 +28,7 @@ from services.training.adapters.postgres import PostgresStore
 from services.training.adapters.processes import Processes
 from services.training.adapters.residency import PooledModels
 from services.training.adapters.run import ClaimedRun
+from services.training.adapters.split import SplitModels
 from services.training.config import TrainingSettings
 from services.training.domain import EVALUATION_KIND, JOB_KIND
 from services.training.exchange import Exchange
@@ -56,8 +58,11 @@ async def compose(context: Context) -> Part:
     channel = open_channel(address, settings, (EXTRACTION_SERVICE,))
     extraction = ExtractionPeer(channel, address, settings)
     files = PublishedFiles(context.database, context.artifacts)
+    texts = RegisteredTexts(catalogue, settings.dataset_roots, settings.state_dir / "datasets")
+    roots = [*settings.model_roots, context.artifacts.root / MADE]
     training = TrainingJob(
         extraction,
+        SplitModels(catalogue, texts, roots, settings.state_dir / "hub", context.device),
         hosts,
         files,
         Processes(),
@@ -71,7 +76,6 @@ async def compose(context: Context) -> Part:
         store, peers, extraction, files, device=context.device, retention=settings.training_retention
     )
     models = PooledModels(context.residency, catalogue.ensure_resident)
-    texts = RegisteredTexts(catalogue, settings.dataset_roots, settings.state_dir / "datasets")
     evaluation = EvaluationJob(models, texts, files)
 
     async def train(claim: Claim) -> dict[str, Any]:

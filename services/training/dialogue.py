@@ -28,6 +28,23 @@ class Live:
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """A model that the process itself computes activations with, over all of its devices."""
+
+    directory: str
+    """Of the model's files."""
+    quantization: str
+    spread: Mapping[str, int]
+    """Path of a module to the number of its device."""
+    devices: Sequence[str]
+    """As torch names them in the process."""
+    folder: str
+    """Where the dataset's tokens are."""
+    uncounted: Sequence[int]
+    """Token ids whose rows are not trained on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     """First line to the process."""
 
@@ -36,13 +53,15 @@ class Start:
     device: str
     """As torch names it in each rank."""
     ranks: Sequence[str] = ("cpu",)
-    """Device of each rank, as `gang.program` takes it."""
+    """Devices of each rank, as `gang.program` takes them."""
     threads: int = 1
     """CPU threads of each rank."""
     cache: str = ""
-    """Directory of the activation cache; none where no step is to be made, or with `live`."""
+    """Directory of the activation cache; none where no step is to be made, or with `live` or `split`."""
     live: Mapping[str, Any] | None = None
     """Fields of `Live`, instead of a cache."""
+    split: Mapping[str, Any] | None = None
+    """Fields of `Split`, instead of a cache."""
     state: str = ""
     """Directory of the checkpoint to go on from; none at the beginning."""
 

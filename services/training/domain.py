@@ -89,6 +89,8 @@ class Wanted:
     """The settings' when None."""
     live: bool = False
     """Compute the dataset's activations while training; without a cache."""
+    split: bool = False
+    """With `live`: in the training's own process, which has the model spread over all of its devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +137,20 @@ class Plan:
     base_digest: str = ""
     """Content digest of the model that made the data; empty until that is there."""
     devices: int = 1
-    """Ranks that train together, each on its share of every batch."""
+    """What it takes: of as many ranks each has one, or one process has them all, with the model split over them."""
     threads: int = 0
     """CPU threads of all ranks together: part of what decides the bits; 0 until the first start."""
     tracker: str = ""
     """External tracker that its figures go to as well."""
     live: bool = False
     """Its activations are computed while it runs."""
+    split: bool = False
+    """By its own process, on all of its devices."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train together, each on its share of every batch."""
+        return 1 if self.split else self.devices
 
     @property
     def hook_points(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from services.training.domain import (
     Task,
 )
 from services.training.figures import figures_of
-from services.training.job_ports import Child, Children, Extractions, Files, Ledger, Run
+from services.training.job_ports import Child, Children, Extractions, Files, Ledger, Run, SplitModel, Splits
 from services.training.requests import check_cache, check_files, memory_bytes, settled
 
 
@@ -34,6 +34,7 @@ class TrainingJob:
     def __init__(
         self,
         extractions: Extractions,
+        splits: Splits,
         ledger: Ledger,
         files: Files,
         children: Children,
@@ -47,6 +48,7 @@ class TrainingJob:
 
         Args:
             extractions: where caches come from.
+            splits: where models come from that are split over a training's devices.
             ledger: the device's bytes.
             files: caches and checkpoints.
             children: starts processes.
@@ -55,7 +57,8 @@ class TrainingJob:
             checkpoint_tokens: a checkpoint is written after so many tokens,
             checkpoint_seconds: or after so much time.
         """
-        self._extractions, self._ledger, self._files, self._children = extractions, ledger, files, children
+        self._extractions, self._splits = extractions, splits
+        self._ledger, self._files, self._children = ledger, files, children
         self._device, self._threads = device, threads
         self._checkpoint_tokens, self._checkpoint_seconds = checkpoint_tokens, checkpoint_seconds
 
@@ -81,33 +84,43 @@ class TrainingJob:
                 finished = await child.next()
                 assert isinstance(finished, Finished), "a process without a cache makes no step"
                 return await self._publish(run, task, task.plan, child, finished)
-            cache, where = await stack.enter_async_context(self._data(run, task))
+            cache, where, model = await stack.enter_async_context(self._data(run, task))
             plan = settled(task.plan, cache, self._threads)
             await run.settle(plan, cache.id, task.checkpoint.step if task.checkpoint else 0)
             bytes_each = memory_bytes(plan, cache.widths, self._device)
-            ranks = await self._ledger.reserve(task.job_id, bytes_each, plan.devices)
+            if model is not None:
+                split, bytes_each = await asyncio.to_thread(model.over, plan.devices, bytes_each)
+                where = {"split": asdict(split)}
+            devices = await self._ledger.reserve(task.job_id, bytes_each, plan.devices)
             stack.push_async_callback(self._ledger.release, task.job_id)
-            threads = max(1, plan.threads // plan.devices)
+            ranks = [",".join(dict.fromkeys(devices))] if plan.split else devices
+            threads = max(1, plan.threads // plan.ranks)
             start = Start(plan.as_json(), self._device, ranks, threads, state=state, **where)
             child = await stack.enter_async_context(self._children.start(start))
             finished = await self._follow(run, plan, child, task.checkpoint.tokens_seen if task.checkpoint else 0)
             return await self._publish(run, task, plan, child, finished)
 
     @asynccontextmanager
-    async def _data(self, run: Run, task: Task) -> AsyncIterator[tuple[Cache, dict[str, Any]]]:
-        """What the rows are, and where the process finds them: a field of `Start`."""
+    async def _data(self, run: Run, task: Task) -> AsyncIterator[tuple[Cache, dict[str, Any], SplitModel | None]]:
+        """What the rows are, where the process finds them (a field of `Start`), and a model that is yet to be split."""
         if task.plan.live:
             assert task.dataset_id is not None, "a live stream has a dataset"
             what = (task.model_id, task.dataset_id, task.plan)
+            if task.plan.split:
+                with run.staging(STREAM_KIND) as folder:
+                    model = await run.unless_stopped(self._splits.open(*what, folder))
+                    check_cache(task.plan, model.cache)
+                    yield model.cache, {}, model
+                return
             stream = await run.unless_stopped(self._extractions.streamed(*what))
             check_cache(task.plan, stream)
             with run.staging(STREAM_KIND) as folder:
-                yield stream, {"live": asdict(self._extractions.live(*what, folder))}
+                yield stream, {"live": asdict(self._extractions.live(*what, folder))}, None
             return
         cache = await self._cache(run, task)
         async with self._files.reading(cache.storage_uri) as folder:
             await asyncio.to_thread(check_files, task.plan, folder)
-            yield cache, {"cache": str(folder)}
+            yield cache, {"cache": str(folder)}, None
 
     async def _cache(self, run: Run, task: Task) -> Cache:
         cache_id = task.cache_id

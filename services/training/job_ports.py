@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from services.residency.families import Facts, Family
-from services.training.dialogue import Live, Message, Saved, Start, Written
+from services.training.dialogue import Live, Message, Saved, Split, Start, Written
 from services.training.domain import Cache, Judged, NewTranscoder, Plan, Task, WantedEvaluation
 
 T = TypeVar("T")
@@ -53,11 +53,37 @@ class Extractions(Protocol):
         """How the process finds that stream; its blocks come through `folder`, which is staged as a stream."""
 
 
+class SplitModel(Protocol):
+    """A model that a training is to split over its devices."""
+
+    @property
+    def cache(self) -> Cache:
+        """What its rows would be in a cache, of one pass."""
+
+    def over(self, devices: int, work_bytes: int) -> tuple[Split, int]:
+        """Which part goes where, and the bytes of each device; the first has so many of the training's besides.
+
+        Raises:
+            errors.Failed: `MODEL_LOAD_FAILED`.
+        """
+
+
+class Splits(Protocol):
+    """Opens models that no device holds alone."""
+
+    async def open(self, model_id: str, dataset_id: str, plan: Plan, folder: Path) -> SplitModel:
+        """A model, and a dataset's tokens in `folder`; no weight is read.
+
+        Raises:
+            errors.LensmeshError: why it cannot be read.
+        """
+
+
 class Ledger(Protocol):
     """The bytes of this process's device, and of others for a gang."""
 
     async def reserve(self, owner: str, size_bytes: int, ranks: int) -> list[str]:
-        """Promise bytes to every rank of a job or to none; the device of each, as `gang.program` takes them.
+        """Promise bytes on as many devices or on none; their names, as `gang.program` takes them.
 
         Raises:
             errors.Exhausted: `INSUFFICIENT_MEMORY`.

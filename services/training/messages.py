@@ -75,6 +75,7 @@ def wanted(request: pb.CreateTrainingJobRequest) -> Wanted:
         tracker=request.tracker,
         retention=retention(request),
         live=request.source.live,
+        split=request.source.split,
     )
 
 
@@ -84,7 +85,7 @@ def wanted_message(found: Wanted) -> pb.CreateTrainingJobRequest:
     return pb.CreateTrainingJobRequest(
         model_id=found.model_id,
         layers=found.layers,
-        source=pb.TrainingSource(**source, live=found.live),
+        source=pb.TrainingSource(**source, live=found.live, split=found.split),
         devices=found.devices,
         retention=_retention(found.retention) if found.retention else None,
         variants=[pb.TrainingConfig(**_fields(sites, options)) for sites, options in found.variants],
@@ -156,6 +157,7 @@ def training(found: Training) -> pb.TrainingJob:
         threads=found.plan.threads,
         retention=_retention(found.retention),
         live=found.plan.live,
+        split=found.plan.split,
         cache_id=found.cache_id,
         num_tokens=found.plan.num_tokens,
         coders=[_coder(coder) for coder in found.figures.get("coders", ())],

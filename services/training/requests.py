@@ -48,19 +48,28 @@ def resolve(wanted: Wanted, model: BaseModel, cache: Cache | None) -> Plan:
         devices=wanted.devices or 1,
         tracker=wanted.tracker,
         live=wanted.live,
+        split=wanted.split,
     )
-    if plan.live and not wanted.dataset_id:
-        raise errors.Invalid.of("source.live", "needs a dataset: a cache is computed already")
-    if plan.live and plan.devices > 1:
-        raise errors.Invalid.of("devices", "a live stream feeds one device")
-    batch_size = plan.coders[0].config["batch_size"]
-    if batch_size % plan.devices:
-        raise errors.Invalid.of("batch_size", f"{batch_size} rows cannot be shared evenly by {plan.devices} devices")
+    _check_devices(plan, wanted)
     if cache is not None:
         if cache.model_id != model.id and cache.model_digest != model.digest:
             raise errors.Invalid.of("source.cache_id", f"the cache is of model {cache.model_id}")
         check_cache(plan, cache)
     return plan
+
+
+def _check_devices(plan: Plan, wanted: Wanted) -> None:
+    if plan.live and not wanted.dataset_id:
+        raise errors.Invalid.of("source.live", "needs a dataset: a cache is computed already")
+    if plan.split and not plan.live:
+        raise errors.Invalid.of("source.split", "needs source.live: nothing else runs the model in the training")
+    if plan.split and plan.devices == 1:
+        raise errors.Invalid.of("devices", "a model is split over two devices or more")
+    if plan.live and plan.ranks > 1:
+        raise errors.Invalid.of("devices", "a live stream feeds one device; source.split spreads the model over them")
+    batch_size = plan.coders[0].config["batch_size"]
+    if batch_size % plan.ranks:
+        raise errors.Invalid.of("batch_size", f"{batch_size} rows cannot be shared evenly by {plan.ranks} devices")
 
 
 def check_cache(plan: Plan, cache: Cache) -> None:
@@ -115,7 +124,7 @@ def memory_bytes(plan: Plan, widths: Mapping[str, int], device: str) -> int:
         d_in, d_out = widths[coder.source], widths[coder.target]
         weights = config.dict_size * (d_in + d_out + 1) + d_out + (d_in * d_out if config.skip else 0)
         kept += 4 * weights * _FLOAT
-        rows = config.batch_size // plan.devices
+        rows = config.batch_size // plan.ranks
         width = 2 * d_in + (2 * len(config.groups) + 3) * d_out + 16 * config.shape.top_k
         block = block_rows(config.dict_size) * config.dict_size
         work = max(work, (rows * width + block) * _FLOAT)
@@ -144,6 +153,7 @@ def wanted_again(training: Training) -> Wanted:
         devices=training.plan.devices,
         retention=training.retention,
         live=training.plan.live,
+        split=training.plan.split,
     )
 
 

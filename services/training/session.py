@@ -23,11 +23,24 @@ from services.training.compute.initial import SAMPLE_ROWS
 from services.training.compute.ranks import Ranks
 from services.training.compute.report import StepReport
 from services.training.compute.trainer import CoderPlan, State, Trainer, coders_of
-from services.training.dialogue import Command, Finished, Live, Message, Progress, Save, Saved, Start, Write, Written
+from services.training.dialogue import (
+    Command,
+    Finished,
+    Live,
+    Message,
+    Progress,
+    Save,
+    Saved,
+    Split,
+    Start,
+    Write,
+    Written,
+)
 from services.training.domain import Plan
 
 if TYPE_CHECKING:
     from services.training.live_rows import LiveSource
+    from services.training.split_rows import SplitRows
 
 LAST_BATCHES: Final = 20
 """Batches that `train_fvu` is the mean of."""
@@ -86,7 +99,7 @@ class _Session:
             state, extra = state_files.read(Path(self._start.state))
             recent = extra["recent_fvu"]
         self._recent = {coder.name: deque(recent.get(coder.name, ()), LAST_BATCHES) for coder in self._plan.coders}
-        if self._start.cache or self._start.live:
+        if self._start.cache or self._start.live or self._start.split:
             self._train(state)
         elif state is not None:
             self._finish(coders_of(state))
@@ -105,12 +118,16 @@ class _Session:
             error.facts |= source.facts_of(plans[error.coder].pair, rows, config.seed, position)
             raise
 
-    def _source(self, pairs: Mapping[str, tuple[str, str]]) -> CacheRows | LiveSource:
-        if self._start.live is None:
-            return CacheRows(Path(self._start.cache), pairs)
-        live_rows = import_module("services.training.live_rows")  # gRPC and the protos are of no use elsewhere
-        source: LiveSource = live_rows.LiveSource(Live(**self._start.live), pairs)
-        return source
+    def _source(self, pairs: Mapping[str, tuple[str, str]]) -> CacheRows | LiveSource | SplitRows:
+        """What the other sources import is of no use to one: gRPC and the protos, or transformers."""
+        if self._start.live is not None:
+            live: LiveSource = import_module("services.training.live_rows").LiveSource(Live(**self._start.live), pairs)
+            return live
+        if self._start.split is not None:
+            split_rows, split = import_module("services.training.split_rows"), Split(**self._start.split)
+            own: SplitRows = split_rows.SplitRows(split, pairs, self._start.device)
+            return own
+        return CacheRows(Path(self._start.cache), pairs)
 
     def _steps(self, trainer: Trainer) -> None:
         self._told_step = trainer.step_count

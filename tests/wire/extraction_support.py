@@ -67,6 +67,7 @@ class Registry(
         model = models_pb2.Model(
             id=MODEL,
             model_type=config["model_type"],
+            source=types_pb2.MODEL_SOURCE_LOCAL,
             model_identifier=self.folder.name,
             digest=sources.digest(self.folder),
             quantization=types_pb2.Quantization.Value(f"QUANTIZATION_{self.quantization.upper()}"),

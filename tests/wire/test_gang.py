@@ -58,6 +58,8 @@ async def test_a_rank_that_fails_ends_its_gang_with_its_status() -> None:
 
 def test_one_device_needs_no_launcher() -> None:
     assert gang.program("a.module", ("cpu",)) == (sys.executable, "-m", "a.module")
+    assert gang.program("a.module", ("0,1",)) == (sys.executable, "-m", "a.module")
+    assert [gang.sight(one)["CUDA_VISIBLE_DEVICES"] for one in ("cpu", "0", "0,1")] == ["", "0", "0,1"]
     assert gang.rank() == 0
     with gang.joined() as store:
         assert store is None

@@ -411,6 +411,15 @@ async def test_a_gang_reserves_all_its_devices_or_none_and_its_host_gives_them_b
     await mesh.placement.Release(devices_pb2.ReleaseRequest(host_id="device-0", owner="job_1"))
     assert await mesh.ledger() == (0, 0)
 
+    await mesh.add_host(FakeHost("device-1", "cpu", budget=900 * MB))
+    assert list((await reserve("device-0", 650, 2)).devices) == ["cpu"] * 2  # more than it has alone
+    assert [(await mesh.ledger(name))[1] for name in ("device-0", "device-1")] == [650 * MB, 650 * MB]
+    for size, ranks in ((950, 2), (850, 2), (650, 3)):  # the other's bytes, the machine's 1,600 MB, too few processes
+        assert (await refused(reserve("device-0", size, ranks))).reason == "INSUFFICIENT_MEMORY"
+    assert [(await mesh.ledger(name))[1] for name in ("device-0", "device-1")] == [650 * MB, 650 * MB]
+    await mesh.placement.Release(devices_pb2.ReleaseRequest(host_id="device-0", owner="job_1"))
+    assert [(await mesh.ledger(name))[1] for name in ("device-0", "device-1")] == [0, 0]
+
     for number, budget in enumerate((500, 400, 600)):
         device = FakeHost(f"gpu-{number}", "cuda:0", accelerator=str(number), budget=budget * MB)
         await mesh.add_host(device)

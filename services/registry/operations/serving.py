@@ -115,7 +115,8 @@ async def _with_lenses(
 async def reserve(registry: Registry, host_id: str, owner: str, size: int, ranks: int) -> list[str]:
     """Promise bytes to a job, for each of its ranks, in place of what it had; never more than a ledger has.
 
-    Returns the device of each rank, this host's first: `cpu`, or how CUDA_VISIBLE_DEVICES names a GPU.
+    Returns the device of each rank, this host's first: `cpu`, or how CUDA_VISIBLE_DEVICES names a GPU. On a CPU all
+    bytes are this process's where it has them, else those of as many processes of its machine.
 
     Raises:
         NotFound: no such host.
@@ -128,21 +129,25 @@ async def reserve(registry: Registry, host_id: str, owner: str, size: int, ranks
         if ranks > 1:
             live = await tx.placement.hosts(lock=True)
         host = await tx.placement.lock_host(host_id)
-        gang = [host] if ranks == 1 or not host.accelerator else _gang(host, live, ranks)
+        gang = [host] if ranks == 1 else _gang(host, live, ranks, size)
         each = size * ranks // len(gang)
-        for member in gang:
+        for chosen in gang:
+            member = await tx.placement.lock_host(chosen.host_id)  # with what the others of one CPU have taken by now
             if each > member.free_bytes:
                 raise insufficient_memory(each, member.free_bytes, member.name)
             await tx.placement.reserve(member.host_id, owner, each, holder_id=host_id)
     return [member.accelerator or "cpu" for member in gang] * (ranks // len(gang))
 
 
-def _gang(first: Host, live: Sequence[Host], ranks: int) -> list[Host]:
-    """That host and the emptiest others of its machine, one per GPU."""
-    others = {host.accelerator: host for host in sorted(live, key=lambda host: host.free_bytes)}
+def _gang(first: Host, live: Sequence[Host], ranks: int, size: int) -> list[Host]:
+    """That host and the emptiest others of its machine, one per GPU; on a CPU others only where one has no room."""
     machine = first.address.rpartition(":")[0]
-    others = {name: host for name, host in others.items() if name and host.address.rpartition(":")[0] == machine}
+    near = [host for host in live if host.address.rpartition(":")[0] == machine and host.host_id != first.host_id]
+    near = [host for host in near if bool(host.accelerator) == bool(first.accelerator)]
+    others = {host.accelerator or host.host_id: host for host in sorted(near, key=lambda host: host.free_bytes)}
     others.pop(first.accelerator, None)
+    if not first.accelerator and (size * ranks <= first.free_bytes or len(others) < ranks - 1):
+        return [first]
     if len(others) < ranks - 1:
         facts = {"devices": ranks, "available": 1 + len(others)}
         raise Unsupported(f"{machine} has {1 + len(others)} GPUs in the mesh", metadata=facts)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,10 +13,19 @@ import torch
 from services.kit import errors
 from services.residency.catalogue import Catalogue
 from services.residency.families import Facts
-from services.residency.texts import DatasetError, DatasetRecord, open_rows, plan_batches, special_ids, tokenize
+from services.residency.texts import (
+    DatasetError,
+    DatasetRecord,
+    Sequences,
+    open_rows,
+    plan_batches,
+    special_ids,
+    tokenize,
+)
 from services.training.domain import WantedEvaluation
 from services.training.job_ports import Batch, LeasedModel
 
+T = TypeVar("T")
 MOST_DEFAULT_LENGTH = 1024
 SPARE = 2
 """Rows that are looked at for every sequence that is wanted: some may hold no text."""
@@ -39,9 +48,20 @@ class RegisteredTexts:
 
     async def batches(self, wanted: WantedEvaluation, model: LeasedModel, most: int) -> list[Batch]:
         """The dataset's first rows; tokenised beside the event loop."""
-        record = await self._catalogue.readable(await self._catalogue.dataset(wanted.dataset_id))
+        return await self._reading(wanted.dataset_id, self._batches, wanted, model.tokenizer, model.facts, most)
+
+    async def sequences(self, dataset_id: str, tokenizer: Any, facts: Facts) -> Sequences:
+        """All of a dataset.
+
+        Raises:
+            errors.Invalid: it cannot be read, or has no usable row.
+        """
+        return await self._reading(dataset_id, self._sequences, tokenizer, facts)
+
+    async def _reading(self, dataset_id: str, work: Callable[..., T], *arguments: Any) -> T:
+        record = await self._catalogue.readable(await self._catalogue.dataset(dataset_id))
         try:
-            return await asyncio.to_thread(self._batches, record, wanted, model.tokenizer, model.facts, most)
+            return await asyncio.to_thread(work, record, *arguments)
         except DatasetError as error:
             raise errors.Invalid(
                 error.message, reason="DATASET_UNUSABLE", violations=[(error.field, error.message)]
@@ -52,13 +72,8 @@ class RegisteredTexts:
     ) -> list[Batch]:
         if wanted.max_length > facts.context_length:
             raise errors.Invalid.of("max_length", f"the model's context is {facts.context_length} tokens")
-        length = wanted.max_length or min(facts.context_length, MOST_DEFAULT_LENGTH)
         size = wanted.batch_size or facts.model_batch_size
-        rows = open_rows(record, self._roots, self._cache_dir)
-        if tokenizer is None and not rows.tokenized:
-            raise DatasetError("dataset_id", "the model has no tokenizer; give a dataset that is tokenised already")
-        limit = min(len(rows), SPARE * most * size)
-        sequences = tokenize(rows, tokenizer, length, limit, facts.vocab_size)
+        sequences = self._sequences(record, tokenizer, facts, wanted.max_length, SPARE * most * size)
         chosen = np.arange(min(len(sequences), most * size))
         uncounted = torch.tensor(special_ids(tokenizer) if tokenizer is not None else (), dtype=torch.int64)
         found = []
@@ -66,3 +81,13 @@ class RegisteredTexts:
             ids, mask = map(torch.from_numpy, sequences.padded(batch.indices, batch.length))
             found.append((ids, mask, mask * ~torch.isin(ids, uncounted)))
         return found
+
+    def _sequences(
+        self, record: DatasetRecord, tokenizer: Any, facts: Facts, length: int = 0, most_rows: int | None = None
+    ) -> Sequences:
+        rows = open_rows(record, self._roots, self._cache_dir)
+        if tokenizer is None and not rows.tokenized:
+            raise DatasetError("dataset_id", "the model has no tokenizer; give a dataset that is tokenised already")
+        length = length or min(facts.context_length, MOST_DEFAULT_LENGTH)
+        limit = None if most_rows is None else min(len(rows), most_rows)
+        return tokenize(rows, tokenizer, length, limit, facts.vocab_size)

@@ -103,17 +103,7 @@ class Stream:
         Raises:
             ConfigError: the stream ends before its number of rows.
         """
-        parts: list[Pairs] = []
-        missing = batch_size
-        for found in self._mixed(seed, start):
-            taken = 0
-            while taken < len(_some(found)):
-                parts.append(_cut(found, slice(taken, taken + missing)))
-                rows = len(_some(parts[-1]))
-                taken, missing = taken + rows, missing - rows
-                if not missing:
-                    yield _joined(parts)
-                    parts, missing = [], batch_size
+        return evenly(self._mixed(seed, start), batch_size)
 
     def _mixed(self, seed: int, skip: int) -> Iterator[Pairs]:
         """Pieces of the buffer, in random order: when it is full one half of it leaves; at a pass's end, all of it."""
@@ -144,6 +134,21 @@ class Stream:
             if left == 0:
                 return
         raise ConfigError("rows", f"the stream ended {left} rows early")
+
+
+def evenly(pieces: Iterator[Pairs], batch_size: int) -> Iterator[Pairs]:
+    """The same rows in batches of `batch_size`; what is left over at the end is not handed out."""
+    parts: list[Pairs] = []
+    missing = batch_size
+    for found in pieces:
+        taken = 0
+        while taken < len(_some(found)):
+            parts.append(_cut(found, slice(taken, taken + missing)))
+            rows = len(_some(parts[-1]))
+            taken, missing = taken + rows, missing - rows
+            if not missing:
+                yield _joined(parts)
+                parts, missing = [], batch_size
 
 
 def ahead(batches: Iterator[Pairs]) -> Iterator[Pairs]:

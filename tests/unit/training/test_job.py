@@ -15,7 +15,7 @@ import pytest
 
 from services.kit import errors
 from services.kit.jobs import Cancelled, Paused, StaleLease
-from services.training.dialogue import Finished, Live, Progress, Saved, Start, Written
+from services.training.dialogue import Finished, Live, Progress, Saved, Split, Start, Written
 from services.training.domain import Cache, Checkpoint, NewTranscoder, Plan, Task
 from services.training.job import TrainingJob
 from tests.unit.training.test_requests import MODEL, planned
@@ -48,6 +48,7 @@ class World:
     answers_save: bool = True
     asked: int = 0
     started: Start | None = None
+    reserved: tuple[int, int] = (0, 0)
 
     # Run
     async def begin(self) -> Task:
@@ -101,11 +102,17 @@ class World:
     def live(self, model_id: str, dataset_id: str, plan: Plan, folder: Path) -> Live:
         return Live("host:1", "/state", "", str(folder), model_id, dataset_id, plan.hook_points, 0)
 
+    # Splits
+    async def open_split(self, model_id: str, dataset_id: str, plan: Plan, folder: Path) -> SplitModel:
+        self.done.append(("split", dataset_id, str(folder)))
+        return SplitModel(await self.streamed(model_id, dataset_id, plan))
+
     # Ledger
     async def reserve(self, owner: str, size_bytes: int, ranks: int) -> list[str]:
         if size_bytes > self.budget:
             raise errors.Exhausted(reason="INSUFFICIENT_MEMORY")
         self.done.append("reserve")
+        self.reserved = (size_bytes, ranks)
         return [str(number) for number in range(ranks)]
 
     async def release(self, owner: str) -> None:
@@ -149,6 +156,20 @@ class Extractions:
         self.streamed, self.live = world.streamed, world.live
 
 
+class Splits:
+    def __init__(self, world: World) -> None:
+        self.open = world.open_split
+
+
+@dataclass
+class SplitModel:
+    cache: Cache
+
+    def over(self, devices: int, work_bytes: int) -> tuple[Split, int]:
+        spread = {str(number): number for number in range(devices)}
+        return Split("/model", "int8", spread, ["cpu"] * devices, "/tokens", ()), work_bytes + 7
+
+
 class Children:
     def __init__(self, world: World) -> None:
         self.start = world.start_child
@@ -162,6 +183,7 @@ def world(*says: Any, **changes: Any) -> World:
 def run(world: World, checkpoint_tokens: int = 10**9, checkpoint_seconds: float = 1e9) -> Any:
     job = TrainingJob(
         Extractions(world),
+        Splits(world),
         world,
         world,
         Children(world),
@@ -214,6 +236,25 @@ def test_a_live_stream_stands_for_the_cache_and_is_found_by_the_process_itself()
     assert found.started.live is not None
     assert (found.started.cache, found.started.live["folder"]) == ("", "/staging/stream")
     assert found.started.live["hook_points"] == plan.hook_points
+
+
+def test_a_split_model_is_one_process_with_all_the_devices() -> None:
+    plan = replace(planned(num_tokens=0), live=True, split=True, devices=2)
+    found = world(FINISHED, cache_id=None, dataset_id="ds_1", plan=plan)
+    run(found)
+    assert found.done[:4] == [
+        ("split", "ds_1", "/staging/stream"),
+        ("streamed", "ds_1"),
+        ("settle", 5000, "", 0),
+        "reserve",
+    ]
+    alone = world(FINISHED, cache_id=None, dataset_id="ds_1", plan=replace(plan, split=False, devices=1))
+    run(alone)
+    assert found.reserved == (alone.reserved[0] + 7, 2)
+    assert found.started is not None
+    assert (found.started.ranks, found.started.threads, found.started.live) == (["0,1"], 6, None)
+    assert found.started.split is not None
+    assert (found.started.split["spread"], found.started.split["quantization"]) == ({"0": 0, "1": 1}, "int8")
 
 
 def test_what_was_published_before_is_not_made_again() -> None:

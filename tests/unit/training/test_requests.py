@@ -98,12 +98,18 @@ def test_a_cache_of_the_same_files_under_another_id_fits() -> None:
 
 @pytest.mark.parametrize(
     ("field", "changes"),
-    [("source.live", {"dataset_id": "", "cache_id": "act_1"}), ("devices", {"devices": 2})],
+    [
+        ("source.live", {"dataset_id": "", "cache_id": "act_1"}),
+        ("devices", {"devices": 2}),
+        ("source.split", {"live": False, "split": True, "devices": 2}),
+        ("devices", {"split": True}),
+    ],
 )
-def test_what_cannot_be_live_is_refused(field: str, changes: dict[str, Any]) -> None:
+def test_what_cannot_be_live_or_split_is_refused(field: str, changes: dict[str, Any]) -> None:
     assert resolve(wanted(1, live=True), MODEL, None).live
+    assert resolve(wanted(1, live=True, split=True, devices=3), MODEL, None).ranks == 1
     with pytest.raises(errors.Invalid) as caught:
-        resolve(wanted(1, live=True, **changes), MODEL, None)
+        resolve(wanted(1, **{"live": True, **changes}), MODEL, None)
     assert field_of(caught) == field
 
 

@@ -71,14 +71,16 @@ EVALUATION_MODE_CPU: EvaluationMode
 EVALUATION_MODE_AUTO: EvaluationMode
 
 class TrainingSource(_message.Message):
-    __slots__ = ("cache_id", "dataset_id", "live")
+    __slots__ = ("cache_id", "dataset_id", "live", "split")
     CACHE_ID_FIELD_NUMBER: _ClassVar[int]
     DATASET_ID_FIELD_NUMBER: _ClassVar[int]
     LIVE_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
     cache_id: str
     dataset_id: str
     live: bool
-    def __init__(self, cache_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., live: _Optional[bool] = ...) -> None: ...
+    split: bool
+    def __init__(self, cache_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., live: _Optional[bool] = ..., split: _Optional[bool] = ...) -> None: ...
 
 class TrainingConfig(_message.Message):
     __slots__ = ("source_site", "apply_rmsnorm_scaling", "target_site", "dict_size", "group_sizes", "prefix_widths", "top_k", "activation", "skip", "aux_k", "batch_size", "num_tokens", "learning_rate", "lr_schedule", "dtype", "seed", "prefix_weights", "unit_norm_decoder", "legacy")
@@ -229,7 +231,7 @@ class CoderProgress(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., loss: _Optional[float] = ..., l2_loss: _Optional[float] = ..., aux_loss: _Optional[float] = ..., fvu: _Optional[float] = ..., fvu_per_prefix: _Optional[_Iterable[float]] = ..., l0: _Optional[float] = ..., dead_fraction: _Optional[float] = ..., name: _Optional[str] = ..., l0_per_prefix: _Optional[_Iterable[float]] = ..., gradient_norm: _Optional[float] = ..., fvu_min: _Optional[float] = ..., fvu_max: _Optional[float] = ..., fvu_mean: _Optional[float] = ..., seconds: _Optional[float] = ..., share: _Optional[float] = ..., tokens_per_second: _Optional[float] = ...) -> None: ...
 
 class TrainingJob(_message.Message):
-    __slots__ = ("id", "model_id", "layers", "status", "progress", "config", "cache_id", "step", "tokens_seen", "num_tokens", "tokens_per_second", "loss", "l2_loss", "aux_loss", "fvu", "fvu_min", "fvu_max", "fvu_mean", "fvu_per_prefix", "l0", "dead_fraction", "learning_rate", "eta_seconds", "coders", "transcoder_ids", "error_code", "error_message", "waiting_for", "checkpoints", "created_by", "created_at", "finished_at", "estimated_memory_bytes", "coder_tokens_per_second", "gradient_norm", "l0_per_prefix", "variants", "devices", "threads", "retention", "live")
+    __slots__ = ("id", "model_id", "layers", "status", "progress", "config", "cache_id", "step", "tokens_seen", "num_tokens", "tokens_per_second", "loss", "l2_loss", "aux_loss", "fvu", "fvu_min", "fvu_max", "fvu_mean", "fvu_per_prefix", "l0", "dead_fraction", "learning_rate", "eta_seconds", "coders", "transcoder_ids", "error_code", "error_message", "waiting_for", "checkpoints", "created_by", "created_at", "finished_at", "estimated_memory_bytes", "coder_tokens_per_second", "gradient_norm", "l0_per_prefix", "variants", "devices", "threads", "retention", "live", "split")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -271,6 +273,7 @@ class TrainingJob(_message.Message):
     THREADS_FIELD_NUMBER: _ClassVar[int]
     RETENTION_FIELD_NUMBER: _ClassVar[int]
     LIVE_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
     id: str
     model_id: str
     layers: _containers.RepeatedScalarFieldContainer[int]
@@ -312,7 +315,8 @@ class TrainingJob(_message.Message):
     threads: int
     retention: CheckpointRetention
     live: bool
-    def __init__(self, id: _Optional[str] = ..., model_id: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., status: _Optional[_Union[TrainingStatus, str]] = ..., progress: _Optional[float] = ..., config: _Optional[_Union[TrainingConfig, _Mapping]] = ..., cache_id: _Optional[str] = ..., step: _Optional[int] = ..., tokens_seen: _Optional[int] = ..., num_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., loss: _Optional[float] = ..., l2_loss: _Optional[float] = ..., aux_loss: _Optional[float] = ..., fvu: _Optional[float] = ..., fvu_min: _Optional[float] = ..., fvu_max: _Optional[float] = ..., fvu_mean: _Optional[float] = ..., fvu_per_prefix: _Optional[_Iterable[float]] = ..., l0: _Optional[float] = ..., dead_fraction: _Optional[float] = ..., learning_rate: _Optional[float] = ..., eta_seconds: _Optional[float] = ..., coders: _Optional[_Iterable[_Union[CoderProgress, _Mapping]]] = ..., transcoder_ids: _Optional[_Iterable[str]] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., waiting_for: _Optional[str] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., created_by: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finished_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., estimated_memory_bytes: _Optional[int] = ..., coder_tokens_per_second: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., l0_per_prefix: _Optional[_Iterable[float]] = ..., variants: _Optional[_Iterable[_Union[TrainingConfig, _Mapping]]] = ..., devices: _Optional[int] = ..., threads: _Optional[int] = ..., retention: _Optional[_Union[CheckpointRetention, _Mapping]] = ..., live: _Optional[bool] = ...) -> None: ...
+    split: bool
+    def __init__(self, id: _Optional[str] = ..., model_id: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., status: _Optional[_Union[TrainingStatus, str]] = ..., progress: _Optional[float] = ..., config: _Optional[_Union[TrainingConfig, _Mapping]] = ..., cache_id: _Optional[str] = ..., step: _Optional[int] = ..., tokens_seen: _Optional[int] = ..., num_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., loss: _Optional[float] = ..., l2_loss: _Optional[float] = ..., aux_loss: _Optional[float] = ..., fvu: _Optional[float] = ..., fvu_min: _Optional[float] = ..., fvu_max: _Optional[float] = ..., fvu_mean: _Optional[float] = ..., fvu_per_prefix: _Optional[_Iterable[float]] = ..., l0: _Optional[float] = ..., dead_fraction: _Optional[float] = ..., learning_rate: _Optional[float] = ..., eta_seconds: _Optional[float] = ..., coders: _Optional[_Iterable[_Union[CoderProgress, _Mapping]]] = ..., transcoder_ids: _Optional[_Iterable[str]] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., waiting_for: _Optional[str] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., created_by: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finished_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., estimated_memory_bytes: _Optional[int] = ..., coder_tokens_per_second: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., l0_per_prefix: _Optional[_Iterable[float]] = ..., variants: _Optional[_Iterable[_Union[TrainingConfig, _Mapping]]] = ..., devices: _Optional[int] = ..., threads: _Optional[int] = ..., retention: _Optional[_Union[CheckpointRetention, _Mapping]] = ..., live: _Optional[bool] = ..., split: _Optional[bool] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
     __slots__ = ("id", "step", "tokens_seen", "fvu", "size_bytes", "created_at")

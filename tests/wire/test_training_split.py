@@ -1,0 +1,111 @@
+"""A model that no device holds alone: one process has all of a training's devices and the model spread over them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import torch
+from lensmesh.training.v1 import training_pb2 as pb
+
+from services.kit.database import Database
+from services.residency.lenses.transcoder import Transcoder
+from services.training.adapters.processes import Processes
+from services.training.compute import CoderPlan, TrainConfig, Trainer
+from services.training.dialogue import Split, Start
+from services.training.split_rows import SplitRows
+from tests import models
+from tests.support import eventually
+from tests.wire.extraction_support import DATASET
+from tests.wire.test_training import texts
+from tests.wire.training_support import BATCH, STEPS, Mesh, meshing
+
+WANTED = {"layers": [1], "source": {"dataset_id": DATASET, "live": True, "split": True}, "devices": 2, "seed": 3}
+PAIR = ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out")
+
+
+@pytest.fixture
+async def mesh(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Mesh]:
+    monkeypatch.setenv("LENSMESH_TRAINING_CHECKPOINT_TOKENS", str(10 * BATCH))
+    monkeypatch.setenv("LENSMESH_MODEL_ROOTS", str(models.saved("gpt2").parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    async with meshing(database, tmp_path / "state") as mesh:
+        mesh.registry.texts = {DATASET: texts(60)}
+        yield mesh
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Start]:
+    """What processes were told; tokens stay after them."""
+    told: list[Start] = []
+    start = Processes.start
+
+    def remember(self: Processes, first: Start) -> object:
+        assert first.split is not None
+        (tmp_path / "kept").mkdir(exist_ok=True)
+        for file in Path(first.split["folder"]).iterdir():
+            (tmp_path / "kept" / file.name).write_bytes(file.read_bytes())
+        told.append(first)
+        return start(self, first)
+
+    monkeypatch.setattr(Processes, "start", remember)
+    return told
+
+
+def alone(told: Start, folder: Path) -> Transcoder:
+    """Trained here, on the rows of the same model on one device."""
+    split = Split(**{**told.split, "spread": {"": 0}, "devices": ["cpu"], "folder": str(folder)})
+    config = TrainConfig(dict_size=256, top_k=8, batch_size=BATCH, num_tokens=STEPS * BATCH, seed=3)
+    with models.one_thread():
+        trainer = Trainer(SplitRows(split, {"pair": PAIR}, "cpu"), {"coder": CoderPlan("pair", config)})
+        list(trainer.run())
+    return trainer.transcoders()["coder"]
+
+
+async def test_a_split_model_trains_to_the_bits_of_an_undivided_one(
+    mesh: Mesh, kept: list[Start], tmp_path: Path
+) -> None:
+    job = await mesh.trained(**WANTED)
+    assert (job.live, job.split, job.devices, job.step, job.cache_id) == (True, True, 2, STEPS, "")
+    assert mesh.registry.loads == 0
+    [told] = kept
+    assert told.ranks == ["cpu"]
+    assert {told.split["spread"][f"transformer.h.{layer}"] for layer in range(4)} == {0, 1}
+    weights = sum(file.stat().st_size for file in models.saved("gpt2").glob("*.safetensors"))
+    assert weights < mesh.registry.reserved[job.id]
+    assert mesh.registry.ledger == {}
+    assert mesh.staged() == []
+    expected = alone(told, tmp_path / "kept").state_dict()
+    for name, tensor in (await mesh.weights(job.transcoder_ids[0])).items():
+        assert torch.equal(tensor, expected[name]), name
+    config = await mesh.stub.GetTrainingConfig(pb.GetTrainingConfigRequest(id=job.id))
+    assert (config.source.live, config.source.split, config.devices) == (True, True, 2)
+
+
+@pytest.mark.demo
+async def test_a_kill_changes_no_bit(mesh: Mesh, pids: list[int]) -> None:
+    async with mesh.working():
+        job = await mesh.create(**WANTED)
+        await eventually(lambda: mesh.has_checkpoint(job.id), timeout=60)
+        os.kill(pids[-1], signal.SIGKILL)
+        killed = await mesh.reached(job.id, pb.TRAINING_STATUS_COMPLETED, pb.TRAINING_STATUS_FAILED)
+    undisturbed = await mesh.trained(**WANTED)
+    assert killed.status == pb.TRAINING_STATUS_COMPLETED, killed
+    assert len(set(pids)) == 3
+    expected = await mesh.weights(undisturbed.transcoder_ids[0])
+    for name, tensor in (await mesh.weights(killed.transcoder_ids[0])).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+async def test_files_that_were_changed_are_not_trained_on(mesh: Mesh, tmp_path: Path) -> None:
+    registered = tmp_path / models.saved("gpt2").name
+    mesh.registry.folder = shutil.copytree(models.saved("gpt2", seed=1), registered)
+    async with mesh.working():
+        job = await mesh.create(**WANTED)
+        failed = await mesh.reached(job.id, pb.TRAINING_STATUS_COMPLETED, pb.TRAINING_STATUS_FAILED)
+    assert (failed.status, failed.error_code) == (pb.TRAINING_STATUS_FAILED, "CHECKSUM_MISMATCH")
+    assert mesh.registry.ledger == {}
