@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from services.client.output import Json, Session, print_json, session
 from services.client.progress import wait_for_job
+from services.client.transcoders import COMPARED, judged
 from services.client.work import Layers, numbers
 
 JobId = Annotated[str, typer.Argument(help="Training job, `job_…`.")]
@@ -45,6 +46,7 @@ def start_training(
     top_k: Annotated[int | None, typer.Option(help="Active latents per token; dict_size / 200 when left out.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to train on; the cache once when 0.")] = 0,
     devices: Annotated[int, typer.Option(help="Devices to train on together.")] = 1,
+    tracker: Annotated[str, typer.Option(help="Tell wandb or trackio as well.")] = "",
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
@@ -61,10 +63,47 @@ def start_training(
             group_sizes=numbers(group_sizes),
             num_tokens=tokens,
             devices=devices,
+            tracker=tracker,
             seed=seed,
             **({} if top_k is None else {"top_k": top_k}),
         )
         _followed(to, job["id"])
+
+
+@trainings.command("sites")
+def compare_sites(
+    model_id: str,
+    *,
+    layers: Layers,
+    dataset: Annotated[str, typer.Option(help="Dataset to train on.")],
+    held_out: Annotated[str, typer.Option(help="Dataset with other text, to judge on.")],
+    dict_size: Annotated[int, typer.Option(help="Latents; 16 times the width when 0.")] = 0,
+    top_k: Annotated[int | None, typer.Option(help="Active latents per token; dict_size / 200 when left out.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on; the dataset once when 0.")] = 0,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Train from mlp_in and from the older resid_mid on the same rows, and judge both on the same held-out text."""
+    with session(as_json) as to:
+        job = to.api.call(
+            "CreateTrainingJob",
+            model_id=model_id,
+            layers=numbers(layers),
+            source={"dataset_id": dataset},
+            source_site="mlp_in",
+            variants=[{"source_site": "resid_mid"}],
+            dict_size=dict_size,
+            num_tokens=tokens,
+            seed=seed,
+            **({} if top_k is None else {"top_k": top_k}),
+        )
+        wait_for_job(to.api, job["id"], "train", to.console)
+        made = to.api.call("GetTrainingJob", id=job["id"])["transcoder_ids"]
+        found = judged(to, transcoder_ids=made, dataset_id=held_out)
+        of = {one: to.api.call("GetTranscoder", id=one)["source_hook_point"] for one in made}
+        for one in found["evaluations"]:
+            one["source_hook_point"] = of[one["transcoder_id"]]
+        to.rows(found, "evaluations", "source_hook_point", *COMPARED)
 
 
 @trainings.command("list")

@@ -122,12 +122,16 @@ def compare_transcoders(
         fields = {"transcoder_ids": transcoder_ids or [], "dataset_id": dataset, "mode": mode, "num_batches": batches}
         names = ("job_id", "checkpoint", "coder")
         fields["checkpoints"] = [dict(zip(names, one.split("/", 2), strict=False)) for one in checkpoint or ()]
-        queued = to.api.call("CompareTranscoders", **fields, prefix=prefix)["compared"]
-        for one in queued:
-            what = one["transcoder_id"] or f"{one['coder']} of {one['checkpoint']}"
-            wait_for_job(to.api, one["job_id"], f"evaluate {what}", to.console)
-        found = to.api.call("GetEvaluations", ids=[one["evaluation_id"] for one in queued])
-        to.rows(found, "evaluations", *COMPARED)
+        to.rows(judged(to, **fields, prefix=prefix), "evaluations", *COMPARED)
+
+
+def judged(to: Session, **fields: Any) -> dict[str, Any]:
+    """The evaluations of a comparison, once they have ended."""
+    queued = to.api.call("CompareTranscoders", **fields)["compared"]
+    for one in queued:
+        what = one["transcoder_id"] or f"{one['coder']} of {one['checkpoint']}"
+        wait_for_job(to.api, one["job_id"], f"evaluate {what}", to.console)
+    return to.api.call("GetEvaluations", ids=[one["evaluation_id"] for one in queued])
 
 
 def _download(to: Session, made: dict[str, Any], folder: Path) -> None:

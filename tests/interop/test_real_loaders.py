@@ -5,13 +5,9 @@ Run it with `pytest -m interop`; it installs from the package index, minutes the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
-import sys
-import tempfile
-import venv
 from pathlib import Path
 
 import pytest
@@ -20,25 +16,17 @@ from safetensors.torch import load_file, save_file
 
 from services.residency.lenses.transcoder import Transcoder
 from services.training.compute import TrainConfig, export, fit, load_foreign
+from tests.interop.environments import interpreter_with
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]
 
 REQUIREMENTS = ("sae-lens>=6,<7", "eai-sparsify", f"torch=={torch.__version__.partition('+')[0]}")
 READER = Path(__file__).with_name("reader.py")
-DONE = "complete"
 
 
 @pytest.fixture(scope="session")
 def python() -> Path:
-    """The environment's interpreter; kept for the next run."""
-    name = hashlib.sha256("\n".join((sys.version, *REQUIREMENTS)).encode()).hexdigest()[:12]
-    home = Path(tempfile.gettempdir()) / f"lensmesh-interop-{name}"
-    interpreter = home / "bin" / "python"
-    if not (home / DONE).exists():
-        venv.create(home, clear=True, with_pip=True)
-        subprocess.run([interpreter, "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
-        (home / DONE).touch()
-    return interpreter
+    return interpreter_with(*REQUIREMENTS)
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,8 @@ class Tracker:
         try:
             run = self._open()
             while (figures := self._waiting.get()) is not None:
-                run.log(flat(figures), step=int(figures["step"]))
+                named = flat(figures)
+                run.log(named, step=int(named.pop("step")))  # which trackio has another meaning for among them
             run.finish()
         except Exception as error:
             _log.warning("tracker_failed", tracker=self._name, error=type(error).__name__)

@@ -232,6 +232,36 @@ def test_a_training_is_followed_and_shown(api: FakeApi, lensmesh: Callable[..., 
     assert (asked["source"], asked["group_sizes"], asked["top_k"]) == ({"cache_id": "c"}, [1, 2], 8)
 
 
+def test_a_live_training_of_a_split_model_is_asked_for(api: FakeApi, lensmesh: Callable[..., Any]):
+    api.replies = {"CreateTrainingJob": {"id": "job_1"}}
+    api.events = [Event("training:completed", 1, {})]
+    asked = ("--dataset", "ds_1", "--live", "--split", "--devices", "2", "--tracker", "trackio")
+    assert lensmesh("train", "m_1", "--layers", "2", *asked, "--json").exit_code == 0
+    fields = api.calls[0][1]
+    assert fields["source"] == {"dataset_id": "ds_1", "live": True, "split": True}
+    assert (fields["devices"], fields["tracker"]) == (2, "trackio")
+
+
+def test_both_sites_are_trained_and_judged_side_by_side(api: FakeApi, lensmesh: Callable[..., Any]):
+    queued = [{"transcoder_id": f"tc_{n}", "job_id": f"job_{n}", "evaluation_id": f"eval_{n}"} for n in (1, 2)]
+    evaluations = [{"transcoder_id": f"tc_{n}", "fvu": n / 10} for n in (1, 2)]
+    api.replies = {
+        "CreateTrainingJob": {"id": "job_0"},
+        "GetTrainingJob": {"transcoder_ids": ["tc_1", "tc_2"]},
+        "CompareTranscoders": {"compared": queued},
+        "GetEvaluations": {"evaluations": evaluations},
+        "GetTranscoder": [{"source_hook_point": "mlp"}, {"source_hook_point": "resid"}],
+    }
+    api.events = [Event("training:completed", 1, {})]
+    done = lensmesh("train", "sites", "m_1", "--layers", "2", "--dataset", "ds_1", "--held-out", "ds_2", "--json")
+    found = json.loads(done.stdout)["evaluations"]
+    assert [(one["source_hook_point"], one["fvu"]) for one in found] == [("mlp", 0.1), ("resid", 0.2)]
+    asked = dict(api.calls)
+    assert asked["CreateTrainingJob"]["source_site"] == "mlp_in"
+    assert asked["CreateTrainingJob"]["variants"] == [{"source_site": "resid_mid"}]
+    assert asked["CompareTranscoders"] == {"transcoder_ids": ["tc_1", "tc_2"], "dataset_id": "ds_2"}
+
+
 def test_the_evaluation_that_was_asked_for_is_shown(api: FakeApi, lensmesh: Callable[..., Any]):
     evaluations = [{"job_id": "other", "fvu": 0.9}, {"job_id": "job_1", "fvu": 0.1}]
     api.replies = {"EvaluateTranscoder": {"job_id": "job_1"}, "ListEvaluations": {"evaluations": evaluations}}

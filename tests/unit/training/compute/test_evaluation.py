@@ -8,7 +8,7 @@ from services.residency.families import family_of
 from services.residency.hooks import capture_hooks
 from services.residency.lenses.transcoder import Transcoder, TranscoderShape
 from services.residency.splice import logits, next_token_loss
-from services.training.compute.evaluation import Evaluation, Judgement
+from services.training.compute.evaluation import Evaluation, Judgement, _density
 from services.training.compute.metrics import compute_fvu
 from tests import models
 
@@ -105,6 +105,33 @@ def test_the_clean_loss_is_the_models_own(model: torch.nn.Module, batches: list)
     found = judge(model, coder(pairs(model, batches)[0].shape[1]), batches)
     losses = torch.cat([next_token_loss(logits(model, ids, mask), ids, mask) for ids, mask, _ in batches])
     assert found.ce_clean == pytest.approx(float(losses.double().mean()), rel=1e-6)
+
+
+def test_divergence_and_losses_are_those_of_the_spliced_models_own_predictions(
+    model: torch.nn.Module, batches: list
+) -> None:
+    transcoder = coder(models.WIDTH, scale=0.1)
+    found = judge(model, transcoder, batches)
+    mlp = model.transformer.h[1].mlp
+    divergence, losses, count = 0.0, 0.0, 0
+    for ids, mask, _ in batches:
+        for row, length in zip(ids, mask.sum(1).tolist(), strict=True):
+            clean = logits(model, row[None, :length])[0].log_softmax(-1)
+            hook = mlp.register_forward_hook(lambda module, args, output: transcoder(args[0][0])[None])
+            spliced = logits(model, row[None, :length])[0].log_softmax(-1)
+            hook.remove()
+            divergence += float((clean.exp() * (clean - spliced)).sum(-1)[:-1].double().sum())
+            losses -= float(spliced[:-1].gather(1, row[1:length, None]).double().sum())
+            count += length - 1
+    assert found.kl == pytest.approx(divergence / count, rel=1e-3)
+    assert found.ce_spliced == pytest.approx(losses / count, rel=1e-4)
+    expected = (found.ce_zero_ablated - found.ce_spliced) / (found.ce_zero_ablated - found.ce_clean)
+    assert found.ce_recovered == pytest.approx(expected)
+
+
+def test_latents_are_counted_by_the_decade_of_their_frequency() -> None:
+    frequencies = torch.tensor([0.0, 1.0, 0.5, 0.1, 0.09, 0.011, 2e-8, 1e-12], dtype=torch.float64)
+    assert _density(frequencies) == [2, 0, 0, 0, 0, 0, 2, 2, 1]
 
 
 def test_a_prefix_is_judged_alone(model: torch.nn.Module, batches: list) -> None:

@@ -24,7 +24,7 @@ from services.training.compute import (
     fit,
 )
 from services.training.compute.batches import Pairs, shuffled
-from services.training.compute.coder import Coder
+from services.training.compute.coder import _BETAS, Coder
 from services.training.compute.schedule import learning_rate
 
 
@@ -116,6 +116,17 @@ def test_a_unit_norm_decoder_gets_no_gradient_along_itself() -> None:
     coder.step(x[:128], y[:128])
     along = (coder.tensors()["optimizer.W_dec.exp_avg"] * before).sum(1)
     assert coder.tensors()["optimizer.W_dec.exp_avg"].norm() > 100 * along.norm()
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e9])
+def test_a_gradient_is_cut_to_its_largest_norm(clip: float) -> None:
+    x, y = planted(512)
+    coder = Coder.start("a", config(gradient_clip=clip).resolved(24), x, y)
+    report = coder.step(x[:128], y[:128])
+    taken = torch.stack([coder.tensors()[f"optimizer.{name}.exp_avg"].norm() for name in coder.parameters]).norm()
+    used = float(taken) / (1 - _BETAS[0])  # Adam's first mean holds this part of its only gradient
+    assert used == pytest.approx(min(clip, report.gradient_norm), rel=1e-4)
+    assert 1e-3 < report.gradient_norm < 1e9
 
 
 def test_scaling_the_data_changes_nothing_but_the_units() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from services.training.compute.config import TrainConfig
 from services.training.compute.ranks import ALONE
-from services.training.compute.sparsity import FACTORS, Window
+from services.training.compute.sparsity import BANDWIDTH, FACTORS, Window
 
 
 def window(level: float, scatter: float = 0.1) -> tuple[Window, torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
@@ -33,6 +33,19 @@ def test_one_factor_brings_the_batch_to_its_k(level: float) -> None:
 def test_thresholds_far_too_high_come_down_to_what_the_window_shows() -> None:
     found, threshold, _, _ = window(2.5, scatter=0.0)
     assert 2.4 / 2.5 < found.factor(threshold, 32, ALONE) < 1
+
+
+def test_a_thresholds_gradient_is_that_of_the_box_around_it() -> None:
+    """Rajamanoharan et al. 2024, eq. 11, over all entries: -t/w where |z - t| < w/2, times dL/dz."""
+    found, threshold, parameters, x = window(1.5)
+    by_value = torch.randn(len(found.codes.value), generator=torch.Generator().manual_seed(1))
+    z = x @ parameters["W_enc"].T
+    dense = torch.zeros_like(z)
+    dense[found.codes.row, found.codes.latent] = by_value
+    inside = (z - threshold).abs() < BANDWIDTH / 2
+    assert inside.any(0).sum() > 100
+    expected = -(dense * inside).sum(0) * threshold / BANDWIDTH
+    assert torch.allclose(found.gradient(threshold, by_value), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_thresholds_far_too_low_go_up_by_the_most_there_is() -> None:
