@@ -33,6 +33,8 @@ class BaseModel:
     """Content digest of its files; empty while they were not read."""
     num_layers: int
     hidden_size: int
+    memory_bytes: int = 0
+    """Expected on a device."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,8 @@ class Operations:
             created_by=key.caller,
             created_at=None,
             finished_at=None,
-            estimated_memory_bytes=plan.devices * memory_bytes(plan, widths, self._device),
+            estimated_memory_bytes=plan.ranks * memory_bytes(plan, widths, self._device)
+            + (model.memory_bytes if plan.split else 0),
         )
 
     async def training(self, job_id: str) -> Training:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lensmesh.training.v1 import training_pb2 as pb
 from lensmesh.training.v1 import transcoders_pb2 as tpb
 
 from services.kit.database import Database
+from services.training.adapters.judged import ClaimedEvaluation
 from tests import models
 from tests.support import eventually
 from tests.wire.extraction_support import DATASET
@@ -31,7 +33,7 @@ async def mesh(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 async def test_checkpoints_are_compared_as_what_they_would_be_finalised_to_and_stay_until_they_were_judged(
-    mesh: Mesh,
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sites = {"source_site": "resid_mid", "variants": [{"source_site": "mlp_in"}]}
     async with mesh.working():
@@ -60,13 +62,31 @@ async def test_checkpoints_are_compared_as_what_they_would_be_finalised_to_and_s
 
         await mesh.stub.FinalizeTrainingJob(pb.FinalizeTrainingJobRequest(id=job.id, checkpoint=newest))
         done = await mesh.reached(job.id, pb.TRAINING_STATUS_COMPLETED, pb.TRAINING_STATUS_FAILED)
-        finished = await compared(mesh, **wanted, prefix=2, transcoder_ids=done.transcoder_ids)
+    with monkeypatch.context() as both:
+        owners = meeting(both)
+        async with mesh.working("host-1", slots=1), mesh.working("host-2", slots=1):
+            finished = await compared(mesh, **wanted, prefix=2, transcoder_ids=done.transcoder_ids)
+    assert sorted(owners) == ["host-1", "host-2"]
     for before, after in zip(early, finished, strict=True):
         assert (after.training_job_id, after.checkpoint, after.coder) == ("", "", "")
         for name in ("fvu", "l0", "ce_spliced", "ce_mean_ablated", "kl", "tokens"):
             assert getattr(before, name) == getattr(after, name), name
         assert list(before.fvu_per_prefix) == list(after.fvu_per_prefix)
     await assert_the_older_site_is_labelled(mesh, done)
+
+
+def meeting(patch: pytest.MonkeyPatch) -> list[str]:
+    """Who evaluates; no evaluation ends before two have begun."""
+    owners: list[str] = []
+    begin, begun = ClaimedEvaluation.begin, asyncio.Barrier(2)
+
+    async def meet(self: ClaimedEvaluation) -> Any:
+        owners.append(str(self._claim.job.owner))
+        await begun.wait()
+        return await begin(self)
+
+    patch.setattr(ClaimedEvaluation, "begin", meet)
+    return owners
 
 
 async def assert_the_older_site_is_labelled(mesh: Mesh, job: pb.TrainingJob) -> None:

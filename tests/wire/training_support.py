@@ -90,7 +90,7 @@ class Mesh:
     parts: list[Part]
 
     @asynccontextmanager
-    async def working(self, incarnation: str = "w1") -> AsyncIterator[Worker]:
+    async def working(self, incarnation: str = "w1", slots: int = 4) -> AsyncIterator[Worker]:
         """A worker of this process, for the length of the block."""
         worker = Worker(
             self.context.jobs,
@@ -98,7 +98,7 @@ class Mesh:
             device="cpu",
             incarnation=incarnation,
             limits={kind: limit for part in self.parts for kind, limit in part.limits.items()},
-            slots=4,
+            slots=slots,
             drain_seconds=30.0,
         )
         task = asyncio.create_task(worker.run())

@@ -46,7 +46,14 @@ class Peers:
     async def model(self, model_id: str) -> BaseModel:
         """The registry's row."""
         model = await self._catalogue.model(model_id)
-        return BaseModel(model.id, model.model_type, model.digest, model.num_layers, model.hidden_size)
+        return BaseModel(
+            model.id,
+            model.model_type,
+            model.digest,
+            model.num_layers,
+            model.hidden_size,
+            model.estimated_memory_bytes,
+        )
 
     async def require_dataset(self, dataset_id: str) -> None:
         """The registry's row."""
