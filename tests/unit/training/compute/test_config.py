@@ -104,6 +104,12 @@ def test_long_runs_call_a_latent_dead_after_a_smaller_part_of_them() -> None:
     assert [window(tokens) for tokens in (4096, 100_000, 250_000, 4_000_000)] == [2048, 10_000, 25_000, 100_000]
 
 
+def test_defaults_are_topk_and_equal_prefixes() -> None:
+    resolved = TrainConfig(dict_size=4096, num_tokens=4096).resolved(8)
+    assert (resolved.activation, resolved.prefix_weights) == ("topk", (1.0,) * 4)
+    assert (resolved.skip, resolved.unit_norm_decoder, resolved.dtype) == (False, False, "float32")
+
+
 def test_resolving_writes_every_rule_out_and_changes_nothing_given() -> None:
     resolved = config(learning_rate=0.5).resolved(d_out=10)
     assert (resolved.learning_rate, resolved.aux_k, resolved.dead_after_tokens) == (0.5, 5, 51)

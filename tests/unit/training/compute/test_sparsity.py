@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from services.residency.lenses.selection import Encoder
+from services.training.compute.batch_topk import select_batch_topk
 from services.training.compute.config import TrainConfig
 from services.training.compute.ranks import ALONE
-from services.training.compute.sparsity import BANDWIDTH, FACTORS, Window
+from services.training.compute.sparsity import BANDWIDTH, FACTORS, FOLLOW, PROBE_EVERY, Window, follow_threshold
 
 
 def window(level: float, scatter: float = 0.1) -> tuple[Window, torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
@@ -28,6 +30,24 @@ def test_one_factor_brings_the_batch_to_its_k(level: float) -> None:
     factor = found.factor(threshold, 32, ALONE)
     after = int((x @ parameters["W_enc"].T > threshold * factor).sum()) / 256
     assert abs(after - 32) < 0.2 < abs(before - 32)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+def test_the_running_threshold_follows_what_the_batches_ask_for(activation: str) -> None:
+    _, _, parameters, x = window(1.5)
+    config = TrainConfig(dict_size=512, num_tokens=256, batch_size=256, top_k=32, activation=activation)
+    z = (x @ parameters["W_enc"].T).flatten()
+    asked = float(z.topk(256 * 32).values[-1])  # under which the batch has 32 active latents a row
+    codes = select_batch_topk(Encoder(parameters["W_enc"], parameters["b_enc"]), x, 32)
+
+    def followed(threshold: float, step: int) -> float:
+        before = torch.tensor(threshold)
+        return float(follow_threshold(config, parameters, before, step=step, x=x, codes=codes, ranks=ALONE))
+
+    assert followed(0.0, 0) == pytest.approx(asked)
+    assert followed(1.0, PROBE_EVERY) == pytest.approx(1.0 + FOLLOW * (asked - 1.0))
+    between = 1.0 if activation == "topk" else pytest.approx(1.0 + FOLLOW * (asked - 1.0))
+    assert followed(1.0, 1) == between  # a topk coder selects without it and looks now and then
 
 
 def test_thresholds_far_too_high_come_down_to_what_the_window_shows() -> None:
