@@ -14,6 +14,7 @@ from lensmesh.training.v1 import training_pb2 as pb
 
 from services.kit.database import Database
 from services.residency.lenses.transcoder import Transcoder
+from services.training import requests
 from services.training.adapters.processes import Processes
 from services.training.compute import CoderPlan, TrainConfig, Trainer
 from services.training.dialogue import Split, Start
@@ -24,8 +25,9 @@ from tests.wire.extraction_support import DATASET
 from tests.wire.test_training import texts
 from tests.wire.training_support import BATCH, STEPS, Mesh, meshing
 
-WANTED = {"layers": [1], "source": {"dataset_id": DATASET, "live": True, "split": True}, "devices": 2, "seed": 3}
-PAIR = ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out")
+LAYERS, LAYER = 24, 20
+WANTED = {"layers": [LAYER], "source": {"dataset_id": DATASET, "live": True, "split": True}, "devices": 2, "seed": 3}
+PAIR = (f"blocks.{LAYER}.mlp.hook_in", f"blocks.{LAYER}.hook_mlp_out")
 
 
 @pytest.fixture
@@ -33,8 +35,10 @@ async def mesh(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LENSMESH_TRAINING_CHECKPOINT_TOKENS", str(10 * BATCH))
     monkeypatch.setenv("LENSMESH_MODEL_ROOTS", str(models.saved("gpt2").parent))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(requests, "BLOCK_ELEMENTS", 0)  # more than this model: all of it would go to the other device
     async with meshing(database, tmp_path / "state") as mesh:
         mesh.registry.texts = {DATASET: texts(60)}
+        mesh.registry.folder = models.saved("gpt2", LAYERS)
         yield mesh
 
 
@@ -74,8 +78,9 @@ async def test_a_split_model_trains_to_the_bits_of_an_undivided_one(
     assert mesh.registry.loads == 0
     [told] = kept
     assert told.ranks == ["cpu"]
-    assert {told.split["spread"][f"transformer.h.{layer}"] for layer in range(4)} == {0, 1}
-    weights = sum(file.stat().st_size for file in models.saved("gpt2").glob("*.safetensors"))
+    places = [told.split["spread"][f"transformer.h.{layer}"] for layer in range(LAYERS)]
+    assert (places[0], places[LAYER]) == (0, 1)
+    weights = sum(file.stat().st_size for file in models.saved("gpt2", LAYERS).glob("*.safetensors"))
     assert weights < mesh.registry.reserved[job.id]
     assert mesh.registry.ledger == {}
     assert mesh.staged() == []
@@ -102,8 +107,8 @@ async def test_a_kill_changes_no_bit(mesh: Mesh, pids: list[int]) -> None:
 
 
 async def test_files_that_were_changed_are_not_trained_on(mesh: Mesh, tmp_path: Path) -> None:
-    registered = tmp_path / models.saved("gpt2").name
-    mesh.registry.folder = shutil.copytree(models.saved("gpt2", seed=1), registered)
+    registered = tmp_path / models.saved("gpt2", LAYERS).name
+    mesh.registry.folder = shutil.copytree(models.saved("gpt2", LAYERS, seed=1), registered)
     async with mesh.working():
         job = await mesh.create(**WANTED)
         failed = await mesh.reached(job.id, pb.TRAINING_STATUS_COMPLETED, pb.TRAINING_STATUS_FAILED)

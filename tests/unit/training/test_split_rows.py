@@ -75,7 +75,7 @@ def test_a_pass_holds_the_pair_of_every_counted_token_once(
     x, y = of_a_pass(source, 0, 0)
     for found, point in ((x, POINTS[0]), (y, POINTS[1])):
         wanted = torch.cat([one[point] for one in expected])
-        assert torch.allclose(in_order(found), in_order(wanted), atol=1e-5)
+        assert torch.allclose(in_order(found), in_order(wanted), rtol=1e-4, atol=1e-5)
     again, _ = of_a_pass(source, 0, 1)
     assert not torch.allclose(again, x, atol=1e-5)
     assert torch.allclose(in_order(again), in_order(x), atol=1e-5)
