@@ -87,6 +87,7 @@ def wanted_message(found: Wanted) -> pb.CreateTrainingJobRequest:
         layers=found.layers,
         source=pb.TrainingSource(**source, live=found.live, split=found.split),
         devices=found.devices,
+        tracker=found.tracker,
         retention=_retention(found.retention) if found.retention else None,
         variants=[pb.TrainingConfig(**_fields(sites, options)) for sites, options in found.variants],
         **_fields(found.sites, found.options),

@@ -151,6 +151,7 @@ def wanted_again(training: Training) -> Wanted:
         options=options,
         variants=tuple(variants),
         devices=training.plan.devices,
+        tracker=training.plan.tracker,
         retention=training.retention,
         live=training.plan.live,
         split=training.plan.split,

@@ -180,11 +180,13 @@ async def test_a_configuration_is_exported_imported_and_cloned(mesh: Mesh) -> No
         lr_schedule=pb.LR_SCHEDULE_COSINE,
         seed=7,
         devices=2,
+        tracker="wandb",
         variants=[{"source_site": "mlp_in", "top_k": 4, "skip": True}],
         retention={"last": 2, "best": 2, "every_tokens": 100},
     )
     assert (job.config.legacy, [one.legacy for one in job.variants]) == (True, [False])
     config = await mesh.stub.GetTrainingConfig(pb.GetTrainingConfigRequest(id=job.id))
+    assert config.tracker == "wandb"
     imported = await mesh.stub.CreateTrainingJob(config)
     cloned = await mesh.stub.CloneTrainingJob(pb.CloneTrainingJobRequest(id=job.id, request_id="c1"))
     again = await mesh.stub.CloneTrainingJob(pb.CloneTrainingJobRequest(id=job.id, request_id="c1"))
