@@ -35,9 +35,9 @@ async def mesh(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LENSMESH_TRAINING_CHECKPOINT_TOKENS", str(10 * BATCH))
     monkeypatch.setenv("LENSMESH_MODEL_ROOTS", str(models.saved("gpt2").parent))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(requests, "BLOCK_ELEMENTS", 0)  # more than this model: all of it would go to the other device
+    monkeypatch.setattr(requests, "block_rows", lambda latents: 0)  # more than all of this model
     async with meshing(database, tmp_path / "state") as mesh:
-        mesh.registry.texts = {DATASET: texts(60)}
+        mesh.registry.texts = {DATASET: texts(20)}
         mesh.registry.folder = models.saved("gpt2", LAYERS)
         yield mesh
 

@@ -8,7 +8,7 @@ import torch
 from services.residency.estimate import laid_out
 from services.residency.families import blocks, family_of
 from services.residency.loading import load_model, prepare
-from services.residency.resident import resident_bytes
+from services.residency.quantize import resident_bytes
 from services.residency.splice import logits
 from services.residency.split import device_map, load_split, number_of
 from tests import models
