@@ -85,12 +85,22 @@ class Store(Protocol):
         """
 
 
-class Run(Protocol):
-    """One claim of a training job: whatever it writes counts only while the claim is the current one."""
+class JobRun(Protocol):
+    """One claim of a job: whatever it writes counts only while the claim is the current one."""
 
     @property
     def job_id(self) -> str:
         """The job's id."""
+
+    async def waiting(self, reason: str | None) -> None:
+        """Say what the run waits for."""
+
+    async def publish(self, write: Callable[[Path], None]) -> str:
+        """Keep a model's files; their digest, which is where the registry finds them."""
+
+
+class Run(JobRun, Protocol):
+    """One claim of a training job."""
 
     @property
     def stopping(self) -> bool:
@@ -101,9 +111,6 @@ class Run(Protocol):
 
     async def checkpoint(self) -> None:
         """Between steps; raises when the job is to stop."""
-
-    async def waiting(self, reason: str | None) -> None:
-        """Say what the run waits for."""
 
     async def progress(self, percent: float, figures: dict[str, Any]) -> None:
         """Say how far it is, with the event `extension:progress`."""
@@ -117,9 +124,6 @@ class Run(Protocol):
     async def save(self, write: Callable[[Path], None]) -> None:
         """Keep a state to resume from, instead of the former one."""
 
-    async def publish(self, write: Callable[[Path], None]) -> str:
-        """Keep a model's files; their digest, which is where the registry finds them."""
-
     async def finish(
         self, result: TrainedExtension, write: Callable[[Path], None] | None, sharers: Sequence[Sharer] = ()
     ) -> None:
@@ -129,12 +133,8 @@ class Run(Protocol):
         """
 
 
-class MergeRun(Protocol):
+class MergeRun(JobRun, Protocol):
     """One claim of a merge."""
-
-    @property
-    def job_id(self) -> str:
-        """The job's id."""
 
     @property
     def name(self) -> str:
@@ -146,12 +146,6 @@ class MergeRun(Protocol):
         Raises:
             NotFound: it was deleted.
         """
-
-    async def waiting(self, reason: str | None) -> None:
-        """Say what the run waits for."""
-
-    async def publish(self, write: Callable[[Path], None]) -> str:
-        """Keep a model's files; their digest, which is where the registry finds them."""
 
 
 class Catalogue(Protocol):

@@ -8,6 +8,7 @@ from typing import Any
 
 from lensmesh.common.v1 import types_pb2
 from lensmesh.training.v1 import training_pb2 as pb
+from lensmesh.training.v1.transcoders_pb2 import CompareTranscodersRequest
 
 from services.kit import errors
 from services.kit.paging import Page, asked
@@ -109,17 +110,19 @@ def pruning(found: Pruning) -> pb.PruneCheckpointsResponse:
     )
 
 
-def wanted_evaluation(request: pb.EvaluateTranscoderRequest) -> WantedEvaluation:
-    """What a request asks for."""
+def wanted_evaluation(
+    request: pb.EvaluateTranscoderRequest | CompareTranscodersRequest, transcoder_id: str, samples_per_feature: int = 0
+) -> WantedEvaluation:
+    """What a request asks for; of a comparison what its evaluations have in common."""
     return WantedEvaluation(
-        transcoder_id=request.id,
+        transcoder_id=transcoder_id,
         dataset_id=request.dataset_id,
         num_batches=request.num_batches,
         batch_size=request.batch_size,
         max_length=request.max_length,
         mode=MODES[request.mode],
         prefix=request.prefix,
-        samples_per_feature=request.samples_per_feature,
+        samples_per_feature=samples_per_feature,
     )
 
 

@@ -90,7 +90,8 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     async def EvaluateTranscoder(self, request: pb.EvaluateTranscoderRequest, context: Any) -> pb.QueuedJob:
         """Queue an evaluation."""
         key = request_key(f"{_SERVICE}/EvaluateTranscoder", request)
-        queued = await self._operations.evaluate(messages.wanted_evaluation(request), key)
+        wanted = messages.wanted_evaluation(request, request.id, request.samples_per_feature)
+        queued = await self._operations.evaluate(wanted, key)
         return pb.QueuedJob(job_id=queued.job_id, resource_id=queued.resource_id)
 
     async def ListEvaluations(self, request: pb.ListEvaluationsRequest, context: Any) -> pb.ListEvaluationsResponse:

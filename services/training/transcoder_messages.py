@@ -14,7 +14,7 @@ from services.training.compute.formats import HeldOut
 from services.training.domain import Queued, WantedComparison, WantedEvaluation
 from services.training.exchange import Published, WantedImport
 from services.training.feature_files import FeatureSample
-from services.training.messages import MODES
+from services.training.messages import wanted_evaluation
 
 FORMATS = {
     pb.TRANSCODER_FORMAT_SAE_LENS: "sae_lens",
@@ -54,15 +54,7 @@ def wanted_comparison(request: pb.CompareTranscodersRequest) -> WantedComparison
     return WantedComparison(
         transcoder_ids=tuple(request.transcoder_ids),
         checkpoints=[(one.job_id, one.checkpoint, one.coder) for one in request.checkpoints],
-        common=WantedEvaluation(
-            transcoder_id="",
-            dataset_id=request.dataset_id,
-            num_batches=request.num_batches,
-            batch_size=request.batch_size,
-            max_length=request.max_length,
-            mode=MODES[request.mode],
-            prefix=request.prefix,
-        ),
+        common=wanted_evaluation(request, transcoder_id=""),
     )
 
 

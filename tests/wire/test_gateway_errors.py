@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.support import free_port
 from tests.wire.gateway_support import Mesh, running, serve_zoo
 
 
@@ -75,8 +75,25 @@ async def test_retry_after_is_the_service_s(mesh: Mesh) -> None:
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
 
 
-async def test_a_backend_that_is_down_is_503(tmp_path: Path) -> None:
-    async with running(tmp_path, backends={"zoo.v1": f"127.0.0.1:{free_port()}"}) as mesh:
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """An address that refuses connections, kept from servers of other tests."""
+    with held("127.0.0.1:0") as address:
+        yield address
+
+
+@contextmanager
+def held(address: str) -> Iterator[str]:
+    """A port that nobody listens on and that no other test's server is given."""
+    host, _, port = address.rpartition(":")
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind((host, int(port)))
+        yield f"{host}:{holder.getsockname()[1]}"
+
+
+async def test_a_backend_that_is_down_is_503(tmp_path: Path, nobody: str) -> None:
+    async with running(tmp_path, backends={"zoo.v1": nobody}) as mesh:
         answer = await mesh.http.get("/api/animals/7", headers=mesh.bearer())
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "UNAVAILABLE")
         assert "127.0.0.1" not in answer.text
@@ -88,20 +105,17 @@ async def test_a_backend_that_is_down_is_503(tmp_path: Path) -> None:
 async def test_a_backend_that_comes_back_is_found_again(mesh: Mesh) -> None:
     assert (await mesh.http.get("/api/animals/7", headers=mesh.bearer())).status_code == 200
     await mesh.backend.stop(None)
-    host, _, port = mesh.settings.backends["zoo.v1"].rpartition(":")
-    with socket.socket() as nobody:  # keeps the port from servers of other tests; it refuses connections
-        nobody.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        nobody.bind((host, int(port)))
+    with held(mesh.settings.backends["zoo.v1"]) as address:
         assert (await mesh.http.get("/api/animals/7", headers=mesh.bearer())).status_code == 503
-        again, _, _ = await serve_zoo(mesh.zoo, mesh.settings, mesh.settings.backends["zoo.v1"])
+        again, _, _ = await serve_zoo(mesh.zoo, mesh.settings, address)
     while (await mesh.http.get("/api/animals/7", headers=mesh.bearer())).status_code == 503:
         pass
     assert (await mesh.http.get("/readyz")).status_code == 200
     await again.stop(None)
 
 
-async def test_a_package_without_a_backend_is_503(tmp_path: Path) -> None:
-    async with running(tmp_path, backends={"elsewhere.v1": f"127.0.0.1:{free_port()}"}) as mesh:
+async def test_a_package_without_a_backend_is_503(tmp_path: Path, nobody: str) -> None:
+    async with running(tmp_path, backends={"elsewhere.v1": nobody}) as mesh:
         answer = await mesh.http.get("/api/animals/7", headers=mesh.bearer())
     assert answer.status_code == 503
     assert "zoo.v1" in answer.json()["error"]["message"]

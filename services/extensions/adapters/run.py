@@ -23,8 +23,8 @@ from services.kit.jobs import Claim
 from services.residency.lenses.extension_files import INSERTED_FILE, over_layers
 
 
-class ClaimedRun:
-    """Implements the port `Run` on one claim: every write is in a transaction that checks the fence first."""
+class ClaimedJob:
+    """What runs of every kind do with their claim: every write is in a transaction that checks the fence first."""
 
     def __init__(self, claim: Claim, store: PostgresStore) -> None:
         self._claim = claim
@@ -34,6 +34,23 @@ class ClaimedRun:
     def job_id(self) -> str:
         """The job's id."""
         return self._claim.job.id
+
+    async def waiting(self, reason: str | None) -> None:
+        """Shown as `waiting_for`."""
+        await self._claim.waiting(reason)
+
+    async def publish(self, write: Callable[[Path], None]) -> str:
+        """An artifact of kind `model`, under the claim's fence; its digest."""
+        with self._store.artifacts.staging(MODEL_ARTIFACT) as folder:
+            await asyncio.to_thread(write, folder)
+            async with self._claim.commit() as conn:
+                meta = {"job_id": self.job_id}
+                artifact = await self._store.artifacts.publish(conn, MODEL_ARTIFACT, folder, meta)
+        return artifact.digest
+
+
+class ClaimedRun(ClaimedJob):
+    """Implements the port `Run` on one claim."""
 
     @property
     def stopping(self) -> bool:
@@ -47,10 +64,6 @@ class ClaimedRun:
     async def checkpoint(self) -> None:
         """Raises when the job is cancelled or paused, or the lease is lost."""
         await self._claim.checkpoint()
-
-    async def waiting(self, reason: str | None) -> None:
-        """Shown as `waiting_for`."""
-        await self._claim.waiting(reason)
 
     async def progress(self, percent: float, figures: dict[str, object]) -> None:
         """The row's progress, and the event."""
@@ -75,10 +88,6 @@ class ClaimedRun:
                 former = await conn.fetchval(QUERIES["set_checkpoint"], self.job_id, artifact.uri)
         if former is not None and former != artifact.uri:
             await self._store.discard([former])
-
-    async def publish(self, write: Callable[[Path], None]) -> str:
-        """An artifact of kind `model`, under the claim's fence."""
-        return await published_model(self._store, self._claim, write)
 
     async def finish(
         self, result: TrainedExtension, write: Callable[[Path], None] | None, sharers: Sequence[Sharer] = ()
@@ -128,17 +137,8 @@ class ClaimedRun:
         await conn.execute(QUERIES["insert_version"], *row)
 
 
-class ClaimedMerge:
+class ClaimedMerge(ClaimedJob):
     """Implements the port `MergeRun` on one claim."""
-
-    def __init__(self, claim: Claim, store: PostgresStore) -> None:
-        self._claim = claim
-        self._store = store
-
-    @property
-    def job_id(self) -> str:
-        """The job's id."""
-        return self._claim.job.id
 
     @property
     def name(self) -> str:
@@ -148,20 +148,3 @@ class ClaimedMerge:
     async def extension(self) -> Extension:
         """Its row, with the newest version."""
         return await self._store.get(self._claim.job.resource_id)
-
-    async def waiting(self, reason: str | None) -> None:
-        """Shown as `waiting_for`."""
-        await self._claim.waiting(reason)
-
-    async def publish(self, write: Callable[[Path], None]) -> str:
-        """An artifact of kind `model`, under the claim's fence."""
-        return await published_model(self._store, self._claim, write)
-
-
-async def published_model(store: PostgresStore, claim: Claim, write: Callable[[Path], None]) -> str:
-    """Keep a model that a job made; its digest."""
-    with store.artifacts.staging(MODEL_ARTIFACT) as folder:
-        await asyncio.to_thread(write, folder)
-        async with claim.commit() as conn:
-            artifact = await store.artifacts.publish(conn, MODEL_ARTIFACT, folder, {"job_id": claim.job.id})
-    return artifact.digest

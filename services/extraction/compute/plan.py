@@ -19,9 +19,9 @@ UNIT_SHARE = 0.05
 UNIT_SEQUENCES = 64
 MOST_UNIT_BYTES = 4 * UNIT_BYTES
 WINDOW = 1024
+"""Sequences that are sorted by length together."""
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
 """Tokens of a forward pass from which on it only grows slower: on a CPU its tensors leave the caches."""
-"""Sequences that are sorted by length together."""
 
 
 class NothingCounted(ValueError):
