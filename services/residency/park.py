@@ -6,22 +6,40 @@ weights, buffers, and bitsandbytes' scales and tables. Paths, hooks and attached
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from services.residency.lenses import Lens
+
 Convert = Callable[[Tensor], Tensor]
+
+
+def move(model: nn.Module, lenses: Sequence[Lens], origin: str, target: str) -> None:
+    """Bring a model and its lenses from one torch device to another; all of them or, where one raises, none."""
+    try:
+        for lens in lenses:
+            lens.move(target)
+        relocate(model, lambda tensor: tensor.to(target))
+    except BaseException:
+        for lens in lenses:
+            lens.move(origin)
+        raise
 
 
 def relocate(model: nn.Module, convert: Convert) -> None:
     """Replace the memory of every tensor by what `convert` makes of it; tensors that share memory still do afterwards.
+
+    Where `convert` raises, for want of memory say, every tensor is as before.
 
     Args:
         model: quantised or not.
         convert: gives a tensor of the same shape, dtype and bits elsewhere, for example `lambda t: t.to("cpu")`.
     """
     moved: dict[tuple[int, int, torch.Size], tuple[Tensor, Tensor]] = {}
+    replacements: list[Callable[[], None]] = []
     done: set[int] = set()
 
     def once(tensor: Tensor) -> Tensor:
@@ -32,25 +50,28 @@ def relocate(model: nn.Module, convert: Convert) -> None:
         return moved[key][1]
 
     for module in model.modules():
-        _relocate_quantized(module, once)
+        replacements += [partial(setattr, holder, name, once(tensor)) for holder, name, tensor in _quantized(module)]
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in done:
                 done.add(id(parameter))
-                parameter.data = once(parameter.data)
+                replacements.append(partial(setattr, parameter, "data", once(parameter.data)))
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = once(buffer)
+            replacements.append(partial(module._buffers.__setitem__, name, once(buffer)))
+    for replace in replacements:
+        replace()
 
 
-def _relocate_quantized(module: nn.Module, once: Convert) -> None:
+def _quantized(module: nn.Module) -> Iterator[tuple[object, str, Tensor]]:
+    """Holder, attribute and tensor of what bitsandbytes keeps beside parameters and buffers."""
     weight, state = getattr(module, "weight", None), getattr(module, "state", None)
     for holder in (weight, state):
         for name in ("CB", "SCB"):
             tensor = getattr(holder, name, None)
             if isinstance(tensor, Tensor):
-                setattr(holder, name, once(tensor))
+                yield holder, name, tensor
     quant_state = getattr(weight, "quant_state", None)
     while quant_state is not None:
         for name, value in vars(quant_state).items():
             if isinstance(value, Tensor):
-                setattr(quant_state, name, once(value))
+                yield quant_state, name, value
         quant_state = getattr(quant_state, "state2", None)

@@ -27,7 +27,7 @@ from services.residency.lenses import Base, Spec, needed
 from services.residency.lenses import load as load_lens
 from services.residency.lenses.extension import Extensions
 from services.residency.memory import give_back
-from services.residency.park import relocate
+from services.residency.park import move
 from services.residency.quantize import resident_bytes
 from services.residency.resident import Attached, Residency, Resident
 
@@ -317,16 +317,12 @@ class Pool:
         """Move a parked model back; its fingerprint, and that with each extension in force, must be what it was.
 
         Raises:
-            errors.Exhausted: `INSUFFICIENT_MEMORY`; it stays parked.
+            errors.Exhausted: `INSUFFICIENT_MEMORY` or `DEVICE_OOM`; it stays parked.
             errors.Failed: `FINGERPRINT_MISMATCH`; the model is dropped.
         """
         resident = self.get(model_id)
-        await self._move(resident, "device")
         try:
-            await self._verify(resident)
-            for lens_id, attached in resident.lenses.items():
-                if attached.lens.altering and await self.run(_fingerprint, resident, lens_id) != attached.fingerprint:
-                    raise mismatch()
+            await self._move(resident, "device")
         except errors.Failed:
             await self.unload(model_id)
             raise
@@ -342,16 +338,35 @@ class Pool:
                     self._require(resident.total_bytes)
                 elif resident.total_bytes > self.park_bytes - self.parked_bytes:
                     raise insufficient_memory(resident.total_bytes, self.park_bytes - self.parked_bytes)
-                if self.device != "cpu":
-                    await self.run(self._relocate, resident, self.device if state == "device" else "cpu")
-                resident.state = state
+                await self._bring(resident, state)
+                if state == "device":
+                    await self._check_restored(resident)
                 return before - self.used_bytes
 
-    def _relocate(self, resident: Resident, target: str) -> None:
-        relocate(resident.base.model, lambda tensor: tensor.to(target))
-        for attached in resident.lenses.values():
-            attached.lens.move(target)
-        give_back(self.device)
+    async def _bring(self, resident: Resident, state: Residency) -> None:
+        if self.device != "cpu":
+            origin, target = ("cpu", self.device) if state == "device" else (self.device, "cpu")
+            await self.run(self._relocate, resident, origin, target)
+        resident.state = state
+
+    def _relocate(self, resident: Resident, origin: str, target: str) -> None:
+        try:
+            move(resident.base.model, [attached.lens for attached in resident.lenses.values()], origin, target)
+        finally:
+            give_back(self.device)
+
+    async def _check_restored(self, resident: Resident) -> None:
+        """Where there is no memory to compute it, the model is parked again: it must not be used unchecked."""
+        try:
+            await self._verify(resident)
+            for lens_id, attached in resident.lenses.items():
+                if attached.lens.altering and await self.run(_fingerprint, resident, lens_id) != attached.fingerprint:
+                    raise mismatch()
+        except errors.Failed:
+            raise
+        except BaseException:
+            await self._bring(resident, "parked")
+            raise
 
     async def attach(self, model_id: str, spec: Spec) -> Attached:
         """Bring a lens to a resident model; one that is attached from the same files stays as it is.
@@ -403,7 +418,7 @@ class Pool:
         if resident.active == lens_id:
             resident.active = None
         await self.run(attached.lens.detach)
-        if attached.lens.altering:
+        if resident.state == "device":  # else its restore does
             await self._verify(resident)
         del attached
         await self.run(give_back, self.device)

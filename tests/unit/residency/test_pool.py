@@ -10,6 +10,7 @@ import torch
 
 from services.kit import errors
 from services.residency import loading
+from services.residency import pool as pools
 from services.residency.fingerprint import fingerprint
 from services.residency.lenses import Spec
 from services.residency.pool import Pool
@@ -275,6 +276,22 @@ async def test_a_restored_model_that_computes_something_else_is_dropped(pool):
         await pool.restore("m")
     assert caught.value.reason == "FINGERPRINT_MISMATCH"
     assert (pool.used_bytes, pool.residents) == (0, [])
+
+
+async def test_a_lens_that_leaves_a_trace_in_the_base_is_found(pool, monkeypatch):
+    resident = await pool.load("m", models.saved("gpt2"), "none")
+    gain = resident.base.model.transformer.ln_f.weight.data
+    await pool.attach("m", Spec("kept", "logit_lens"))
+    clean, load = gain.clone(), pools.load_lens
+    monkeypatch.setattr(pools, "load_lens", lambda *arguments: (load(*arguments), gain.add_(1e-3))[0])
+    for call in (pool.attach("m", Spec("l", "logit_lens")), pool.detach("m", "kept")):
+        with pytest.raises(errors.Failed) as caught:
+            await call
+        assert caught.value.reason == "FINGERPRINT_MISMATCH"
+    assert resident.lenses == {}
+    gain.copy_(clean)
+    monkeypatch.undo()
+    await pool.attach("m", Spec("l", "logit_lens"))
 
 
 async def test_a_lens_of_another_base_is_refused_with_both_values(pool):

@@ -54,7 +54,7 @@ class PoolMachine(RuleBasedStateMachine):
         for name in MODELS:
             self.prints[name], self.sizes[name], self.needs[name] = figures(name)
         self.budget = max(self.needs.values()) + sorted(self.sizes.values())[1] + 2 * self.lens_bytes
-        self.park_budget = sorted(self.sizes.values())[1] + self.lens_bytes
+        self.park_budget = max(self.sizes.values()) + self.lens_bytes
         self.give_back, pools.give_back = pools.give_back, lambda device: 0  # collecting garbage takes most of the time
         self.fresh()
         self.load("a", "")
@@ -154,8 +154,8 @@ class PoolMachine(RuleBasedStateMachine):
         if name in self.here and self.here[name].leases:
             self.run(self.here[name].leases.pop().aclose())
 
-    @rule(name=names)
-    def park(self, name: str) -> None:
+    @rule(name=names, short=st.booleans())
+    def park(self, name: str, short: bool) -> None:
         if name not in self.here:
             self.refused(self.pool.park(name), "WRONG_STATE")
         elif self.here[name].parked:
@@ -164,17 +164,29 @@ class PoolMachine(RuleBasedStateMachine):
             self.refused(self.pool.park(name), "IN_USE")
         elif self.size(name) > self.park_budget - self.total(parked=True):
             self.refused(self.pool.park(name), "INSUFFICIENT_MEMORY")
+        elif short:
+            self.failing_to_move(lambda: self.pool.park(name))
         else:
             assert self.run(self.pool.park(name)) == self.size(name)
             self.here[name].parked = True
 
-    @rule(name=names, changed=st.booleans())
-    def restore(self, name: str, changed: bool) -> None:
+    def failing_to_move(self, work: Any) -> None:
+        """Memory runs out on the way to another device."""
+        self.pool.device = "elsewhere"
+        self.failing(pools, "move", MemoryError(), work, "DEVICE_OOM")
+        self.pool.device = "cpu"
+
+    @rule(name=names, stage=st.sampled_from(["", "", "changed", "move", "check"]))
+    def restore(self, name: str, stage: str) -> None:
         if name not in self.here or not self.here[name].parked:
             return
         if self.size(name) > self.room:
             self.refused(self.pool.restore(name), "INSUFFICIENT_MEMORY")
-        elif changed:
+        elif stage == "move":
+            self.failing_to_move(lambda: self.pool.restore(name))
+        elif stage == "check":
+            self.failing(pools, "_fingerprint", MemoryError(), lambda: self.pool.restore(name), "DEVICE_OOM")
+        elif stage == "changed":
             with torch.no_grad():
                 next(p for p in self.pool.get(name).base.model.parameters() if p.is_floating_point()).add_(1)
             self.refused(self.pool.restore(name), "FINGERPRINT_MISMATCH")
@@ -200,9 +212,10 @@ class PoolMachine(RuleBasedStateMachine):
             self.run(work)
             self.here[name].lenses.add(lens)
 
-    @rule(name=names, lens=lens_names)
+    @rule(name=names, lens=lens_names | st.just("the active one"))
     def evict_lens(self, name: str, lens: str) -> None:
         if name in self.here:
+            lens = (self.here[name].active or "l") if lens == "the active one" else lens
             expected = self.lens_size(name, lens) if lens in self.here[name].lenses else 0
             assert self.run(self.pool.detach(name, lens)) == expected
             self.here[name].lenses.discard(lens)

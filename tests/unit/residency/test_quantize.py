@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from services.residency.families import family_of, hook_points
 from services.residency.fingerprint import fingerprint
 from services.residency.hooks import capture_hooks
 from services.residency.loading import load_model, read_config
-from services.residency.park import relocate
+from services.residency.park import move, relocate
 from services.residency.quantize import QUANTIZATIONS, linear_modules, resident_bytes, tensors_of
 from services.residency.splice import logits
 from tests import models
@@ -92,11 +94,29 @@ def test_a_move_keeps_bits_bytes_and_sharing(family, quantization):
     print_, held = fingerprint(model), resident_bytes(model)
     before = [tensor.detach() for tensor in tensors_of(model).values()]
     moved = []
+
+    def full(tensor):
+        moved.append(tensor)
+        return tensor.clone() if len(moved) <= len(before) // 2 else torch.empty(1 << 55)
+
+    with pytest.raises(RuntimeError, match="memory"):
+        relocate(model, full)
+    assert [tensor.data_ptr() for tensor in tensors_of(model).values()] == [tensor.data_ptr() for tensor in before]
+    assert fingerprint(model) == print_
+    moved.clear()
     relocate(model, lambda tensor: moved.append(tensor) or tensor.clone())
     assert sum(tensor.numel() * tensor.element_size() for tensor in moved) == held
     after = tensors_of(model).values()
     assert not {t.untyped_storage().data_ptr() for t in before} & {t.untyped_storage().data_ptr() for t in after}
     assert (fingerprint(model), resident_bytes(model)) == (print_, held)
+
+
+def test_lenses_come_back_when_their_base_cannot_be_moved():
+    moves = []
+    lens = SimpleNamespace(move=moves.append)
+    with pytest.raises(RuntimeError, match="nowhere"):
+        move(load_model(models.saved("gpt2"), "none"), [lens, lens], "cpu", "nowhere")
+    assert moves == ["nowhere", "nowhere", "cpu", "cpu"]
 
 
 def test_fingerprints_tell_quantizations_and_weights_apart():
