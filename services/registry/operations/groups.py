@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from services.kit.errors import Exhausted, Invalid, LensmeshError
@@ -18,6 +19,7 @@ from services.registry.operations.lenses import bring, take_lens_off
 from services.registry.operations.loading import await_job, bring_base, move_model
 from services.registry.operations.planning import ASSUMED_BYTES_PER_SECOND
 from services.registry.operations.registry import Registry
+from services.registry.operations.unloading import making_room
 
 TOGETHER = 4
 """Lenses that a preload brings at the same time."""
@@ -161,7 +163,9 @@ async def analyze(registry: Registry, group_id: str, lens_ids: Sequence[str], qu
         async with registry.store.transaction() as tx:
             await tx.placement.touch(copy.model_id, copy.host_id)
             await tx.placement.touch_lenses(copy.host_id, wanted)
-        return await registry.hosts.analyze(copy.address, copy.model_id, wanted, query)
+        forward = partial(registry.hosts.analyze, copy.address, copy.model_id, wanted, query)
+        reads = [lens.activation_source_model_id for lens in lenses if lens.activation_source_model_id]
+        return await making_room(registry, copy, forward, reads)
 
 
 async def preload_group(registry: Registry, caller: Caller, group_id: str, lens_ids: Sequence[str]) -> tuple[str, int]:

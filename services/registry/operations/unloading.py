@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Collection
+from typing import TypeVar
+
 from services.kit.errors import Conflict, Exhausted, LensmeshError, NotFound
 from services.registry.domain import Model, Residency
 from services.registry.operations.planning import may_leave
 from services.registry.operations.registry import Registry
 from services.registry.ports import Transaction
+
+T = TypeVar("T")
 
 
 async def unload_model(registry: Registry, model_id: str, wait_seconds: float) -> Model:
@@ -145,8 +150,36 @@ async def departed(
         await tx.emit("model:unloaded", copy.model_id, facts)
 
 
-async def clear_device(registry: Registry, device: str, cause: str = "device_cleared") -> tuple[list[str], int]:
+async def making_room(
+    registry: Registry, copy: Residency, forward: Callable[[], Awaitable[T]], reads: Collection[str] = ()
+) -> T:
+    """What a forward on a copy answers; once the device has run out of memory, after all that is idle beside it left.
+
+    Args:
+        registry: the registry.
+        copy: the model that it runs on.
+        forward: asks the copy's host.
+        reads: other models that it needs.
+
+    Raises:
+        Exhausted: `DEVICE_OOM`: that did not help.
+    """
+    try:
+        return await forward()
+    except Exhausted as error:
+        if error.reason != "DEVICE_OOM":
+            raise
+    device = f"{copy.host_id}/{copy.device}"
+    await clear_device(registry, device, cause="out_of_memory", keep={copy.model_id, *reads})
+    return await forward()
+
+
+async def clear_device(
+    registry: Registry, device: str, cause: str = "device_cleared", keep: Collection[str] = ()
+) -> tuple[list[str], int]:
     """Unload what is idle and not pinned on a device, and empty its allocator's cache; who left, and the bytes.
+
+    Models of `keep` stay.
 
     Raises:
         NotFound: no live host has it.
@@ -157,7 +190,7 @@ async def clear_device(registry: Registry, device: str, cause: str = "device_cle
         raise NotFound(f"There is no live device {device}", metadata={"device": device})
     left: list[str] = []
     freed = 0
-    for copy in [r for r in host.residents if may_leave(r)]:
+    for copy in [r for r in host.residents if may_leave(r) and r.model_id not in keep]:
         try:
             freed += await unload_copies(registry, copy.model_id, wait_seconds=0.0, cause=cause, only=(host.host_id,))
         except Conflict:  # it came into use meanwhile
