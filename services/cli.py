@@ -77,7 +77,9 @@ def up(
 
 @app.command()
 def serve(
-    services: Annotated[list[str], typer.Argument(help="registry, or any of extraction, training, extensions.")],
+    services: Annotated[
+        list[str], typer.Argument(help="registry, residency, or any of extraction, training, extensions.")
+    ],
     listen: Annotated[str, typer.Option(help="HOST:PORT of gRPC.")],
     metrics: Annotated[str, typer.Option(help="HOST:PORT of /metrics, /healthz and /readyz.")],
     device: Annotated[str, typer.Option(help="The device that this process owns: cpu or cuda:N.")] = "cpu",

@@ -18,7 +18,7 @@ from services.kit.jobs import JobStore
 from services.kit.metrics import new_registry
 from services.kit.server import Context, Part, run
 
-SERVICES = ("registry", "extraction", "training", "extensions")
+SERVICES = ("registry", "residency", "extraction", "training", "extensions")
 REGISTRY_SERVICES = (
     "lensmesh.registry.v1.ModelService",
     "lensmesh.registry.v1.DatasetService",
@@ -30,7 +30,8 @@ async def serve(names: list[str], device: str, listen: str, metrics: str) -> Non
     """Serve the named services in this process until it is told to stop.
 
     Args:
-        names: services of SERVICES; the registry runs alone, the others own a device together.
+        names: services of SERVICES; the registry runs alone, the others own a device together. Residency is part of
+            every process that owns a device; named alone, it only holds models there.
         device: `cpu` or `cuda:N`; ignored by the registry.
         listen: gRPC host:port.
         metrics: host:port of /metrics, /healthz and /readyz.
@@ -63,7 +64,7 @@ async def serve(names: list[str], device: str, listen: str, metrics: str) -> Non
         )
         if context.registry is not None:
             stack.push_async_callback(context.registry.close)
-        order = ["residency", *names] if owns_device else names
+        order = ["residency", *(name for name in names if name != "residency")] if owns_device else names
         parts: list[Part] = [
             await importlib.import_module(f"services.{name}.__main__").compose(context) for name in order
         ]

@@ -7,7 +7,7 @@ A topology lists the device-owning processes of one host; registry, gateway, Pos
     max_resident_models = 2
     [[process]]
     name = "device-0"
-    services = ["extraction", "training", "extensions"]
+    services = ["extraction", "training", "extensions"]    # or ["residency"]: it holds models, and runs no jobs
     device = "cuda:0"          # cpu or cuda:N
     memory_limit = "6GiB"      # the device's byte budget; without it the process finds out itself
 """
@@ -86,8 +86,10 @@ def _process(topology: str, index: int, entry: dict[str, object]) -> DeviceProce
     name, services, device = entry.get("name"), entry.get("services"), entry.get("device")
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9-]{0,31}", name) or name in RESERVED:
         raise StartError(f"topology {topology}: {where}name must be a lower-case word that is not one of {RESERVED}")
-    if not isinstance(services, list) or not services or not set(services) <= set(SERVICES):
-        raise StartError(f"topology {topology}: {where}services must name one or more of {', '.join(SERVICES)}")
+    alone = services == ["residency"]
+    if not isinstance(services, list) or not services or not (alone or set(services) <= set(SERVICES)):
+        known = ", ".join(SERVICES)
+        raise StartError(f"topology {topology}: {where}services must name one or more of {known}, or residency alone")
     if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda:\d+", device):
         raise StartError(f"topology {topology}: {where}device must be cpu or cuda:N")
     try:

@@ -26,7 +26,13 @@ def test_a_process_with_every_service():
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (DEPLOY / "topologies").glob("*.toml")))
 def test_every_topology_that_is_shipped_is_valid(name: str):
-    assert {service for process in load_topology(name).processes for service in process.services} == set(SERVICES)
+    found = {service for process in load_topology(name).processes for service in process.services}
+    assert found - {"residency"} == set(SERVICES)
+
+
+def test_gpus_have_a_cpu_beside_them_that_holds_what_they_have_no_room_for():
+    holds = load_topology("dual-24gb").processes[-1]
+    assert (holds.services, holds.device) == (("residency",), "cpu")
 
 
 def test_process_names_that_scripts_rely_on():
@@ -46,6 +52,7 @@ def test_process_names_that_scripts_rely_on():
         ('name = "device-0"', "name = 7", "process[0].name"),
         ('"training", ', "", "training"),
         ('"training"', '"registry"', "process[0].services"),
+        ('"training"', '"residency"', "process[0].services"),
         ('memory_limit = "6GB"', 'memory_limit = "much"', "process[0].memory_limit"),
         ('memory_limit = "6GB"', 'memory = "6GB"', "process[0].memory"),
         ("[settings]", "[setting]", "setting"),
