@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -98,32 +97,3 @@ async def test_what_a_killed_supervisor_leaves_does_not_stop_the_next_one(start:
     assert HttpApi(again.mesh.gateway, again.mesh.token).call("GetDataset", id=made["id"])["name"] == "kept"
     assert again.stop(signal.SIGTERM) == 0
     assert processes_of(up.state) == []
-
-
-async def test_a_killed_process_comes_back_at_its_own_address_and_ctrl_c_ends_them_all(start: Callable[..., Up]):
-    up = start()
-    assert set(up.mesh.pids.values()) <= {one.pid for one in processes_of(up.state)}
-    api = HttpApi(up.mesh.gateway, up.mesh.token)
-    for name in ("gateway", "registry", "nats", "device-0", "postgres"):
-        os.kill(up.mesh.pids[name], signal.SIGKILL)
-        await eventually(lambda name=name: _pid(up, name) not in (None, up.mesh.pids[name]), timeout=60)
-        await eventually(lambda: _answers(api), timeout=60)
-    after = read_mesh(up.state)
-    assert after is not None
-    assert (after.gateway, after.grpc, after.metrics) == (up.mesh.gateway, up.mesh.grpc, up.mesh.metrics)
-    assert up.stop(signal.SIGINT) == 0
-    assert not [name for name, pid in after.pids.items() if psutil.pid_exists(pid)]
-    assert processes_of(up.state) == []
-    assert read_mesh(up.state) is None
-
-
-def _pid(up: Up, name: str) -> int | None:
-    mesh = read_mesh(up.state)
-    return None if mesh is None else mesh.pids.get(name)
-
-
-def _answers(api: HttpApi) -> bool:
-    try:
-        return any(device["alive"] for device in api.call("ListDevices")["devices"])
-    except Exception:  # whatever it is, it is not an answer yet
-        return False
