@@ -94,6 +94,11 @@ def test_reserved_bytes_are_nobodys() -> None:
     assert evicted(50, host("h", 100, reserved_bytes=60)) is None
 
 
+@pytest.mark.parametrize(("used", "pressed"), [(None, False), (900, False), (901, True)])
+def test_above_90_per_cent_a_device_is_nearly_full_whatever_its_budget_is(used: int | None, pressed: bool) -> None:
+    assert host(budget=500, total_bytes=1000, device_used_bytes=used).pressed is pressed
+
+
 def test_the_number_of_models_counts_too() -> None:
     full = host("h", 1000, *(resident(name, 10, age) for age, name in enumerate("cba")))
     assert evicted(10, full, limit=3) == ["a"]

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -54,6 +54,26 @@ def test_what_jtop_answers() -> None:
     power = {"rail": {"VDD_IN": {"power": 5100}}, "tot": {"volt": 5016, "power": 5210}}
     assert from_jtop(gpu, temperature, power) == Reading(0.125, None, None, 47.9, 5.21)
     assert from_jtop({}, {"gpu": {"temp": -256, "online": False}}, {}) == Reading()
+
+
+def test_jtop_is_asked_before_sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Client:
+        """A connection to the daemon."""
+
+        gpu: ClassVar = {"ga10b": {"status": {"load": 12.5}}}
+        temperature: ClassVar = {"gpu": {"temp": 47.9, "online": True}}
+        power: ClassVar[dict[str, Any]] = {}
+
+        def __enter__(self) -> Client:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            """Nothing to close."""
+
+    monkeypatch.setitem(sys.modules, "jtop", SimpleNamespace(jtop=Client))
+    found = Sensors(sources("cuda:0", shared=True, sysfs=board(tmp_path, ORIN))).look()
+    assert (found.utilization_ratio, found.temperature_celsius) == (0.125, 47.9)
+    assert found.power_watts == pytest.approx(5.016 * 1.240)  # what jtop does not tell
 
 
 def test_an_integrated_gpu_fills_the_gaps_of_jtop_from_sysfs_and_shares_the_machines_memory(
