@@ -1,4 +1,8 @@
-"""The test lists of spec/000 and spec/001, one named test each, on the pool that holds a group."""
+"""The test lists of spec/000 and spec/001, one named test each, on the pool that holds a group.
+
+What spec/001 adds for edge cases is tested over gRPC: corrupt lenses and other layer counts in `wire/test_residency`,
+memory that runs short in `wire/test_registry_shared_devices`, concurrent switches in `wire/test_registry_groups`.
+"""
 
 from __future__ import annotations
 
