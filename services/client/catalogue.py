@@ -97,11 +97,15 @@ def create_dataset(
     source: Source = "huggingface",
     split: str = "train",
     text_field: str = "text",
+    prompt_field: Annotated[str, typer.Option(help="Column of prompts, with --target-field.")] = "",
+    target_field: Annotated[str, typer.Option(help="Column of what follows them.")] = "",
     as_json: Json = False,
 ) -> None:
     """Register text."""
     with session(as_json) as to:
         fields = {"name": name, "source": source, "identifier": identifier, "split": split, "text_field": text_field}
+        pair = {"prompt_field": prompt_field, "target_field": target_field}
+        fields |= {field: column for field, column in pair.items() if column}
         to.show(to.api.call("CreateDataset", **fields))
 
 

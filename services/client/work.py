@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import typer
@@ -21,14 +22,31 @@ def extract(
     *,
     layers: Layers,
     sites: Annotated[str, typer.Option(help="Sites of each layer, comma-separated.")] = "mlp_in,mlp_out",
+    sample_count: Annotated[int | None, typer.Option(help="Dataset rows to use; all when left out.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens; all when 0.")] = 0,
+    max_length: Annotated[int, typer.Option(help="Tokens of a sequence; what is behind is cut off.")] = 0,
+    special_tokens: Annotated[str, typer.Option(help="Around each row: tokenizer, none or bos.")] = "tokenizer",
+    packing: Annotated[bool, typer.Option("--packing", help="Join rows: no token is cut off.")] = False,
+    keep_order: Annotated[bool, typer.Option("--keep-order", help="Do not shuffle the rows of a shard.")] = False,
+    extension_id: Annotated[str, typer.Option("--extension", help="Extension in force.")] = "",
     mode: Annotated[str, typer.Option(help="full, safe, cpu or auto.")] = "auto",
     plan: Annotated[bool, typer.Option(help="Only say what it would take.")] = False,
     as_json: Json = False,
 ) -> None:
     """Turn a dataset into an activation cache."""
     with session(as_json) as to:
-        fields = {"layer_indices": numbers(layers), "sites": sites.split(","), "max_tokens": max_tokens, "mode": mode}
+        fields: dict[str, Any] = {
+            "layer_indices": numbers(layers),
+            "sites": sites.split(","),
+            "max_tokens": max_tokens,
+            "max_length": max_length,
+            "special_tokens": special_tokens,
+            "packing": packing,
+            "keep_order": keep_order,
+            "extension_id": extension_id,
+            "mode": mode,
+        }
+        fields |= {} if sample_count is None else {"sample_count": sample_count}
         started = to.api.call(
             "ExtractActivations", model_id=model_id, dataset_id=dataset_id, validate_only=plan, **fields
         )
@@ -123,13 +141,19 @@ def switch_lens(
 def analyze_text(
     group_id: str,
     text: str,
+    *,
     lens: Annotated[list[str] | None, typer.Option(help="Lens to read with; the active one when left out.")] = None,
     top_k: int = 5,
+    change: Annotated[list[str] | None, typer.Option(help='As {"site": "mlp_out", "layer": 1, "op": "zero"}.')] = None,
     as_json: Json = False,
 ) -> None:
-    """Read a text through lenses."""
+    """Read a text through lenses, with changes of the forward pass if there are any."""
+    try:
+        more = {"interventions": [json.loads(each) for each in change]} if change else {}
+    except ValueError as error:
+        raise typer.BadParameter("has to be JSON", param_hint="--change") from error
     with session(as_json) as to:
-        to.show(to.api.call("AnalyzeText", id=group_id, text=text, lens_ids=lens or [], top_k=top_k))
+        to.show(to.api.call("AnalyzeText", id=group_id, text=text, lens_ids=lens or [], top_k=top_k, **more))
 
 
 @groups.command("delete")

@@ -18,6 +18,7 @@ from services.extraction.adapters.remote import RemoteUnits
 from services.extraction.adapters.residency import PooledModels
 from services.extraction.adapters.run import ClaimedRun, handled
 from services.extraction.adapters.tidying import keep_tidy
+from services.extraction.adapters.tokenizers import Tokenizers
 from services.extraction.config import ExtractionSettings
 from services.extraction.domain import JOB_KIND
 from services.extraction.job import ExtractionJob
@@ -27,6 +28,7 @@ from services.extraction.streaming import Streams
 from services.kit.jobs import Claim
 from services.kit.server import Context, Part, Servicer
 from services.residency.catalogue import Catalogue
+from services.residency.operations import MADE
 
 
 async def compose(context: Context) -> Part:
@@ -45,7 +47,9 @@ async def compose(context: Context) -> Part:
     registry = Catalogue(context.registry, context.host_id)
     catalogue = RegisteredModels(registry, context.registry)
     shared = context.settings
-    datasets = RegisteredDatasets(registry, shared.dataset_roots, shared.state_dir / "datasets")
+    model_roots = [*shared.model_roots, context.artifacts.root / MADE]
+    tokenizers = Tokenizers(context.residency, model_roots, shared.state_dir / "hub")
+    datasets = RegisteredDatasets(registry, tokenizers, shared.dataset_roots, shared.state_dir / "datasets")
     models = PooledModels(context.residency, registry.ensure_resident, context.artifacts)
     job = ExtractionJob(catalogue, models, datasets, caches)
     places = StagedPlaces(context.artifacts.root)

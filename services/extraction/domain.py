@@ -44,6 +44,8 @@ class BaseModel:
     """Sequences of a forward pass that fit such a model."""
     loaded: bool = True
     """Whether it is on some device."""
+    source: str = "local"
+    """huggingface, local or custom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class Wanted:
     packing: bool = False
     if_unloaded: IfUnloaded = "load"
     mode: Mode = "auto"
+    keep_order: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,8 @@ class Options:
     mode: Mode = "auto"
     batch_tokens: int | None = None
     """Most tokens of a forward pass of several sequences, padding included."""
+    keep_order: bool = False
+    """Whether the rows of a shard are left as they were computed."""
 
     @property
     def encoding(self) -> Encoding:
@@ -199,6 +204,8 @@ class Task:
     options: Options
     cache_id: str | None
     """Set when it was done already, and only the job's end is missing."""
+    plan_digest: str | None
+    """Of the plan that its units were made by; None where nobody has planned it yet."""
 
 
 @dataclass(frozen=True, slots=True)

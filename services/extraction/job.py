@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from services.extraction.job_ports import Filler, Help, LeasedModel, Models, Pro
 from services.extraction.ports import Caches, Catalogue, Datasets, Tokenized
 from services.extraction.requests import row_bytes
 from services.kit import errors
+from services.kit.waiting import cancel_all, wait_for
 from services.residency.shards import DTYPES, FileEntry, Manifest, ShardEntry
 from services.residency.texts import tokenizer_digest
 
@@ -160,7 +162,10 @@ class ExtractionJob:
         tokenized = await run.unless_stopped(
             self._datasets.tokenize(task.dataset_id, task.options, model.tokenizer, model.facts.vocab_size)
         )
-        plan = await asyncio.to_thread(preparing.planned, task.options, tokenized, model)
+        arrays = await run.kept_plan() if task.plan_digest else None
+        plan = await asyncio.to_thread(
+            preparing.planned_once, task.options, tokenized, model, arrays=arrays, digest=task.plan_digest or ""
+        )
         return _Work(task, task.options.key(record, survey), record, model, tokenized, plan, mode)
 
     async def _extract(self, run: Run, work: _Work) -> str:
@@ -168,7 +173,8 @@ class ExtractionJob:
         identity = await work.model.run(preparing.identity, work.task.options, work.tokenized, work.plan, work.model)
         meter = _Meter(run, work, done)
         while True:
-            await _fill(run, work, meter)
+            async with _collecting(run):
+                await _fill(run, work, meter)
             await meter.catch_up(done := await run.done())
             if len(done) == len(work.plan.units):
                 break
@@ -252,6 +258,24 @@ class _Meter:
         await self._run.progress(self._percent, figures, tell=tell)
 
 
+@asynccontextmanager
+async def _collecting(run: Run) -> AsyncIterator[None]:
+    """What other hosts have made comes here while this process computes; what fails of it is tried again behind."""
+    enough = asyncio.Event()
+
+    async def collect() -> None:
+        while not await wait_for(enough, POLL_SECONDS):
+            await run.done()
+
+    task = asyncio.create_task(collect())
+    try:
+        yield
+        enough.set()
+        await asyncio.gather(task, return_exceptions=True)
+    finally:
+        await cancel_all([task])
+
+
 async def _fill(run: Filler, work: _Work, meter: _Meter | None) -> None:
     """Make units until none is left to lease; one is written while the next one is computed."""
     options, model = work.task.options, work.model
@@ -301,7 +325,7 @@ def _manifest(
         hook_points=hook_point_entries({name: moments[name] for name in options.hook_points}),
         layout=plan.layout,
         dtype=options.dtype,
-        shuffled=plan.layout == "rows",
+        shuffled=plan.layout == "rows" and plan.shuffled,
         tokens=plan.tokens,
         samples=work.samples,
         max_length=plan.max_length,

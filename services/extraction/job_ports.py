@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from services.extraction.compute import Moments, Plan, Unit
@@ -110,6 +111,9 @@ class Filler(Protocol):
             errors.NotFound, NotNeeded: the extraction was deleted.
         """
 
+    async def kept_plan(self) -> Mapping[str, np.ndarray] | None:
+        """The arrays of the plan that the job's units are made by, maybe damaged; None where they are not here."""
+
     async def checkpoint(self) -> None:
         """Raises when the job is to stop, or the claim is lost."""
 
@@ -152,7 +156,7 @@ class Run(Filler, Protocol):
         """An earlier extraction that runs and will answer this one, too."""
 
     async def resume(self, plan: Plan, samples: int, size_bytes: int) -> set[int]:
-        """Make room on the disk; the units of this very plan that are done and intact.
+        """Keep the plan, make room on the disk; the units of this very plan that are done and intact.
 
         Raises:
             errors.Exhausted: `CACHE_FULL`.

@@ -74,6 +74,7 @@ def wanted(request: pb.ExtractActivationsRequest) -> Wanted:
         packing=request.packing,
         if_unloaded=IF_UNLOADED[request.if_unloaded],
         mode=MODES[request.mode],
+        keep_order=request.keep_order,
     )
 
 

@@ -255,16 +255,20 @@ class Operations:
             end = min(entry.size_bytes, offset + length) if length else entry.size_bytes
             yield FileBytes(entry.size_bytes, chunks(directory / entry.name, offset, end, what="file"))
 
-    def read_unit(self, extraction_id: str, unit: int, fence: int, *, sums: bool) -> AsyncIterator[bytes]:
-        """A file of a unit in chunks of at most 1 MiB.
+    def read_unit(self, extraction_id: str, unit: int, fence: int, *, sums: bool, offset: int) -> AsyncIterator[bytes]:
+        """A file of a unit from `offset` on, in chunks of at most 1 MiB.
 
         Raises:
             errors.NotFound: it is not here.
+            errors.Invalid: `offset` is behind the end.
         """
         path = self._units.find(extraction_id, unit, fence, sums=sums)
         if path is None:
             raise errors.NotFound(f"{extraction_id} has no such unit here", metadata={"unit": unit, "fence": fence})
-        return chunks(path, 0, path.stat().st_size, what="unit")
+        size = path.stat().st_size
+        if offset > size:
+            raise errors.Invalid.of("offset", f"the file has {size} bytes", size_bytes=size)
+        return chunks(path, offset, size, what="unit")
 
     async def _require_intact(self, cache: Cache, directory: Path, entry: FileEntry) -> None:
         """Hash a file when it is first read, and again whenever it was touched."""

@@ -64,6 +64,14 @@ class Datasets(Protocol):
             errors.Invalid: it cannot be read, or has no row.
         """
 
+    async def require_usable(self, dataset_id: str, options: Options, model: BaseModel) -> None:
+        """That some of its tokens would be rows, as far as its first rows or earlier counts tell.
+
+        Raises:
+            errors.NotFound: there is none.
+            errors.Invalid: it cannot be read, or holds nothing usable.
+        """
+
     async def tokenize(self, dataset_id: str, options: Options, tokenizer: Any, vocab_size: int) -> Tokenized:
         """Its rows as token sequences, cut as the options say.
 

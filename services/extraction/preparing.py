@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from services.extraction.compute import Plan, identity_errors, make_plan
+from services.extraction.compute import Plan, identity_errors, make_plan, plan_again
 from services.extraction.compute.pace import Pace, bytes_at_work, fits
 from services.extraction.compute.plan import TOKENS_AT_ONCE, NothingCounted
 from services.extraction.domain import BaseModel, Mode, Options, Survey, Wanted
@@ -32,6 +34,7 @@ async def look_up(
     survey = await datasets.survey(wanted.dataset_id)
     uri = await catalogue.extension_uri(wanted.model_id, wanted.extension_id) if wanted.extension_id else ""
     options = resolve(wanted, model, survey, uri)
+    await datasets.require_usable(wanted.dataset_id, options, model)
     at_once = TOKENS_AT_ONCE["cuda" if device.startswith("cuda") else "cpu"]
     return model, survey, replace(options, batch_tokens=at_once)
 
@@ -52,18 +55,42 @@ def planned(options: Options, tokenized: Tokenized, model: LeasedModel, **change
     Raises:
         errors.Invalid: `DATASET_UNUSABLE`: no token would be a row.
     """
-    asked: dict[str, Any] = {
+    lengths = tokenized.sequences.lengths
+    room = {"row_bytes": row_bytes(options, model.facts, int(lengths.max()))}
+    try:
+        return make_plan(tokenized.sequences, **_made_with(options, model) | room | changes)
+    except NothingCounted as error:
+        raise errors.Invalid(str(error), reason="DATASET_UNUSABLE", violations=[("dataset_id", str(error))]) from error
+
+
+def planned_once(
+    options: Options,
+    tokenized: Tokenized,
+    model: LeasedModel,
+    *,
+    arrays: Mapping[str, np.ndarray] | None,
+    digest: str,
+) -> Plan:
+    """The plan of this digest from its kept arrays, else a plan that is made now.
+
+    Raises:
+        errors.Invalid: as `planned`.
+    """
+    kept = None
+    if arrays is not None:
+        kept = plan_again(arrays, tokenized.sequences, digest, **_made_with(options, model))
+    return kept or planned(options, tokenized, model)
+
+
+def _made_with(options: Options, model: LeasedModel) -> dict[str, Any]:
+    return {
         "layout": options.layout,
         "seed": options.seed,
         "batch_size": options.batch_size,
         "batch_tokens": options.batch_tokens,
-        "row_bytes": row_bytes(options, model.facts, int(tokenized.sequences.lengths.max())),
         "uncounted_ids": special_ids(model.tokenizer) if model.tokenizer is not None else (),
+        "shuffled": not options.keep_order,
     }
-    try:
-        return make_plan(tokenized.sequences, **asked | changes)
-    except NothingCounted as error:
-        raise errors.Invalid(str(error), reason="DATASET_UNUSABLE", violations=[("dataset_id", str(error))]) from error
 
 
 def identity(options: Options, tokenized: Tokenized, plan: Plan, model: LeasedModel) -> dict[str, float]:

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from services.extraction.compute.capture import PAIR_INPUTS
 from services.extraction.domain import BaseModel, Estimate, Options, Rates, Survey, Wanted
 from services.kit import errors
-from services.residency.families import SITES, Facts, UnknownHookPoint, facts, hook_points, require_site, site_of
+from services.residency.families import (
+    SITES,
+    Facts,
+    UnknownHookPoint,
+    facts,
+    hook_points,
+    require_site,
+    site_of,
+    width_of,
+)
 from services.residency.layouts import family_of_config
 from services.residency.shards import DTYPES, Layout
 
@@ -30,8 +39,9 @@ def resolve(wanted: Wanted, model: BaseModel, dataset: Survey, extension_uri: st
     """
     if not model.config:
         raise errors.Conflict("the model's files were not read yet; load it once", metadata={"model_id": model.id})
-    if model.config.get("is_encoder_decoder"):
-        raise errors.Unsupported(f"models of type {model.model_type} have no hook points")
+    if model.config.get("is_encoder_decoder") and family_of_config(model.config) is None:
+        message = f"models of type {model.model_type} have no hook points"
+        raise errors.Unsupported(message, violations=[("model_id", message)])
     if dataset.rows is not None and wanted.sample_count is not None and wanted.sample_count > dataset.rows:
         raise errors.Invalid.of("sample_count", f"the dataset has {dataset.rows} rows", rows=dataset.rows)
     if wanted.max_length > model.context_length:
@@ -41,9 +51,12 @@ def resolve(wanted: Wanted, model: BaseModel, dataset: Survey, extension_uri: st
             context_length=model.context_length,
         )
     chosen = _scaled(_hook_points(wanted, model), wanted, model)
+    layout = wanted.layout or _layout(chosen)
+    if wanted.keep_order and layout != "rows":
+        raise errors.Invalid.of("keep_order", "belongs to the layout rows; sequences are in their order anyway")
     return Options(
         hook_points=chosen,
-        layout=wanted.layout or _layout(chosen),
+        layout=layout,
         dtype=wanted.dtype or _dtype(model),
         batch_size=wanted.batch_size or model.batch_size,
         max_length=wanted.max_length or min(model.context_length, MOST_DEFAULT_LENGTH),
@@ -56,6 +69,7 @@ def resolve(wanted: Wanted, model: BaseModel, dataset: Survey, extension_uri: st
         packing=wanted.packing,
         if_unloaded=wanted.if_unloaded,
         mode=wanted.mode,
+        keep_order=wanted.keep_order,
     )
 
 
@@ -89,10 +103,7 @@ def row_bytes(options: Options, known: Facts, max_length: int) -> int:
 
 def widths(names: Sequence[str], known: Facts, max_length: int) -> list[int]:
     """Numbers per token at each hook point, in sequences of at most `max_length` tokens."""
-    queries, keys = known.num_heads * known.head_dim, known.num_kv_heads * known.head_dim
-    special = {"mlp_hidden": known.intermediate_size, "q": queries, "z": queries, "k": keys, "v": keys}
-    special["pattern"] = known.num_heads * max_length
-    return [special.get(site_of(name)[1], known.hidden_size) for name in names]
+    return [width_of(site_of(name)[1], known, max_length) for name in names]
 
 
 def _hook_points(wanted: Wanted, model: BaseModel) -> tuple[str, ...]:

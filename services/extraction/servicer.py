@@ -104,7 +104,9 @@ class ExtractionServicer(extraction_pb2_grpc.ExtractionServiceServicer):
 
     async def ReadUnit(self, request: pb.ReadUnitRequest, context: Any) -> AsyncIterator[httpbody_pb2.HttpBody]:
         """A file of a unit."""
-        parts = self._operations.read_unit(request.extraction_id, request.unit, request.fence, sums=request.sums)
+        parts = self._operations.read_unit(
+            request.extraction_id, request.unit, request.fence, sums=request.sums, offset=request.offset
+        )
         async for part in parts:
             yield httpbody_pb2.HttpBody(content_type=SHARD_TYPE, data=part)
 

@@ -9,8 +9,8 @@ from typing import Any
 from services.kit import errors
 from services.residency.checkpoint import CheckpointError, PickleRefused
 from services.residency.families import UnknownHookPoint, UnsupportedModel
-from services.residency.generation import InterventionRefused
 from services.residency.identity import IdentityFailed
+from services.residency.intervention import InterventionRefused
 from services.residency.lenses import LensCorrupt, LensIncompatible, PrefixUnknown
 from services.residency.loading import LoadFailed
 from services.residency.memory import is_fragmented, is_out_of_memory

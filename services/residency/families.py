@@ -125,7 +125,9 @@ def facts(config: Mapping[str, object]) -> Facts:
         model_type=model_type,
         num_layers=_first(config, "num_hidden_layers", "n_layer", "num_layers"),
         hidden_size=hidden,
-        intermediate_size=_first(config, "intermediate_size", "n_inner", "d_ff", "ffn_dim", default=4 * hidden),
+        intermediate_size=_first(
+            config, "intermediate_size", "n_inner", "d_ff", "ffn_dim", "ffn_hidden_size", default=4 * hidden
+        ),
         vocab_size=_first(config, "vocab_size"),
         num_heads=heads,
         num_kv_heads=_kv_heads(config, heads),
@@ -138,6 +140,14 @@ def facts(config: Mapping[str, object]) -> Facts:
         model_batch_size=family.model_batch_size if family else 8,
         dtype=(family.default_dtype if family else None) or (str(dtype) if dtype else None),
     )
+
+
+def width_of(site: str, known: Facts, max_length: int) -> int:
+    """Numbers per token at a site, in sequences of at most `max_length` tokens."""
+    heads, shared = known.num_heads * known.head_dim, known.num_kv_heads * known.head_dim
+    special = {"mlp_hidden": known.intermediate_size, "q": heads, "z": heads, "k": shared, "v": shared}
+    special["pattern"] = known.num_heads * max_length
+    return special.get(site, known.hidden_size)
 
 
 def submodule(module: nn.Module, path: str) -> nn.Module:

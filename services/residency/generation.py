@@ -1,110 +1,21 @@
-"""Continue a prompt a few tokens at a time, so that others get the device in between; with interventions."""
+"""Continue a prompt a few tokens at a time, so that others get the device in between."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from services.residency.families import SITES, Family, hook_points
+from services.residency.families import Family
 from services.residency.lenses import Base
-from services.residency.lenses.transcoder import Transcoder
 from services.residency.splice import Splice, spliced
 
 TURN = 16
 """Tokens that one turn on the device makes."""
-
-Op = Literal["replace", "add", "scale", "zero", "mean"]
-
-
-class InterventionRefused(ValueError):
-    """The intervention does not fit the model; `field` is the wrong one of its fields."""
-
-    def __init__(self, field: str, description: str) -> None:
-        super().__init__(f"{field}: {description}")
-        self.field = field
-        self.description = description
-
-
-@dataclass(frozen=True, slots=True)
-class Intervention:
-    """A change of the forward pass at one site.
-
-    Attributes:
-        site: site alias or hook point.
-        layer: base layer; unused where `site` is a whole hook point.
-        op: `replace` by the vector or by a transcoder's reconstruction, `add` factor times the vector or the feature's
-            decoder row, `scale` by the factor, `zero`, or `mean` over the text so far.
-        vector: of the site's width.
-        transcoder: an attached one, with the hook point that it reads.
-        positions: token positions; all when empty.
-    """
-
-    site: str
-    layer: int
-    op: Op
-    vector: Sequence[float] = ()
-    transcoder: tuple[Transcoder, str] | None = None
-    feature: int | None = None
-    factor: float = 1.0
-    positions: Sequence[int] = ()
-
-    def splice(self) -> Splice:
-        """The same as a replacement at a hook point.
-
-        Raises:
-            InterventionRefused: fields are missing or contradict each other.
-            UnknownHookPoint: the site does not exist.
-        """
-        target = hook_points([self.site], [self.layer])[0] if self.site in SITES else self.site
-        source = self.transcoder[1] if self.transcoder is not None and self.op == "replace" else None
-        if self.op in ("replace", "add") and not self.vector and self.transcoder is None:
-            raise InterventionRefused("vector", f"{self.op} needs a vector or a transcoder")
-        if self.op == "add" and self.transcoder is not None:
-            self._row()
-        return Splice(target, self._replace, source)
-
-    def _row(self) -> Tensor:
-        assert self.transcoder is not None, "checked by the caller"
-        decoder = self.transcoder[0].W_dec
-        if self.feature is None or self.feature >= len(decoder):
-            raise InterventionRefused("feature", f"needs a latent below {len(decoder)}")
-        return decoder[self.feature]
-
-    def _replace(self, y: Tensor, x: Tensor | None) -> Tensor:
-        new = self._changed(y, x)
-        if not self.positions:
-            return new
-        kept = y.clone()
-        inside = [position for position in self.positions if position < y.shape[1]]
-        kept[:, inside] = new.to(y.dtype).expand_as(y)[:, inside]
-        return kept
-
-    def _changed(self, y: Tensor, x: Tensor | None) -> Tensor:
-        match self.op:
-            case "zero":
-                return torch.zeros_like(y)
-            case "scale":
-                return y * self.factor
-            case "mean":
-                return y.mean(1, keepdim=True).expand_as(y)
-            case "add":
-                return y + self.factor * self._direction(y)
-            case "replace":
-                if self.transcoder is not None and x is not None:
-                    return self.transcoder[0](x.reshape(-1, x.shape[-1]).float()).view(*y.shape[:-1], -1)
-                return self._direction(y).expand_as(y)
-
-    def _direction(self, y: Tensor) -> Tensor:
-        if self.transcoder is not None:
-            return self._row().to(y)
-        if len(self.vector) != y.shape[-1]:
-            raise InterventionRefused("vector", f"has {len(self.vector)} numbers, the site is {y.shape[-1]} wide")
-        return torch.tensor(list(self.vector), dtype=y.dtype, device=y.device)
 
 
 @dataclass(slots=True)
@@ -132,8 +43,7 @@ class Continuation:
         """Make up to this many tokens.
 
         Raises:
-            InterventionRefused: a vector is not of its site's width.
-            UnknownHookPoint: a site does not exist.
+            InterventionRefused: an intervention among the splices cannot be made at its site.
         """
         device = next(self.base.model.parameters()).device
         with torch.no_grad():

@@ -191,8 +191,25 @@ GEMMA2 = Family(
     model_batch_size=4,
     default_dtype="bfloat16",
 )
+_T5_ATTENTION = "layer.0.SelfAttention"
+T5 = Family(
+    name="t5",
+    blocks="encoder.block",
+    embedding="shared",
+    final_norm="encoder.final_layer_norm",
+    unembedding="lm_head",
+    attention=_T5_ATTENTION,
+    mlp="layer.1.DenseReluDense",
+    mlp_norm="layer.1.layer_norm",
+    taps=_taps(
+        Tap(_T5_ATTENTION, "output"), "layer.1.DenseReluDense", "layer.1.layer_norm", "layer.1.DenseReluDense", "wo"
+    )
+    | {part: Tap(f"{_T5_ATTENTION}.{part}", "output") for part in ("q", "k", "v")}
+    | {"z": Tap(f"{_T5_ATTENTION}.o", "input")},
+)
+"""Its encoder: a forward pass stops there, before the decoder would need a target."""
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (GPT2, GPT_NEO, GPTJ, BLOOM, FALCON, LLAMA, MISTRAL, GEMMA, GEMMA2)
+    family.name: family for family in (GPT2, GPT_NEO, GPTJ, BLOOM, FALCON, LLAMA, MISTRAL, GEMMA, GEMMA2, T5)
 }
 
 

@@ -14,7 +14,7 @@ from lensmesh.residency.v1 import residency_pb2
 from services.kit import errors
 from services.residency.estimate import Estimate, parameter_count
 from services.residency.families import Facts, facts
-from services.residency.generation import Intervention, Op
+from services.residency.intervention import Intervention, Op
 from services.residency.lenses import KINDS, Probability, Reading, Spec, TokenReading
 from services.residency.lenses.transcoder import Transcoder
 from services.residency.loading import config_of, skeleton, stored_dtype

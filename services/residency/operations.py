@@ -19,8 +19,9 @@ from services.residency import custom, estimate, loading, reading, sources, text
 from services.residency.catalogue import Catalogue
 from services.residency.config import ResidencySettings
 from services.residency.disk_cache import DiskCache
-from services.residency.generation import TURN, Continuation, Intervention
+from services.residency.generation import TURN, Continuation
 from services.residency.guests import Guests
+from services.residency.intervention import Intervention, splices
 from services.residency.lease import Lease
 from services.residency.lenses import Reading, Spec
 from services.residency.lenses import load as load_lens
@@ -30,6 +31,7 @@ from services.residency.metrics import ResidencyMetrics
 from services.residency.perplexity import Perplexity, batch_loss, perplexity
 from services.residency.pool import Pool
 from services.residency.resident import Attached, Resident
+from services.residency.splice import Splice
 from services.residency.together import Together
 
 MADE = "model"
@@ -59,6 +61,18 @@ class Analysis:
     token_ids: list[int]
     readings: list[tuple[Spec, Reading]]
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A text that somebody wants to be read: `text` or `token_ids`."""
+
+    text: str
+    token_ids: Sequence[int]
+    top_k: int
+    prefix: int
+    """Groups of a dictionary to use; all when 0."""
+    interventions: Sequence[Intervention] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,14 +237,13 @@ class Host:
         self.metrics.switched(seconds)
         return seconds
 
-    async def analyze(
-        self, model_id: str, lens_ids: Sequence[str], text: str, token_ids: Sequence[int], *, top_k: int, prefix: int
-    ) -> Analysis:
+    async def analyze(self, model_id: str, lens_ids: Sequence[str], asked: Asked) -> Analysis:
         """Read a text through attached lenses.
 
         Raises:
             errors.NotFound: a lens is not attached.
-            errors.Invalid: the text or the prefix does not fit.
+            errors.Invalid: the text, the prefix or an intervention does not fit.
+            errors.Unsupported: there are interventions, and the model has no hook points.
         """
         start = time.perf_counter()
         async with AsyncExitStack() as stack:
@@ -242,35 +255,42 @@ class Host:
             chosen = [attached[lens_id] for lens_id in lens_ids]
             for item in chosen:
                 stack.enter_context(item.used())
-            ids = await self.pool.run(reading.token_ids, text, token_ids, lease.tokenizer, lease.facts)
+            ids = await self._ids(asked, lease)
             found: dict[str, Reading] = {}
             for source in {item.spec.source_model_id or model_id for item in chosen}:
                 read = [item for item in chosen if (item.spec.source_model_id or model_id) == source]
                 held = lease if source == model_id else await stack.enter_async_context(self.pool.lease(source))
-                for item, each in zip(read, await self._read(held, read, ids, top_k, prefix), strict=True):
+                for item, each in zip(read, await self._read(held, read, ids, asked), strict=True):
                     found[item.spec.lens_id] = each
         return Analysis(ids, [(item.spec, found[item.spec.lens_id]) for item in chosen], time.perf_counter() - start)
 
-    async def encode(
-        self, model_id: str, artifact_uri: str, text: str, token_ids: Sequence[int], *, top_k: int, prefix: int
-    ) -> Analysis:
+    async def encode(self, model_id: str, artifact_uri: str, asked: Asked) -> Analysis:
         """The text through a transcoder that is on the device for this call only."""
         start = time.perf_counter()
         async with self.pool.lease(model_id) as lease, self._files(artifact_uri) as folder:
             spec = Spec(lens_id="", kind="transcoder", folder=folder)
             lens = await self.pool.run(load_lens, spec, lease.record.base)
-            ids = await self.pool.run(reading.token_ids, text, token_ids, lease.tokenizer, lease.facts)
-            found = await self._read(lease, [Attached(spec, lens, "")], ids, top_k, prefix)
+            ids = await self._ids(asked, lease)
+            found = await self._read(lease, [Attached(spec, lens, "")], ids, asked)
         return Analysis(ids, [(spec, found[0])], time.perf_counter() - start)
 
-    async def _read(
-        self, lease: Lease, attached: Sequence[Attached], ids: list[int], top_k: int, prefix: int
-    ) -> list[Reading]:
+    async def _ids(self, asked: Asked, lease: Lease) -> list[int]:
+        return await self.pool.run(reading.token_ids, asked.text, asked.token_ids, lease.tokenizer, lease.facts)
+
+    async def _read(self, lease: Lease, attached: Sequence[Attached], ids: list[int], asked: Asked) -> list[Reading]:
         """What lenses read in the activations of the leased model."""
         base, lenses = lease.record.base, [item.lens for item in attached]
         inputs = reading.on_device(ids, base)
-        activations = await self.pool.run(reading.activations, base, lenses, inputs)
-        return [await self.pool.run(lens.read, activations, inputs, top_k, prefix) for lens in lenses]
+        changes = await self._changes(lease, asked.interventions, len(ids))
+        activations = await self.pool.run(reading.activations, base, lenses, inputs, changes)
+        rest = (inputs, asked.top_k, asked.prefix, changes)
+        return [await self.pool.run(lens.read, activations, *rest) for lens in lenses]
+
+    async def _changes(
+        self, lease: Lease, interventions: Sequence[Intervention], tokens: int | None = None
+    ) -> list[Splice]:
+        """What interventions do to the leased model; on its thread, where their refusals get their names."""
+        return await self.pool.run(splices, interventions, lease.family, lease.facts, tokens) if interventions else []
 
     async def generate(self, wanted: Wanted) -> Generation:
         """Continue a prompt up to the end token, `max_new_tokens` or the end of the context.
@@ -346,7 +366,7 @@ class Host:
             max_new_tokens=min(wanted.max_new_tokens, room),
             temperature=wanted.temperature,
             seed=wanted.seed,
-            splices=[change.splice() for change in wanted.interventions],
+            splices=await self._changes(lease, wanted.interventions),
             end_ids=end_ids(lease),
         )
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from services.residency.families import Facts
 from services.residency.hooks import capture_hooks
 from services.residency.lenses import Base, Lens
+from services.residency.splice import Splice, spliced
 
 
 class TextRefused(ValueError):
@@ -52,12 +53,21 @@ def token_ids(
     return found
 
 
-def activations(base: Base, lenses: Sequence[Lens], input_ids: Tensor) -> dict[str, Tensor]:
-    """What the lenses want of the base's forward pass over input_ids [1, S]: hook point to [1, S, d]."""
+def activations(
+    base: Base, lenses: Sequence[Lens], input_ids: Tensor, changes: Sequence[Splice] = ()
+) -> dict[str, Tensor]:
+    """What the lenses want of the base's forward pass over input_ids [1, S]: hook point to [1, S, d].
+
+    The pass goes on with whatever `changes` put in; a tensor that is both replaced and wanted is the new one.
+    """
     points = list(dict.fromkeys(point for lens in lenses for point in lens.hook_points))
     if not points or base.family is None:
         return {}
-    with base.extensions.using(None), capture_hooks(base.model, base.family, points) as capture:
+    with (
+        base.extensions.using(None),
+        spliced(base.model, base.family, changes),  # its hooks come before those that read
+        capture_hooks(base.model, base.family, points) as capture,
+    ):
         return capture.run(input_ids)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 from typing import Any
 
@@ -12,8 +12,9 @@ from lensmesh.registry.v1 import devices_pb2
 from lensmesh.residency.v1 import residency_pb2, residency_pb2_grpc
 
 from services.residency import messages
+from services.residency.intervention import Intervention
 from services.residency.lenses.features import FeatureLens
-from services.residency.operations import Host, Wanted
+from services.residency.operations import Asked, Host, Wanted
 from services.residency.reading import decoded
 
 
@@ -82,14 +83,9 @@ class ModelHostServicer(residency_pb2_grpc.ModelHostServiceServicer):
 
     async def Analyze(self, request: residency_pb2.AnalyzeRequest, context: Any) -> residency_pb2.AnalyzeResponse:
         """Read a text through attached lenses."""
-        found = await self._host.analyze(
-            request.model_id,
-            request.lens_ids,
-            request.text,
-            request.token_ids,
-            top_k=request.top_k,
-            prefix=request.prefix,
-        )
+        changes = self._interventions(request.model_id, request.interventions)
+        asked = Asked(request.text, request.token_ids, request.top_k, request.prefix, changes)
+        found = await self._host.analyze(request.model_id, request.lens_ids, asked)
         ids, readings, seconds = found.token_ids, found.readings, found.seconds
         tokenizer = self._pool.get(request.model_id).tokenizer
         known = decoded({*ids, *(t for _, each in readings for t in messages.tokens_named(each))}, tokenizer)
@@ -99,14 +95,8 @@ class ModelHostServicer(residency_pb2_grpc.ModelHostServiceServicer):
 
     async def Encode(self, request: residency_pb2.EncodeRequest, context: Any) -> types_pb2.LensReading:
         """Read a text through a transcoder."""
-        found = await self._host.encode(
-            request.model_id,
-            request.artifact_uri,
-            request.text,
-            request.token_ids,
-            top_k=request.top_k,
-            prefix=request.prefix,
-        )
+        asked = Asked(request.text, request.token_ids, request.top_k, request.prefix)
+        found = await self._host.encode(request.model_id, request.artifact_uri, asked)
         known = decoded(found.token_ids, self._pool.get(request.model_id).tokenizer)
         spec, each = found.readings[0]
         return messages.lens_reading(spec, each, found.token_ids, known)
@@ -131,8 +121,6 @@ class ModelHostServicer(residency_pb2_grpc.ModelHostServiceServicer):
         return residency_pb2.GenerateTogetherResponse(texts=[messages.generated(each) for each in made])
 
     def _wanted(self, request: residency_pb2.GenerateRequest) -> Wanted:
-        lenses = self._pool.get(request.model_id).lenses
-        coders = {key: item.lens.splicing for key, item in lenses.items() if isinstance(item.lens, FeatureLens)}
         named = request.extension if request.HasField("extension") else None
         return Wanted(
             model_id=request.model_id,
@@ -141,8 +129,13 @@ class ModelHostServicer(residency_pb2_grpc.ModelHostServiceServicer):
             temperature=request.temperature,
             seed=request.seed,
             extension=(messages.lens_spec(named), named.artifact_uri) if named is not None else None,
-            interventions=[messages.intervention(each, coders) for each in request.interventions],
+            interventions=self._interventions(request.model_id, request.interventions),
         )
+
+    def _interventions(self, model_id: str, asked: Iterable[types_pb2.InterventionSpec]) -> list[Intervention]:
+        lenses = self._pool.get(model_id).lenses
+        coders = {key: item.lens.splicing for key, item in lenses.items() if isinstance(item.lens, FeatureLens)}
+        return [messages.intervention(each, coders) for each in asked]
 
     async def MeasurePerplexity(
         self, request: residency_pb2.MeasurePerplexityRequest, context: Any

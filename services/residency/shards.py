@@ -104,7 +104,7 @@ class Manifest:
         hook_points: in the order they were asked for.
         layout: `rows` or `sequences`.
         dtype: of the activations: `float32`, `bfloat16` or `float16`.
-        shuffled: whether the rows of a shard are in random order (always, in layout `rows`).
+        shuffled: whether the rows of a shard are in random order; never in layout `sequences`.
         tokens: counted tokens, over all shards.
         samples: sequences.
         max_length: tokens of the longest sequence.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -38,14 +39,23 @@ class TokenStore:
             os.utime(path)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
-        if _digest(arrays) != told.pop("digest", None):
+        if _digest(arrays) != told.get("digest"):
             return None
-        return Sequences(**arrays, **told)
+        return Sequences(**arrays, **{key: told[key] for key in COUNTS})
 
-    def save(self, name: str, sequences: Sequences) -> None:
-        """Keep sequences; a full disk only means that they are not kept."""
+    def counted(self, name: str) -> int | None:
+        """Tokens that are no special ones, of what `save` was given under this name; None where that is not known."""
+        try:
+            with safe_open(self._path(name), framework="np") as file:
+                return json.loads(file.metadata()["lensmesh"]).get("counted")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+
+    def save(self, name: str, sequences: Sequences, special_ids: SequenceOf[int] = ()) -> None:
+        """Keep sequences, and how many tokens are not special; a full disk only means that they are not kept."""
         arrays = {key: np.ascontiguousarray(array) for key in ARRAYS if (array := getattr(sequences, key)) is not None}
         told = {key: getattr(sequences, key) for key in COUNTS} | {"digest": _digest(arrays)}
+        told["counted"] = int((~np.isin(sequences.ids, np.asarray(special_ids, dtype=np.int32))).sum())
         path = self._path(name)
         staged = path.with_name(f".{name}.{uuid4().hex}")
         try:

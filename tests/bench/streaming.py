@@ -77,6 +77,9 @@ class Ready:
     async def survey(self, dataset_id: str) -> Survey:
         return Survey("digest", 1, None)
 
+    async def require_usable(self, *_: Any) -> None:
+        pass
+
     async def tokenize(self, *_: Any) -> Tokenized:
         return self._tokenized
 

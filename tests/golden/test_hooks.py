@@ -218,3 +218,48 @@ def test_the_pre_norm_hook_is_not_the_site_mlp_in(captured):
     assert torch.equal(named["blocks.2.hook_mlp_in"], alone["blocks.2.hook_resid_mid"])
     assert torch.equal(named["blocks.2.ln2.hook_out"], alone["blocks.2.mlp.hook_in"])
     assert not torch.allclose(named["blocks.2.hook_mlp_in"], alone["blocks.2.mlp.hook_in"], atol=0.1)
+
+
+def test_an_encoders_sites_are_the_inputs_and_outputs_of_its_modules():
+    model, ids, layer = models.tiny("t5"), models.batch(2, 24), 2
+    family, mask = family_of(model), torch.ones(2, 24, dtype=torch.long)
+    mask[1, 9:] = 0
+    block, seen, decoded = model.encoder.block[layer], {}, []
+    attention, mlp = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
+
+    def given(name):
+        return lambda _, args: seen.update({name: args[0]})
+
+    def returned(name):
+        return lambda _, __, out: seen.update({name: out[0] if isinstance(out, tuple) else out})
+
+    handles = [
+        block.register_forward_pre_hook(given("hook_resid_pre")),
+        block.register_forward_hook(returned("hook_resid_post")),
+        block.layer[1].layer_norm.register_forward_pre_hook(given("hook_resid_mid")),
+        attention.register_forward_hook(returned("hook_attn_out")),
+        attention.o.register_forward_pre_hook(given("attn.hook_z")),
+        *(getattr(attention, part).register_forward_hook(returned(f"attn.hook_{part}")) for part in "qkv"),
+        mlp.register_forward_pre_hook(given("mlp.hook_in")),
+        mlp.register_forward_hook(returned("mlp.hook_out")),
+        mlp.wo.register_forward_pre_hook(given("mlp.hook_post")),
+    ]
+    with torch.no_grad():
+        model.encoder(input_ids=ids, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    model.decoder.register_forward_hook(lambda *_: decoded.append(1))
+    points = hook_points(list(family.taps), [layer])
+    with capture_hooks(model, family, points) as capture:
+        found = capture.run(ids, mask)
+        alone = capture.run(ids[1:], mask[1:])
+    assert decoded == []
+    for name, tensor in seen.items():
+        assert torch.equal(found[f"blocks.{layer}.{name}"], tensor), name
+    assert len(seen) == len(points) - 2, "all but the contribution, and the norm without its gain"
+    assert torch.equal(found[f"blocks.{layer}.hook_mlp_out"], seen["mlp.hook_out"])
+    assert torch.equal(seen["hook_resid_mid"] + seen["mlp.hook_out"], seen["hook_resid_post"])
+    gain = block.layer[1].layer_norm.weight.detach()
+    assert torch.equal(found[f"blocks.{layer}.ln2.hook_normalized"] * gain, seen["mlp.hook_in"])
+    for point in points:
+        assert torch.equal(alone[point][0, :9], found[point][1, :9]), point

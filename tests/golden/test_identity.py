@@ -23,9 +23,9 @@ def test_the_mlp_recomputed_from_its_input_is_its_output_bit_for_bit(family, qua
     assert errors == dict.fromkeys(LAYERS, 0.0)
 
 
-@pytest.mark.parametrize("family", models.EXPERIMENTAL)
+@pytest.mark.parametrize("family", [*models.EXPERIMENTAL, "t5"])
 @pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_it_holds_on_experimental_families(family, quantization):
+def test_it_holds_on_experimental_families_and_encoders(family, quantization):
     model = load_model(models.saved(family), quantization)
     assert check_identity(model, family_of(model), LAYERS, models.batch(3, 20)) == dict.fromkeys(LAYERS, 0.0)
 

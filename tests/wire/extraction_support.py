@@ -35,6 +35,7 @@ from services.kit.metrics import new_registry
 from services.kit.server import Context, Part
 from services.residency import sources
 from services.residency.__main__ import compose as compose_residency
+from services.residency.families import facts
 from tests import models
 from tests.support import eventually
 from tests.wire.residency_support import serving
@@ -71,7 +72,7 @@ class Registry(
             model_identifier=self.folder.name,
             digest=sources.digest(self.folder),
             quantization=types_pb2.Quantization.Value(f"QUANTIZATION_{self.quantization.upper()}"),
-            num_layers=config.get("n_layer") or config["num_hidden_layers"],
+            num_layers=facts(config).num_layers,
             hidden_size=models.WIDTH,
             context_length=models.CONTEXT,
             parameter_count=300_000,
@@ -191,11 +192,12 @@ async def meshing(
     database: Database, state: Path, *, lease_seconds: float = 5.0, incarnation: str = "incarnation-1"
 ) -> AsyncIterator[Mesh]:
     """Registry, residency and extraction; the stub calls as the mesh itself."""
-    shared = Settings(state_dir=state, dataset_roots=[state / "data"])
+    folder = models.saved("gpt2")
+    shared = Settings(state_dir=state, model_roots=[folder.parent], dataset_roots=[state / "data"])
     shared.service_token_path.parent.mkdir(parents=True, exist_ok=True)
     if not shared.service_token_path.exists():  # another process of the same state reads it
         shared.service_token_path.write_text("t" * 40)
-    registry = Registry(models.saved("gpt2"))
+    registry = Registry(folder)
     parts = [
         (models_pb2_grpc.add_ModelServiceServicer_to_server, registry, "lensmesh.registry.v1.ModelService"),
         (datasets_pb2_grpc.add_DatasetServiceServicer_to_server, registry, "lensmesh.registry.v1.DatasetService"),

@@ -152,6 +152,17 @@ async def refused(call) -> tuple[grpc.StatusCode, str, dict[str, str]]:
     return caught.value.code(), info.reason, dict(info.metadata)
 
 
+async def wrong_fields(call) -> list[str]:
+    """Names of the fields that a call is refused for."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    bad = error_details_pb2.BadRequest()
+    for detail in rpc_status.from_call(caught.value).details:
+        detail.Unpack(bad)
+    return [violation.field for violation in bad.field_violations]
+
+
 async def publish(host: Host, kind: str, write) -> str:
     with host.context.artifacts.staging(kind) as folder:
         write(folder)

@@ -19,12 +19,15 @@ from safetensors.torch import load, load_file, save_file
 
 from services.extensions.compute.blueprint import Blueprint
 from services.extensions.compute.config import ExtensionConfig
+from services.extraction.adapters.tokenizers import Tokenizers
 from services.extraction.compute import capture
 from services.kit.database import Database
 from services.kit.events import EventLog
+from services.residency import sources
 from services.residency.hooks import Capture
 from services.residency.lenses.extension_files import ADAPTER_FILE, LORA_FOLDER
 from services.residency.shards import ShardReader
+from services.residency.texts import special_ids, tokenizer_digest
 from tests import models
 from tests.wire.extraction_support import DATASET, MODEL, Mesh, meshing
 
@@ -200,7 +203,13 @@ async def test_options_are_kept(mesh: Mesh) -> None:
     assert (manifest.plan["seed"], manifest.plan["batch_size"]) == (9, 4)
     assert manifest.dataset["rows_read"] == 20
     assert manifest.dataset["truncated_rows"] == 20
-    assert manifest.model["quantization"] == "none"
+    assert (manifest.model["quantization"], manifest.model["revision"]) == ("none", "")
+    assert manifest.model["digest"] == sources.digest(mesh.registry.folder)
+    assert manifest.tokenizer == {"digest": tokenizer_digest(models.tokenizer())}
+    assert manifest.uncounted_ids == special_ids(models.tokenizer()) == (0, 1, 2)
+    assert not manifest.shuffled
+    kept = await mesh.extracted(dataset_id="ds_few", keep_order=True)
+    assert not ShardReader(mesh.folder_of(kept)).manifest.shuffled
 
 
 async def test_a_local_file_is_a_dataset_too(mesh: Mesh) -> None:
@@ -264,7 +273,31 @@ async def test_what_does_not_exist(mesh: Mesh) -> None:
         assert (await refused(call))[0] == grpc.StatusCode.NOT_FOUND
 
 
-async def test_a_dataset_whose_tokens_are_all_special_fails_the_job(mesh: Mesh) -> None:
+async def test_a_dataset_without_a_row_is_refused_before_anything_starts(mesh: Mesh) -> None:
+    folder = mesh.settings.dataset_roots[0]
+    folder.mkdir(parents=True)
+    unusable = {
+        "special.txt": "<eos>\n" * 3,
+        "special.jsonl": '{"input_ids": [0, 2, 2]}\n' * 3,
+        "wrong.jsonl": '{"input_ids": [-1]}\n{"input_ids": [512]}\n{"input_ids": []}\n',
+    }
+    for name, content in unusable.items():
+        (folder / name).write_text(content)
+        mesh.registry.files[name] = name
+    for dataset_id in (*unusable, "ds_special"):
+        for validate_only in (True, False):
+            code, reason, fields = await refused(mesh.extract(dataset_id=dataset_id, validate_only=validate_only))
+            assert (code, reason, fields) == (grpc.StatusCode.INVALID_ARGUMENT, "DATASET_UNUSABLE", ["dataset_id"])
+    assert (await mesh.stub.ListExtractions(pb.ListExtractionsRequest())).total == 0
+    assert mesh.registry.loads == 0
+    (folder / "wrong.jsonl").write_text('{"input_ids": [-1]}\n{"input_ids": [2, 5]}\n')
+    assert (await mesh.extract(dataset_id="wrong.jsonl")).status == pb.EXTRACTION_STATUS_QUEUED
+
+
+async def test_a_dataset_whose_tokens_are_all_special_fails_the_job_where_only_that_can_tell(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizers, "find", lambda *_: None)  # as of a hub model that is not here yet
     async with mesh.working():
         failed = await mesh.ended((await mesh.extract(dataset_id="ds_special")).extraction_id)
     assert failed.status == pb.EXTRACTION_STATUS_FAILED

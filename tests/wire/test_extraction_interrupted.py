@@ -18,10 +18,11 @@ import pytest
 import torch
 from lensmesh.extraction.v1 import extraction_pb2 as pb
 
+from services.extraction import preparing
 from services.extraction.adapters import files
 from services.extraction.adapters.files import WorkFolder
 from services.extraction.adapters.run import ClaimedRun
-from services.extraction.compute import UnitFiller
+from services.extraction.compute import UnitFiller, make_plan
 from services.kit.artifacts import ArtifactStore
 from services.kit.database import Database
 from services.kit.events import EventLog
@@ -79,6 +80,21 @@ def counted_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         yield ran
 
 
+@contextmanager
+def counted_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Digests of the plans that are made rather than read."""
+    made: list[str] = []
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        plan = make_plan(*arguments, **options)
+        made.append(plan.digest)
+        return plan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "make_plan", counting)
+        yield made
+
+
 async def contiguous_events(mesh: Mesh, extraction_id: str) -> list[str]:
     events = await EventLog(mesh.context.database).after([f"extraction:{extraction_id}"], {})
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
@@ -104,11 +120,12 @@ async def test_kill_9_in_the_middle(
     assert 0 < len(done) < UNITS
     assert mesh.unfinished() == [started.extraction_id]
     await eventually(lambda: lapsed(mesh))
-    with counted_batches(monkeypatch) as ran:
+    with counted_batches(monkeypatch) as ran, counted_plans(monkeypatch) as planned:
         async with mesh.working("second"):
             found = await mesh.ended(started.extraction_id)
     assert (found.status, found.storage_uri) == (pb.EXTRACTION_STATUS_COMPLETED, expected)
     assert set(ran) == set(range(UNITS)) - set(done)
+    assert planned == [], "the plan was stored"
     assert (await mesh.context.jobs.get(found.job_id)).attempt == 2
     names = await contiguous_events(mesh, started.extraction_id)
     assert (names.count("started"), names.count("completed"), names[-1]) == (2, 1, "completed")
@@ -187,7 +204,7 @@ async def test_a_crash_at_any_point_leads_to_the_same_bytes(
     assert (names.count("completed"), names[-1]) == (1, "completed")
 
 
-async def test_a_damaged_unit_is_made_again(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_damaged_unit_or_plan_is_made_again(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = await undisturbed(mesh)
     started = await mesh.extract()
     trap = Trap(ClaimedRun, "publish", after=False)
@@ -202,10 +219,15 @@ async def test_a_damaged_unit_is_made_again(mesh: Mesh, monkeypatch: pytest.Monk
     content[-1] ^= 1
     shard.write_bytes(content)
     (folder / "unit-00004.1.moments.safetensors").unlink()
-    with counted_batches(monkeypatch) as ran:
+    plan = folder / "plan.safetensors"
+    plan.write_bytes(plan.read_bytes()[:-1] + b"\x7f")
+    digest = "SELECT plan_digest FROM extractions WHERE id = $1"
+    stored = await mesh.context.database.pool.fetchval(digest, started.extraction_id)
+    with counted_batches(monkeypatch) as ran, counted_plans(monkeypatch) as planned:
         async with mesh.working("second"):
             found = await mesh.ended(started.extraction_id)
     assert set(ran) == {2, 4}
+    assert planned == [stored]
     assert found.storage_uri == expected
 
 
@@ -299,22 +321,27 @@ async def test_without_a_loaded_model_a_job_waits_or_fails_where_it_is_told_to(m
     assert mesh.unfinished() == []
 
 
-async def test_a_full_disk_fails_the_job_and_leaves_nothing(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+async def test_a_full_disk_fails_the_job_and_leaves_nothing_and_others_go_on(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Path] = []
 
     def full(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
-        calls.append(path)
-        if len(calls) > 3:
+        ours = path.parent.name == started.extraction_id
+        calls.extend([path] * ours)
+        if ours and len(calls) > 3:
             path.write_bytes(b"half a shard")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(path, tensors)
 
     original = files.write_tensors
     monkeypatch.setattr(files, "write_tensors", full)
-    started = await mesh.extract()
-    async with mesh.working():
-        found = await mesh.ended(started.extraction_id)
+    await mesh.registry.pool.load(MODEL, mesh.registry.folder, "none")
+    started, other = await mesh.extract(), await mesh.extract(dataset_id="ds_other")
+    async with mesh.working(slots=2):
+        found, beside = [await mesh.ended(each.extraction_id) for each in (started, other)]
     assert (found.status, found.error_code) == (pb.EXTRACTION_STATUS_FAILED, "CACHE_FULL")
+    assert beside.status == pb.EXTRACTION_STATUS_COMPLETED
     assert mesh.unfinished() == []
     monkeypatch.setattr(files, "write_tensors", original)
     assert (await mesh.extracted()).status == pb.EXTRACTION_STATUS_COMPLETED

@@ -101,7 +101,7 @@ async def test_what_nobody_needs_goes_away(open_mesh: Any) -> None:
         root, pool = mesh.context.artifacts.root, mesh.context.database.pool
         for extraction_id in (kept.extraction_id, waiting.extraction_id, "ext_act_unknown"):
             folder = WorkFolder(root, extraction_id)
-            folder.open("")
+            folder.open()
             folder.write(0, 1, {"x": torch.zeros(1)}, {"x": torch.zeros(1)})
         month_ago = datetime.now(UTC) - timedelta(days=31)
         await pool.execute(

@@ -12,18 +12,20 @@ import pytest
 import torch
 from lensmesh.extraction.v1 import extraction_pb2 as pb
 
+from services.extraction import job, operations
 from services.extraction.adapters import help as helping
 from services.extraction.adapters.files import WorkFolder
 from services.extraction.adapters.help import HelpingRun
 from services.extraction.adapters.postgres import QUERIES
 from services.extraction.adapters.remote import RemoteUnits
-from services.extraction.adapters.run import ClaimedRun
+from services.extraction.adapters.run import FETCHED_AT_ONCE, ClaimedRun
+from services.kit import errors
 from services.kit.database import Database
 from services.residency.shards import ShardReader
 from tests.support import eventually
 from tests.wire.extraction_support import DATASET, Mesh, meshing
 from tests.wire.test_extraction import texts
-from tests.wire.test_extraction_interrupted import UNITS, contiguous_events, undisturbed
+from tests.wire.test_extraction_interrupted import UNITS, contiguous_events, counted_plans, undisturbed
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ async def holders(mesh: Mesh) -> dict[str, int]:
 
 @pytest.mark.parametrize("place", ["state", "elsewhere"])
 async def test_two_processes_make_one_cache_and_every_sequence_once(
-    mesh: Mesh, other: Mesh, monkeypatch: pytest.MonkeyPatch
+    mesh: Mesh, other: Mesh, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     expected = await undisturbed(mesh)
     made: dict[str, int] = {}
@@ -76,9 +78,11 @@ async def test_two_processes_make_one_cache_and_every_sequence_once(
     monkeypatch.setattr(ClaimedRun, "lease_unit", leased_once_helped)
     monkeypatch.setattr(ClaimedRun, "publish", noted)
     started = await mesh.extract()
-    async with other.background(), mesh.working():
-        found = await mesh.ended(started.extraction_id)
+    with counted_plans(monkeypatch) as planned:
+        async with other.background(), mesh.working():
+            found = await mesh.ended(started.extraction_id)
     assert (found.status, found.storage_uri) == (pb.EXTRACTION_STATUS_COMPLETED, expected)
+    assert len(planned) == (1 if place == "state" else 2), "on one disk the helper reads the plan"
     assert sum(made.values()) == UNITS
     assert set(made) == {found.job_id, "incarnation-2"}
     reader = ShardReader(mesh.folder_of(found))
@@ -118,6 +122,60 @@ async def test_what_another_host_lost_is_made_again(mesh: Mesh, other: Mesh, mon
         found = await mesh.ended(started.extraction_id)
     assert (found.status, found.storage_uri) == (pb.EXTRACTION_STATUS_COMPLETED, expected)
     assert fetched
+
+
+@pytest.mark.parametrize("place", ["elsewhere"])
+async def test_units_of_another_host_come_several_at_once_and_go_on_where_they_broke_off(
+    mesh: Mesh, other: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = await undisturbed(mesh)
+    lease, fetch = ClaimedRun.lease_unit, RemoteUnits.fetch
+    under_way, most, four = 0, 0, asyncio.Event()
+    offsets: list[int] = []
+
+    async def leased_once_all_are_made(self: ClaimedRun) -> int | None:
+        await eventually(lambda: _made_by_other(mesh, UNITS))
+        return await lease(self)
+
+    async def together(self: RemoteUnits, *arguments: Any) -> bool:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        if under_way == FETCHED_AT_ONCE:
+            four.set()
+        await four.wait()
+        done = await fetch(self, *arguments)
+        under_way -= 1
+        return done
+
+    async def breaking_off(path: Path, offset: int, end: int, *, what: str) -> AsyncIterator[bytes]:
+        content = await asyncio.to_thread(path.read_bytes)
+        if "moments" in path.name:
+            yield content
+            return
+        offsets.append(offset)
+        if offset:
+            yield content[offset:]
+        else:
+            yield content[: end // 3]
+            raise errors.Unavailable
+
+    monkeypatch.setattr(ClaimedRun, "lease_unit", leased_once_all_are_made)
+    monkeypatch.setattr(RemoteUnits, "fetch", together)
+    monkeypatch.setattr(operations, "chunks", breaking_off)
+    monkeypatch.setattr(job, "POLL_SECONDS", 60.0)  # nothing is fetched before everything is made
+    started = await mesh.extract()
+    async with other.background(), mesh.working():
+        found = await mesh.ended(started.extraction_id)
+    assert (found.status, found.storage_uri) == (pb.EXTRACTION_STATUS_COMPLETED, expected)
+    assert most == FETCHED_AT_ONCE
+    assert sorted(offsets)[:UNITS] == [0] * UNITS
+    assert len(offsets) == 2 * UNITS, "each was asked for once more, and only for the rest"
+    assert mesh.unfinished() == []
+
+
+async def _made_by_other(mesh: Mesh, count: int) -> bool:
+    return (await holders(mesh)).get("incarnation-2") == count
 
 
 async def _helped(mesh: Mesh) -> bool:

@@ -264,6 +264,14 @@ async def test_an_intervention_names_its_transcoder_by_the_lens_that_is_on_the_d
     assert (zeroed.site, list(zeroed.positions), zeroed.HasField("feature")) == ("mlp_in", [3], False)
     assert (await refused(mesh.models.GenerateText(generate("second")))).fields == ["interventions.transcoder_id"]
 
+    def analyze(transcoder_id: str) -> pb.AnalyzeTextRequest:
+        changes = generate(transcoder_id).interventions
+        return pb.AnalyzeTextRequest(id=group.id, text="a", lens_ids=[lens.id], interventions=changes)
+
+    await mesh.groups.AnalyzeText(analyze("good"))
+    assert list(host.names("Analyze")[0].interventions) == [steered, zeroed]
+    assert (await refused(mesh.groups.AnalyzeText(analyze("second")))).fields == ["interventions.transcoder_id"]
+
 
 async def test_an_extension_is_activated_as_its_groups_lens_or_as_a_lens_of_its_own(mesh: Mesh, host: FakeHost) -> None:
     model = await mesh.ready()

@@ -8,15 +8,22 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 from torch import Tensor
 
 from services.extraction.adapters.tensor_files import write_tensors
 from services.residency.shards import FileEntry, file_digest
 
+_OWNER = "owner"
+_PLAN = "plan.safetensors"
+
 
 class WorkFolder:
-    """Units of one extraction that is not finished, beside the artifact store so that they can be linked into it.
+    """Plan and units of an unfinished extraction, beside the artifact store so that they can be linked into it.
 
     A file's name holds the fence under which it was written; it counts only once a row names it.
     """
@@ -33,15 +40,34 @@ class WorkFolder:
         place = root / cls.PLACE
         return sorted(path.name for path in place.iterdir()) if place.is_dir() else []
 
-    def open(self, plan_digest: str) -> None:
-        """Make the folder, for units of this plan."""
+    def open(self, fence: int | None = None) -> None:
+        """Make the folder; `fence` is the claim of the job's own worker, None for who helps it from another host."""
         self._path.mkdir(parents=True, exist_ok=True)
-        (self._path / "plan").write_text(plan_digest)
+        if fence is not None:
+            (self._path / _OWNER).write_text(str(fence))
 
-    def opened_for(self, plan_digest: str) -> bool:
-        """Whether the folder is here, on this very disk, for units of this plan."""
-        plan = self._path / "plan"
-        return plan.is_file() and plan.read_text() == plan_digest
+    def opened_under(self, fence: int) -> bool:
+        """Whether the worker with this claim of the job has its folder here, on this very disk."""
+        owner = self._path / _OWNER
+        return owner.is_file() and owner.read_text() == str(fence)
+
+    def write_plan(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep what a plan was cut into; either the whole file is there or the former one.
+
+        Raises:
+            FileNotFoundError: the folder is not open.
+        """
+        staged = self._path / f".{_PLAN}"
+        write_tensors(staged, {name: torch.from_numpy(array) for name, array in arrays.items()})
+        staged.replace(self._path / _PLAN)
+        _sync(self._path)
+
+    def read_plan(self) -> dict[str, np.ndarray] | None:
+        """What `write_plan` kept, maybe damaged; None where no file is there, or none that can be read."""
+        try:
+            return load_arrays(self._path / _PLAN)
+        except (OSError, SafetensorError):
+            return None
 
     def shard(self, unit: int, fence: int) -> Path:
         """File of a unit's shard."""

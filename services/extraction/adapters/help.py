@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from services.extraction.adapters.caches import PublishedCaches
@@ -79,9 +80,14 @@ class HelpingRun:
         if row is None:
             raise NotNeeded
         self._plan_digest = row["plan_digest"]
-        if self._folder.opened_for(self._plan_digest):
+        if self._folder.opened_under(row["fence"]):
             self._address = ""
-        return Task(self._id, row["model_id"], row["dataset_id"], Options.from_json(row["options"]), None)
+        options = Options.from_json(row["options"])
+        return Task(self._id, row["model_id"], row["dataset_id"], options, None, self._plan_digest)
+
+    async def kept_plan(self) -> Mapping[str, np.ndarray] | None:
+        """On the disk of the job's own worker; elsewhere it is made again and has to have the same digest."""
+        return await asyncio.to_thread(self._folder.read_plan)
 
     def joins(self, plan: Plan) -> None:
         """That the units are cut here as they are there.
@@ -96,7 +102,7 @@ class HelpingRun:
     async def leasing(self) -> AsyncIterator[None]:
         """Leases are renewed within the block, and given back at its end."""
         if self._address:
-            await asyncio.to_thread(self._folder.open, self._plan_digest)
+            await asyncio.to_thread(self._folder.open)
         renewal = asyncio.create_task(self._renew())
         try:
             yield

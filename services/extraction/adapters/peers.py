@@ -12,10 +12,12 @@ from blake3 import blake3
 from lensmesh.common.v1 import types_pb2
 from lensmesh.registry.v1 import datasets_pb2, groups_pb2, groups_pb2_grpc, models_pb2
 
+from services.extraction.adapters.tokenizers import Tokenizers
 from services.extraction.domain import BaseModel, Options, Survey
 from services.extraction.ports import Tokenized
 from services.kit import errors
 from services.residency.catalogue import LOOK_UP_SECONDS, Catalogue, json_of, translated_calls
+from services.residency.families import facts
 from services.residency.texts import (
     DatasetError,
     DatasetRecord,
@@ -26,6 +28,7 @@ from services.residency.texts import (
     tokenizer_digest,
 )
 from services.residency.tokens import TokenStore
+from services.residency.usable import require_usable
 
 GROUPS_PAGE = 500
 DEFAULT_BATCH_SIZE = 8
@@ -55,6 +58,7 @@ class RegisteredModels:
             parameter_count=model.parameter_count,
             batch_size=model.defaults.model_batch_size or DEFAULT_BATCH_SIZE,
             loaded=model.status == models_pb2.MODEL_STATUS_READY,
+            source=types_pb2.ModelSource.Name(model.source).removeprefix("MODEL_SOURCE_").lower(),
         )
 
     async def extension_uri(self, model_id: str, extension_id: str) -> str:
@@ -74,14 +78,16 @@ class RegisteredModels:
 class RegisteredDatasets:
     """Implements the port `Datasets`."""
 
-    def __init__(self, catalogue: Catalogue, roots: Sequence[Path], cache_dir: Path) -> None:
+    def __init__(self, catalogue: Catalogue, tokenizers: Tokenizers, roots: Sequence[Path], cache_dir: Path) -> None:
         """Use these.
 
         Args:
             catalogue: the registry's datasets.
+            tokenizers: of models that are not loaded yet.
             roots: directories below which local datasets lie.
             cache_dir: where downloads and conversions are kept.
         """
+        self._tokenizers = tokenizers
         self._catalogue = catalogue
         self._roots = roots
         self._cache_dir = cache_dir
@@ -99,6 +105,14 @@ class RegisteredDatasets:
         except DatasetError as error:
             raise _unusable("dataset_id", error) from error
         return Survey(digest=digest, size_bytes=row.size_bytes, rows=rows)
+
+    async def require_usable(self, dataset_id: str, options: Options, model: BaseModel) -> None:
+        """A hub dataset counts as usable until it was tokenised once: looking at it would mean to download it."""
+        _, record = await self._record(dataset_id)
+        try:
+            await asyncio.to_thread(self._require_usable, record, options, model)
+        except DatasetError as error:
+            raise _unusable(error.field, error) from error
 
     async def tokenize(self, dataset_id: str, options: Options, tokenizer: Any, vocab_size: int) -> Tokenized:
         """Beside the event loop."""
@@ -119,6 +133,26 @@ class RegisteredDatasets:
         columns = (record.split, record.text_field, record.prompt_field, record.target_field)
         return f"{content_digest(record, self._roots)} {columns}", len(rows)
 
+    def _require_usable(self, record: DatasetRecord, options: Options, model: BaseModel) -> None:
+        tokenizer, vocab_size = self._tokenizers.find(model), facts(model.config).vocab_size
+        uncounted = special_ids(tokenizer) if tokenizer is not None else ()
+        if record.source == "huggingface":
+            name = self._name(record, options, tokenizer, vocab_size) if tokenizer is not None else None
+            if name is not None and self._store.counted(name) == 0:
+                raise DatasetError("dataset_id", "every token of the dataset is a special token")
+            return
+        rows = open_rows(record, self._roots, self._cache_dir)
+        if tokenizer is None and not rows.tokenized:
+            return  # the job will know
+        require_usable(
+            rows,
+            tokenizer,
+            options.encoding,
+            row_limit=options.sample_count,
+            vocab_size=vocab_size,
+            uncounted_ids=uncounted,
+        )
+
     def _name(self, record: DatasetRecord, options: Options, tokenizer: Any, vocab_size: int) -> str | None:
         """Digest of whatever decides the tokens; None where only the hub knows the dataset's content."""
         if record.source == "huggingface" and not record.digest:
@@ -126,8 +160,8 @@ class RegisteredDatasets:
         content = record.digest if record.source == "huggingface" else content_digest(record, self._roots)
         columns = (record.identifier, record.split, record.text_field, record.prompt_field, record.target_field)
         made_by = tokenizer_digest(tokenizer) if tokenizer is not None else ""
-        facts = (content, columns, made_by, options.encoding, options.sample_count, vocab_size)
-        return blake3(repr(facts).encode()).hexdigest()
+        told = (content, columns, made_by, options.encoding, options.sample_count, vocab_size)
+        return blake3(repr(told).encode()).hexdigest()
 
     def _tokenize(self, record: DatasetRecord, options: Options, tokenizer: Any, vocab_size: int) -> Tokenized:
         rows = open_rows(record, self._roots, self._cache_dir)
@@ -138,7 +172,8 @@ class RegisteredDatasets:
         if sequences is None:
             sequences = tokenize(rows, tokenizer, options.encoding, options.sample_count, vocab_size)
             if name:
-                self._store.save(name, sequences)
+                special = special_ids(tokenizer) if tokenizer is not None else ()
+                self._store.save(name, sequences, special)
         description = {
             "id": record.id,
             "digest": record.digest or "",

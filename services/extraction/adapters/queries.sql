@@ -38,7 +38,7 @@ SELECT
      ORDER BY finished_at DESC LIMIT 1) AS tokens_per_sample
 
 -- claimed --
-SELECT content_key, options, model_id, dataset_id, cache_id FROM extractions WHERE id = $1 FOR UPDATE
+SELECT options, model_id, dataset_id, cache_id, plan_digest FROM extractions WHERE id = $1 FOR UPDATE
 
 -- ahead --
 SELECT o.id FROM extractions e
@@ -126,7 +126,8 @@ WHERE j.state = 'running' AND NOT j.cancel_requested AND NOT j.pause_requested A
 ORDER BY j.started_at, e.id LIMIT 1
 
 -- helped --
-SELECT options, model_id, dataset_id, plan_digest FROM extractions WHERE id = $1
+SELECT e.options, e.model_id, e.dataset_id, e.plan_digest, j.fence FROM extractions e JOIN jobs j ON j.id = e.job_id
+WHERE e.id = $1
 
 -- drop_all_units --
 DELETE FROM extraction_units WHERE extraction_id = $1

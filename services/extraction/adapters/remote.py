@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc
 from lensmesh.extraction.v1 import extraction_pb2 as pb
@@ -13,9 +14,13 @@ from services.extraction.adapters.files import WorkFolder
 from services.kit.channels import open_channel
 from services.kit.config import Settings
 from services.kit.logs import get_logger
+from services.kit.waiting import Backoff
 
 FETCH_SECONDS = 600.0
-"""Longest time for one file."""
+"""Longest time for one answer."""
+TRIES = 4
+"""How often a file is asked for, each time from where the last answer broke off."""
+_BROKEN_OFF = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 
 
 class RemoteUnits:
@@ -31,7 +36,7 @@ class RemoteUnits:
             try:
                 for sums, path in ((True, folder.moments(unit, fence)), (False, folder.shard(unit, fence))):
                     request = pb.ReadUnitRequest(extraction_id=folder.extraction_id, unit=unit, fence=fence, sums=sums)
-                    await _write(path, stub.ReadUnit(request, timeout=FETCH_SECONDS))
+                    await _fetch_file(stub, request, path)
             except grpc.aio.AioRpcError as error:
                 get_logger("extraction").warning(
                     "unit not fetched", extraction=folder.extraction_id, unit=unit, code=error.code().name
@@ -40,10 +45,23 @@ class RemoteUnits:
         return True
 
 
-async def _write(path: Path, parts: grpc.aio.UnaryStreamCall) -> None:
-    """Under another name until it is whole; not flushed, as the digest is checked whenever a job goes on."""
-    partial = path.with_suffix(".part")
-    with partial.open("wb") as file:
-        async for part in parts:
-            await asyncio.to_thread(file.write, part.data)
+async def _fetch_file(stub: Any, request: pb.ReadUnitRequest, path: Path) -> None:
+    """Under another name until it is whole; a shard goes on behind what an earlier try, or process, has of it.
+
+    Not flushed, as the digest is checked whenever a job goes on.
+    """
+    partial, backoff = path.with_suffix(".part"), Backoff(first=0.2, last=2.0)
+    if request.sums:  # they have no digest, and are small
+        partial.unlink(missing_ok=True)
+    for left in reversed(range(TRIES)):
+        with partial.open("ab") as file:
+            request.offset = file.tell()
+            try:
+                async for part in stub.ReadUnit(request, timeout=FETCH_SECONDS):
+                    await asyncio.to_thread(file.write, part.data)
+                break
+            except grpc.aio.AioRpcError as error:
+                if not left or error.code() not in _BROKEN_OFF:
+                    raise
+        await asyncio.sleep(backoff.next())
     partial.replace(path)

@@ -14,7 +14,7 @@ import torch
 from services.kit import errors
 from services.kit.artifacts import ArtifactStore
 from services.residency.failures import insufficient_memory
-from services.residency.families import Facts, Family
+from services.residency.families import Facts, Family, family_of
 from services.residency.host_copy import device_bound, host_copy
 from services.residency.lease import Lease
 from services.residency.lenses import Spec
@@ -37,8 +37,8 @@ class PooledModel:
 
     @property
     def family(self) -> Family:
-        """Its module map."""
-        return self._lease.family
+        """Its module map; of an encoder-decoder, which takes no lenses, its encoder's."""
+        return self._lease.record.base.family or family_of(self._lease.model)
 
     @property
     def tokenizer(self) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import asyncpg
+import numpy as np
 from torch import Tensor
 
 from services.extraction.adapters.caches import NewCache, PublishedCaches
@@ -18,17 +19,20 @@ from services.extraction.adapters.metrics import ExtractionMetrics
 from services.extraction.adapters.postgres import QUERIES, finish_reused
 from services.extraction.adapters.remote import RemoteUnits
 from services.extraction.adapters.tensor_files import write_tensors
-from services.extraction.compute import Moments, Plan, Unit, merged
+from services.extraction.compute import Moments, Plan, Unit, merged, plan_arrays
 from services.extraction.domain import ARTIFACT_KIND, EVENT_PREFIX, REUSED_MESSAGE, Cache, Options, Task
 from services.extraction.job_ports import Product
 from services.kit import errors
 from services.kit.artifacts import full_disk_named
 from services.kit.jobs import Claim, Paused, StaleLease
+from services.kit.waiting import cancel_all
 from services.residency.shards import MANIFEST, SEQUENCES, STATISTICS, Manifest, ShardEntry, shard_name
 
 T = TypeVar("T")
 Units = dict[int, tuple[int, int, str]]
 """Of each committed unit: fence, bytes, digest."""
+FETCHED_AT_ONCE = 4
+"""Units that come from other hosts at the same time, each a chunk at a time."""
 
 
 class ClaimedRun:
@@ -54,7 +58,7 @@ class ClaimedRun:
         if row is None:
             raise errors.NotFound(f"There is no extraction {self._id}", metadata={"id": self._id})
         options = Options.from_json(row["options"])
-        self._task = Task(self._id, row["model_id"], row["dataset_id"], options, row["cache_id"])
+        self._task = Task(self._id, row["model_id"], row["dataset_id"], options, row["cache_id"], row["plan_digest"])
         if row["cache_id"] is not None:
             await self.discard()
             self._claim.finish_data({"cache_id": row["cache_id"], "reused": False})
@@ -82,10 +86,14 @@ class ClaimedRun:
         event = f"{EVENT_PREFIX}:progress" if tell else None
         await self._claim.progress(percent, dict(figures), event, {"status": "extracting", **figures})
 
+    async def kept_plan(self) -> Mapping[str, np.ndarray] | None:
+        """In the job's folder; the job's row holds its digest."""
+        return await asyncio.to_thread(self._folder.read_plan)
+
     async def resume(self, plan: Plan, samples: int, size_bytes: int) -> set[int]:
         """Rows of another plan or host are dropped, and so are those whose files are not what they were."""
         store_id = self._caches.artifacts.store_id
-        await asyncio.to_thread(self._folder.open, plan.digest)
+        await asyncio.to_thread(self._open, plan)
         async with self._claim.commit() as conn:
             await conn.execute(QUERIES["drop_units"], self._id, store_id, plan.digest)
             await conn.execute(QUERIES["release_units"], self._id, self._claim.job.id)
@@ -133,26 +141,48 @@ class ClaimedRun:
                 rows = await conn.fetch(QUERIES["units"], self._id)
 
         await self._claim.insist(read)
-        self._units = {}
-        for row in rows:
-            unit = (row["fence"], row["size_bytes"], row["digest"])
-            if not row["address"] or await self._fetched(row["address"], row["unit"], unit):
-                self._units[row["unit"]] = unit
-        return set(self._units)
+        units = {row["unit"]: (row["fence"], row["size_bytes"], row["digest"]) for row in rows}
+        for number in await self._fetched({row["unit"]: row["address"] for row in rows if row["address"]}, units):
+            del units[number]
+        self._units = units
+        return set(units)
 
-    async def _fetched(self, address: str, number: int, unit: tuple[int, int, str]) -> bool:
-        fence = unit[0]
-        with full_disk_named():
-            there = await self._claim.unless_stopped(self._remote.fetch(address, self._folder, number, fence))
-        whole = there and await asyncio.to_thread(self._folder.intact, number, *unit)
-        async with self._claim.commit() as conn:
-            if whole:
-                await conn.execute(QUERIES["fetched_unit"], self._id, number, fence)
-            else:
-                taken = (self._id, number, self._claim.job.id)
-                self._fences[number] = await conn.fetchval(QUERIES["take_unit"], *taken)
-                self._taken.append(number)
-        return whole
+    async def _fetched(self, addresses: Mapping[int, str], units: Units) -> set[int]:
+        """Fetch units from these addresses, several at once; those that cannot be had whole are taken over."""
+        room = asyncio.Semaphore(FETCHED_AT_ONCE)
+
+        async def fetch(number: int) -> tuple[int, bool]:
+            async with room:
+                with full_disk_named():
+                    there = await self._remote.fetch(addresses[number], self._folder, number, units[number][0])
+                return number, there and await asyncio.to_thread(self._folder.intact, number, *units[number])
+
+        taken = set()
+        tasks = [asyncio.create_task(fetch(number)) for number in addresses]
+        try:
+            for task in asyncio.as_completed(tasks):
+                number, whole = await self._claim.unless_stopped(task)
+                if not whole:
+                    taken.add(number)
+                await self._settle(number, units[number][0], whole=whole)
+        finally:
+            await cancel_all(tasks)
+        return taken
+
+    async def _settle(self, number: int, fence: int, *, whole: bool) -> None:
+        """Say that a unit is here, or take it over."""
+
+        async def settle() -> None:
+            async with self._claim.commit() as conn:
+                if whole:
+                    await conn.execute(QUERIES["fetched_unit"], self._id, number, fence)
+                else:
+                    taken = (self._id, number, self._claim.job.id)
+                    self._fences[number] = await conn.fetchval(QUERIES["take_unit"], *taken)
+
+        await self._claim.insist(settle)
+        if not whole:
+            self._taken.append(number)
 
     async def save_unit(self, unit: Unit, tensors: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> None:
         """Files first, the row last; only then the unit counts."""
@@ -210,6 +240,10 @@ class ClaimedRun:
         async with self._claim.commit() as conn:
             await finish_reused(conn, self._id, cache.id)
         self._claim.finish_data({"cache_id": cache.id, "reused": True, "message": REUSED_MESSAGE})
+
+    def _open(self, plan: Plan) -> None:
+        self._folder.open(self._claim.fence)
+        self._folder.write_plan(plan_arrays(plan))
 
     async def discard(self) -> None:
         """Delete the files of units."""

@@ -14,7 +14,7 @@ from services.extraction.compute.buffers import Buffers
 from services.extraction.compute.capture import capture, identity_errors, paired_layers
 from services.extraction.compute.moments import Moments
 from services.extraction.compute.pace import Pace, bytes_at_work
-from services.extraction.compute.plan import Plan, Unit, make_plan
+from services.extraction.compute.plan import Plan, Unit, make_plan, plan_again, plan_arrays
 from services.extraction.compute.tables import hook_point_entries, merged, sequence_tensors, statistics_tensors
 from services.extraction.compute.unit import UnitFiller, fill_units
 
@@ -33,6 +33,8 @@ __all__ = [
     "make_plan",
     "merged",
     "paired_layers",
+    "plan_again",
+    "plan_arrays",
     "sequence_tensors",
     "statistics_tensors",
 ]

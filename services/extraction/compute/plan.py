@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from blake3 import blake3
@@ -53,7 +53,7 @@ class Plan:
     """Units and batches of an extraction.
 
     Attributes:
-        layout, seed, batch_size, batch_tokens, uncounted_ids: what it was made with.
+        layout, seed, batch_size, batch_tokens, uncounted_ids, shuffled: what it was made with.
         units: in order.
         counted: whether each of the sequences' tokens is a row, bool [tokens].
         tokens: counted tokens.
@@ -66,6 +66,7 @@ class Plan:
     batch_size: int
     batch_tokens: int | None
     uncounted_ids: tuple[int, ...]
+    shuffled: bool
     units: tuple[Unit, ...]
     counted: np.ndarray
     tokens: int
@@ -82,6 +83,7 @@ def make_plan(
     batch_tokens: int | None = None,
     row_bytes: int,
     uncounted_ids: Sequence[int] = (),
+    shuffled: bool = True,
     unit_bytes: int = UNIT_BYTES,
     unit_share: float = UNIT_SHARE,
     most_unit_bytes: int = MOST_UNIT_BYTES,
@@ -100,6 +102,7 @@ def make_plan(
         batch_tokens: most tokens per forward pass, padding included, of more than one sequence.
         row_bytes: bytes of all hook points' vectors of one token.
         uncounted_ids: token ids that are no rows.
+        shuffled: whether the rows of a unit will be in random order, in layout `rows`.
         unit_bytes: most bytes of a unit.
         unit_share: most of the job's rows in a unit, 0 to 1.
         most_unit_bytes: bytes of a unit beyond which the least number of sequences gives way.
@@ -107,29 +110,87 @@ def make_plan(
     Raises:
         NothingCounted: no token would be a row.
     """
-    counted = ~np.isin(sequences.ids, np.asarray(uncounted_ids, dtype=np.int32))
+    counted = _counted(sequences, uncounted_ids)
     if not counted.any():
         raise NothingCounted("every token of the dataset is a special token")
-    rows = np.add.reduceat(counted, sequences.offsets[:-1], dtype=np.int64)
+    rows = _rows(sequences, counted)
     cuts = _cut_rows if layout == "rows" else _cut_sequences
     limits = _Limits(min(unit_bytes // row_bytes, UNIT_ROWS), most_unit_bytes // row_bytes, unit_share)
+    parts = cuts(sequences.lengths, rows, seed, (batch_size, batch_tokens), limits)
+    made_with: dict[str, Any] = {"layout": layout, "seed": seed, "batch_size": batch_size, "batch_tokens": batch_tokens}
+    made_with |= {"uncounted_ids": tuple(uncounted_ids), "shuffled": shuffled}
+    return _plan(sequences, counted, parts, made_with)
+
+
+def plan_arrays(plan: Plan) -> dict[str, np.ndarray]:
+    """What has to be kept of a plan, int32: per unit its `batches`, per batch its `sizes` and `lengths`, `indices`."""
+    batches = [batch for unit in plan.units for batch in unit.batches]
+    return {
+        "batches": np.asarray([len(unit.batches) for unit in plan.units], dtype=np.int32),
+        "sizes": np.asarray([len(batch.indices) for batch in batches], dtype=np.int32),
+        "lengths": np.asarray([batch.length for batch in batches], dtype=np.int32),
+        "indices": np.concatenate([batch.indices for batch in batches]).astype(np.int32),
+    }
+
+
+def plan_again(arrays: Mapping[str, np.ndarray], sequences: Sequences, digest: str, **made_with: Any) -> Plan | None:
+    """The plan of this digest from its arrays; None where the arrays or the sequences are not that plan's.
+
+    Args:
+        arrays: what `plan_arrays` gave, maybe damaged.
+        sequences: what the plan was made of.
+        digest: of the plan.
+        made_with: layout, seed, batch_size, batch_tokens, uncounted_ids and shuffled, as for `make_plan`.
+    """
+    if not _fitting(arrays, len(sequences)):
+        return None
+    members = np.split(arrays["indices"].astype(np.int64), np.cumsum(arrays["sizes"])[:-1])
+    batches = [Batch(indices, int(length)) for indices, length in zip(members, arrays["lengths"], strict=True)]
+    ends = np.cumsum(arrays["batches"])
+    parts = [batches[end - count : end] for end, count in zip(ends, arrays["batches"], strict=True)]
+    counted = _counted(sequences, made_with["uncounted_ids"])
+    found = _plan(sequences, counted, parts, made_with)
+    return found if found.digest == digest else None
+
+
+def _fitting(arrays: Mapping[str, np.ndarray], sequences: int) -> bool:
+    """Whether the arrays are some plan's over so many sequences."""
+    if arrays.keys() != {"batches", "sizes", "lengths", "indices"}:
+        return False
+    batches, sizes, lengths, indices = (arrays[name] for name in ("batches", "sizes", "lengths", "indices"))
+    if any(array.ndim != 1 or array.dtype != np.int32 or not len(array) for array in arrays.values()):
+        return False
+    whole = len(sizes) == len(lengths) == batches.sum() and len(indices) == sizes.sum()
+    inside = indices.min() >= 0 and indices.max() < sequences
+    return bool(whole and inside and batches.min() > 0 and sizes.min() > 0)
+
+
+def _counted(sequences: Sequences, uncounted_ids: Sequence[int]) -> np.ndarray:
+    """Whether each token is a row, bool [tokens]."""
+    return ~np.isin(sequences.ids, np.asarray(uncounted_ids, dtype=np.int32))
+
+
+def _rows(sequences: Sequences, counted: np.ndarray) -> np.ndarray:
+    """Rows of each sequence, int64 [n]."""
+    return np.add.reduceat(counted, sequences.offsets[:-1], dtype=np.int64)
+
+
+def _plan(sequences: Sequences, counted: np.ndarray, parts: Sequence[list[Batch]], made_with: dict[str, Any]) -> Plan:
+    """A unit of each list of batches."""
+    rows = _rows(sequences, counted)
     units: list[Unit] = []
     first_batch = 0
-    for batches in cuts(sequences.lengths, rows, seed, (batch_size, batch_tokens), limits):
+    for batches in parts:
         chosen = np.sort(np.concatenate([batch.indices for batch in batches]))
         units.append(Unit(len(units), chosen, tuple(batches), first_batch, int(rows[chosen].sum())))
         first_batch += len(batches)
     return Plan(
-        layout=layout,
-        seed=seed,
-        batch_size=batch_size,
-        batch_tokens=batch_tokens,
-        uncounted_ids=tuple(uncounted_ids),
+        **made_with,
         units=tuple(units),
         counted=counted,
         tokens=int(counted.sum()),
         max_length=int(sequences.lengths.max()),
-        digest=_digest(sequences, units, layout, seed, uncounted_ids),
+        digest=_digest(sequences, units, made_with),
     )
 
 
@@ -180,10 +241,9 @@ def _cut(sizes: Sequence[tuple[int, int]], limits: _Limits) -> list[slice]:
     return [*parts, slice(start, len(sizes))]
 
 
-def _digest(
-    sequences: Sequences, units: Sequence[Unit], layout: Layout, seed: int, uncounted_ids: Sequence[int]
-) -> str:
-    digest = blake3(repr((layout, seed, tuple(uncounted_ids))).encode())
+def _digest(sequences: Sequences, units: Sequence[Unit], made_with: Mapping[str, Any]) -> str:
+    decided = tuple(made_with[name] for name in ("layout", "seed", "uncounted_ids", "shuffled"))
+    digest = blake3(repr(decided).encode())
     for array in (sequences.ids, sequences.offsets, sequences.rows):
         digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
     for unit in units:

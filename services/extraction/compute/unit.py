@@ -35,11 +35,12 @@ class _Places(Protocol):
 
 
 class _Rows:
-    """Layout `rows`: one row per counted token in the unit's random order."""
+    """Layout `rows`: one row per counted token in the unit's random order, or in the order of the batches."""
 
     def __init__(self, plan: Plan, unit: Unit) -> None:
         self.shape = (unit.rows,)
-        self._order = torch.from_numpy(permutation(unit.rows, plan.seed, "rows", unit.index))
+        order = permutation(unit.rows, plan.seed, "rows", unit.index) if plan.shuffled else np.arange(unit.rows)
+        self._order = torch.from_numpy(order)
         self._taken = 0
         self._tok, self._seq, self._pos = (torch.zeros(unit.rows, dtype=torch.int32) for _ in range(3))
 

@@ -19,6 +19,7 @@ from services.registry.operations.lenses import bring, take_lens_off
 from services.registry.operations.loading import await_job, bring_base, move_model
 from services.registry.operations.planning import ASSUMED_BYTES_PER_SECOND
 from services.registry.operations.registry import Registry
+from services.registry.operations.serving import with_lenses
 from services.registry.operations.unloading import making_room
 
 TOGETHER = 4
@@ -141,7 +142,8 @@ async def analyze(registry: Registry, group_id: str, lens_ids: Sequence[str], qu
     """Read a text through lenses of a group, the active one when none is named; the host's answer.
 
     Raises:
-        Invalid: no lens named and none active; neither text nor token_ids, or both.
+        Invalid: no lens named and none active; neither text nor token_ids, or both; an intervention names a transcoder
+            that is no lens of the model's groups.
         NotFound: no such group or lens.
         Conflict: `GROUP_NOT_RESIDENT`.
     """
@@ -160,6 +162,7 @@ async def analyze(registry: Registry, group_id: str, lens_ids: Sequence[str], qu
         for lens in lenses:
             if lens.id not in copy.lens_ids:
                 await bring(registry, lens, copy)
+        query = {**query, "interventions": await with_lenses(registry, copy, query["interventions"])}
         async with registry.store.transaction() as tx:
             await tx.placement.touch(copy.model_id, copy.host_id)
             await tx.placement.touch_lenses(copy.host_id, wanted)

@@ -77,7 +77,7 @@ async def generate(registry: Registry, model_id: str, query: dict[str, Any], ext
             async with registry.store.transaction() as tx:
                 await tx.placement.touch(copy.model_id, copy.host_id)
         extension = await _extension(registry, model_id, extension_id) if extension_id else None
-        changes = await _with_lenses(registry, copy, query["interventions"])
+        changes = await with_lenses(registry, copy, query["interventions"])
         query = {**query, "max_new_tokens": query["max_new_tokens"] or DEFAULT_NEW_TOKENS, "interventions": changes}
         forward = partial(registry.hosts.generate, copy.address, model_id, query, extension)
         return await making_room(registry, copy, forward)
@@ -94,10 +94,14 @@ async def _extension(registry: Registry, model_id: str, extension_id: str) -> tu
     return extension_id, artifact
 
 
-async def _with_lenses(
+async def with_lenses(
     registry: Registry, copy: Residency, interventions: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Interventions as the host wants them: a transcoder is named by its lens, which is brought to the device."""
+    """Interventions as the host wants them: a transcoder is named by its lens, which is brought to the device.
+
+    Raises:
+        Invalid: one names a transcoder that is no lens of the model's groups.
+    """
     if not any(change["transcoder_id"] for change in interventions):
         return list(interventions)
     async with registry.store.transaction() as tx:

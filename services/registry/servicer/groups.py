@@ -93,6 +93,7 @@ class GroupServicer(groups_pb2_grpc.GroupServiceServicer):
             "token_ids": list(request.token_ids),
             "top_k": request.top_k or DEFAULT_TOP_K,
             "prefix": request.prefix,
+            "interventions": to_dict(request)["interventions"],
         }
         found = await groups.analyze(self._registry, request.id, request.lens_ids, query)
         return pb.AnalyzeTextResponse(readings=found.readings, seconds=found.seconds)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # a process that trains transcoders imports this package, and
 
     from services.residency.families import Facts, Family
     from services.residency.lenses.extension import Extensions
+    from services.residency.splice import Splice
 
 
 class LensIncompatible(ValueError):
@@ -109,14 +110,22 @@ class Lens(Protocol):
     def hook_points(self) -> Sequence[str]:
         """What `read` needs of the base's forward pass over the text."""
 
-    def read(self, activations: Mapping[str, Tensor], input_ids: Tensor, top_k: int, prefix: int) -> Reading:
+    def read(
+        self,
+        activations: Mapping[str, Tensor],
+        input_ids: Tensor,
+        top_k: int,
+        prefix: int,
+        changes: Sequence[Splice] = (),
+    ) -> Reading:
         """Read a text.
 
         Args:
-            activations: hook point to [1, S, d], of the base with no altering lens active.
+            activations: hook point to [1, S, d], of the base with no altering lens active, and with the changes.
             input_ids: [1, S].
             top_k: features or tokens per position.
             prefix: use only that many groups of a dictionary; all when 0.
+            changes: replacements in the forward passes that the lens runs itself.
         """
 
     def move(self, device: str) -> None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
-from services.residency.lenses import Base, LensCorrupt, LensIncompatible, Reading, Spec, TokenReading, extension_files
+from services.residency.lenses import (
+    Base,
+    LensCorrupt,
+    LensIncompatible,
+    Probability,
+    Reading,
+    Spec,
+    TokenReading,
+    extension_files,
+)
 from services.residency.lenses.extension import ExtensionRefused
 from services.residency.lenses.logit_lens import most_probable
-from services.residency.splice import logits
+from services.residency.splice import Splice, logits, spliced
 
 
 class ExtensionLens:
@@ -33,14 +42,27 @@ class ExtensionLens:
         """None: it runs the model itself."""
         return ()
 
-    def read(self, activations: Mapping[str, Tensor], input_ids: Tensor, top_k: int, prefix: int) -> Reading:
+    def read(
+        self,
+        activations: Mapping[str, Tensor],
+        input_ids: Tensor,
+        top_k: int,
+        prefix: int,
+        changes: Sequence[Splice] = (),
+    ) -> Reading:
         """Next-token distributions of the base and of the extended model."""
-        extensions = self._base.extensions
-        with extensions.using(None):
-            base = most_probable(logits(self._base.model, input_ids)[0], top_k)
-        with extensions.using(self._lens_id):
-            extended = most_probable(logits(self._base.model, input_ids)[0], top_k)
+        base, extended = (self._predictions(name, input_ids, top_k, changes) for name in (None, self._lens_id))
         return Reading([TokenReading(base_predictions=a, predictions=b) for a, b in zip(base, extended, strict=True)])
+
+    def _predictions(
+        self, extension: str | None, input_ids: Tensor, top_k: int, changes: Sequence[Splice]
+    ) -> list[list[Probability]]:
+        model, family = self._base.model, self._base.family
+        with self._base.extensions.using(extension), ExitStack() as stack:
+            if changes:
+                assert family is not None, "changes are made of a model with hook points"
+                stack.enter_context(spliced(model, family, changes))
+            return most_probable(logits(model, input_ids)[0], top_k)
 
     def move(self, device: str) -> None:
         """Bring the extension's weights to a device."""

@@ -11,6 +11,7 @@ from services.residency.families import SITES, UnknownHookPoint, locate
 from services.residency.lenses import Base, LensCorrupt, LensIncompatible, PrefixUnknown, Reading, Spec, TokenReading
 from services.residency.lenses.codes import Codes
 from services.residency.lenses.transcoder import Transcoder
+from services.residency.splice import Splice
 
 
 class FeatureLens:
@@ -38,7 +39,14 @@ class FeatureLens:
         """The weights and the hook point they read, to put the reconstruction into a forward pass."""
         return self._transcoder, self._source
 
-    def read(self, activations: Mapping[str, Tensor], input_ids: Tensor, top_k: int, prefix: int) -> Reading:
+    def read(
+        self,
+        activations: Mapping[str, Tensor],
+        input_ids: Tensor,
+        top_k: int,
+        prefix: int,
+        changes: Sequence[Splice] = (),
+    ) -> Reading:
         """Strongest latents of each token; FVU of each token and of the text, against the text's own mean.
 
         Raises:

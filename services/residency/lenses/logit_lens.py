@@ -9,6 +9,7 @@ from torch import Tensor
 
 from services.residency.families import base_model, blocks, hook_points, submodule
 from services.residency.lenses import Base, LensIncompatible, Probability, Reading, Spec, TokenReading
+from services.residency.splice import Splice
 
 
 def most_probable(logits: Tensor, top_k: int) -> list[list[Probability]]:
@@ -54,7 +55,14 @@ class LogitLens:
         """The stream after a layer, as it is."""
         return residual
 
-    def read(self, activations: Mapping[str, Tensor], input_ids: Tensor, top_k: int, prefix: int) -> Reading:
+    def read(
+        self,
+        activations: Mapping[str, Tensor],
+        input_ids: Tensor,
+        top_k: int,
+        prefix: int,
+        changes: Sequence[Splice] = (),
+    ) -> Reading:
         """The next-token distribution read after each layer; the last layer's is the model's own."""
         tokens = [TokenReading() for _ in range(input_ids.shape[1])]
         with torch.no_grad():

@@ -120,6 +120,14 @@ def test_lists_are_tables_or_the_whole_reply(api: FakeApi, lensmesh: Callable[..
                 {"name": "d", "source": "local", "identifier": "x.jsonl", "split": "train", "text_field": "text"},
             ),
         ),
+        (
+            ("datasets", "create", "d", "--identifier", "x.csv", "--prompt-field", "q", "--target-field", "a"),
+            (
+                "CreateDataset",
+                {"name": "d", "source": "huggingface", "identifier": "x.csv", "split": "train", "text_field": "text"}
+                | {"prompt_field": "q", "target_field": "a"},
+            ),
+        ),
         (("datasets", "show", "ds_1"), ("GetDataset", {"id": "ds_1"})),
         (("datasets", "delete", "ds_1"), ("DeleteDataset", {"id": "ds_1"})),
         (("jobs", "cancel", "job_1"), ("CancelJob", {"id": "job_1"})),
@@ -213,6 +221,39 @@ def test_an_extraction_from_the_cache_is_not_waited_for(api: FakeApi, lensmesh: 
     assert json.loads(done.stdout)["reused"]
     assert api.calls[0][1]["layer_indices"] == [1, 2]
     assert [rpc for rpc, _ in api.calls] == ["ExtractActivations", "GetExtraction"]
+
+
+def test_a_text_is_read_with_changes_and_what_is_no_json_is_refused(api: FakeApi, lensmesh: Callable[..., Any]):
+    api.replies = {"AnalyzeText": {"readings": []}}
+    zero = {"site": "mlp_out", "layer": 1, "op": "zero"}
+    lensmesh("groups", "analyze", "grp_1", "hello", "--change", json.dumps(zero), "--change", json.dumps(zero))
+    assert api.calls[0][1]["interventions"] == [zero, zero]
+    refused = lensmesh("groups", "analyze", "grp_1", "hello", "--change", "zero")
+    assert (refused.exit_code, len(api.calls)) == (2, 1)
+    assert "--change" in refused.stderr
+
+
+def test_how_a_dataset_is_cut_can_be_said(api: FakeApi, lensmesh: Callable[..., Any]):
+    api.replies = {"ExtractActivations": {"cache": "miss"}}
+    plain = {"max_length": 0, "special_tokens": "tokenizer", "packing": False, "extension_id": ""}
+    said = {"max_length": 64, "special_tokens": "bos", "packing": True, "extension_id": "x_1", "sample_count": 9}
+    options = (
+        "--max-length",
+        "64",
+        "--special-tokens",
+        "bos",
+        "--packing",
+        "--extension",
+        "x_1",
+        "--sample-count",
+        "9",
+    )
+    for given, expected in (((), plain), (options, said)):
+        api.calls.clear()
+        lensmesh("extract", "m_1", "ds_1", "--layers", "1", "--plan", "--json", *given)
+        asked = api.calls[0][1]
+        assert {name: asked[name] for name in expected} == expected
+        assert ("sample_count" in asked) == bool(given)
 
 
 def test_an_extraction_that_runs_is_followed(api: FakeApi, lensmesh: Callable[..., Any]):

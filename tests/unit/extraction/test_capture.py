@@ -6,12 +6,14 @@ import itertools
 
 import pytest
 import torch
+from transformers import BartConfig, BartForConditionalGeneration
 
 from services.extraction.compute import capture, identity_errors, paired_layers
 from services.residency.families import UnknownHookPoint, UnsupportedModel, family_of
 from services.residency.identity import IdentityFailed
 from tests import models
 
+SMALL = {"vocab_size": 64, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 16}
 POINTS = ["blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out", "blocks.0.hook_resid_post"]
 
 
@@ -88,7 +90,7 @@ def test_a_wrong_request_is_refused_before_any_batch_is_taken():
     with pytest.raises(UnknownHookPoint):
         capture(models.tiny("gpt2"), batches(), ["blocks.7.mlp.hook_in"])
     with pytest.raises(UnsupportedModel):
-        capture(models.tiny("t5"), batches(), POINTS)
+        capture(BartForConditionalGeneration(BartConfig(**SMALL)), batches(), POINTS)
 
 
 def test_pairs_are_found_by_layer():

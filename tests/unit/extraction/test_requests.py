@@ -120,6 +120,15 @@ def test_a_pattern_is_computed_by_other_kernels_and_shares_no_cache():
     assert with_pattern.key(MODEL, DATASET) != without.key(MODEL, DATASET)
 
 
+def test_the_order_of_rows_is_kept_where_there_are_rows():
+    options = resolve(replace(pairs(1), keep_order=True), MODEL, DATASET)
+    assert options.keep_order
+    assert options.key(MODEL, DATASET) != resolve(pairs(1), MODEL, DATASET).key(MODEL, DATASET)
+    with pytest.raises(errors.Invalid) as caught:
+        resolve(replace(WANTED, keep_order=True), MODEL, DATASET)
+    assert caught.value.violations[0][0] == "keep_order"
+
+
 def test_a_gemma_stored_as_float32_is_kept_so():
     gemma = replace(MODEL, model_type="gemma2", config={**MODEL.config, "model_type": "gemma2", "dtype": "float32"})
     assert resolve(WANTED, gemma, DATASET).dtype == "float32"
@@ -135,8 +144,21 @@ def test_layers_of_an_extension_need_one():
 def test_models_that_cannot_be_extracted_from():
     with pytest.raises(errors.Conflict):
         resolve(WANTED, replace(MODEL, config={}), DATASET)
-    with pytest.raises(errors.Unsupported):
-        resolve(WANTED, replace(MODEL, config={**MODEL.config, "is_encoder_decoder": True}), DATASET)
+    bart = replace(MODEL, model_type="bart", config={**MODEL.config, "model_type": "bart", "is_encoder_decoder": True})
+    with pytest.raises(errors.Unsupported) as caught:
+        resolve(WANTED, bart, DATASET)
+    assert caught.value.violations[0][0] == "model_id"
+
+
+def test_of_an_encoder_decoder_the_encoder_is_read():
+    config = {"model_type": "t5", "is_encoder_decoder": True, "d_model": 64, "num_layers": 4, "num_heads": 4}
+    t5 = replace(MODEL, model_type="t5", config={**config, "d_kv": 16, "d_ff": 128, "vocab_size": 512})
+    options = resolve(pairs(0, 3), t5, DATASET)
+    assert (options.hook_points, options.layout) == (tuple(hook_points(["mlp_in", "mlp_out"], [0, 3])), "rows")
+    assert row_bytes(options, facts(t5.config), 9) == 4 * 64 * 4
+    with pytest.raises(errors.Invalid, match="t5") as caught:
+        resolve(replace(WANTED, sites=("pattern",)), t5, DATASET)
+    assert caught.value.violations[0][0] == "sites"
 
 
 def test_options_survive_json():

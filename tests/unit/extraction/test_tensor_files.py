@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
+import numpy as np
 import pytest
 import torch
 from blake3 import blake3
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from services.extraction.adapters import tensor_files
+from services.extraction.adapters.files import WorkFolder
 from services.extraction.adapters.tensor_files import write_tensors
 from services.kit.artifacts import full_disk_named
 from services.kit.errors import Exhausted
@@ -76,3 +78,28 @@ def _target(descriptor: str) -> str:
         return os.readlink(f"/proc/self/fd/{descriptor}")
     except FileNotFoundError:
         return ""
+
+
+def test_a_plan_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = WorkFolder(tmp_path, "ext_act_1")
+    assert folder.read_plan() is None
+    with pytest.raises(FileNotFoundError):
+        folder.write_plan({"sizes": np.arange(3, dtype=np.int32)})
+    folder.open(7)
+    assert (folder.opened_under(7), folder.opened_under(6)) == (True, False)
+    kept = {"sizes": np.arange(3, dtype=np.int32), "indices": np.arange(9, dtype=np.int32)}
+    folder.write_plan(kept)
+    again = folder.read_plan()
+    assert {name: array.tolist() for name, array in again.items()} == {n: a.tolist() for n, a in kept.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        with pytest.raises(OSError, match="full"):
+            folder.write_plan({"sizes": np.zeros(1, dtype=np.int32)})
+    assert folder.read_plan().keys() == kept.keys()
+    (path,) = tmp_path.rglob("plan.safetensors")
+    path.write_bytes(path.read_bytes()[:-4])
+    assert folder.read_plan() is None
+    path.write_bytes(b"")
+    assert folder.read_plan() is None
+    folder.open()
+    assert folder.opened_under(7), "who helps leaves the owner's mark"

@@ -24,6 +24,7 @@ from services.residency.texts import (
     tokenizer_digest,
 )
 from services.residency.tokens import TokenStore
+from services.residency.usable import LOOKED_AT, require_usable
 from tests import models
 
 TEXTS = ["def add(left, right):", "the quick brown fox", "x = 1"]
@@ -201,6 +202,8 @@ def test_tokens_are_kept_and_damaged_ones_are_not_read(tmp_path, encoding):
     store = TokenStore(tmp_path / "tokens")
     assert store.load("a") is None
     store.save("a", found)
+    assert store.counted("a") == 9
+    assert store.counted("b") is None
     again = store.load("a")
     for name in ("ids", "offsets", "rows", "starts", "firsts", "spans"):
         kept, there = getattr(found, name), getattr(again, name)
@@ -213,6 +216,9 @@ def test_tokens_are_kept_and_damaged_ones_are_not_read(tmp_path, encoding):
     assert store.load("a") is None
     path.write_bytes(content[:40])
     assert store.load("a") is None
+    assert store.counted("a") is None
+    store.save("a", found, [int(found.ids[0])])
+    assert store.counted("a") == 9 - int((found.ids == found.ids[0]).sum())
 
 
 def test_tokens_used_least_recently_go_first(tmp_path):
@@ -229,6 +235,27 @@ def test_tokens_used_least_recently_go_first(tmp_path):
     assert store.load("second") is None
     assert store.load("first") is not None
     assert store.load("third") is not None
+
+
+@pytest.mark.parametrize("count", [1, 3, 101, 10_001])
+def test_a_dataset_is_judged_by_its_first_rows(count):
+    tokenizer = models.tokenizer()
+
+    def judged(*texts, rows=None):
+        opened = open_rows(DatasetRecord("ds_1", "inline", texts=texts))
+        require_usable(opened, tokenizer, Encoding(6), row_limit=rows, uncounted_ids=special_ids(tokenizer))
+
+    bad = ("", "<eos>") * (count // 2) + ("<bos>",) * (count % 2)
+    judged(*bad, "a word") if count > 3 else judged("a word", *bad)
+    if count <= LOOKED_AT[-1]:
+        for unusable in ((*bad,), ("",) * count):
+            with pytest.raises(DatasetError) as caught:
+                judged(*unusable)
+            assert caught.value.field == "dataset_id"
+        with pytest.raises(DatasetError):
+            judged(*bad, "a word", rows=count)
+    else:
+        judged(*bad)  # of so many nothing is said
 
 
 def test_more_rows_than_there_are():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,8 @@ from services.extraction.compute import (
     UnitFiller,
     fill_units,
     make_plan,
+    plan_again,
+    plan_arrays,
     sequence_tensors,
     statistics_tensors,
 )
@@ -122,11 +126,56 @@ def test_another_dataset_seed_or_batch_is_another_plan(ragged):
     assert len({plan.digest for plan in plans}) == len(plans)
 
 
+@pytest.mark.parametrize("layout", ["rows", "sequences"])
+def test_a_plan_is_read_again_from_its_arrays_and_from_no_others(ragged, layout):
+    plan = plan_of(ragged, layout)
+    made_with = {name: getattr(plan, name) for name in ("layout", "seed", "batch_size", "batch_tokens")}
+    made_with |= {"uncounted_ids": plan.uncounted_ids, "shuffled": plan.shuffled}
+
+    def again(arrays=None, sequences=ragged, **changes):
+        return plan_again(arrays or plan_arrays(plan), sequences, plan.digest, **{**made_with, **changes})
+
+    found = again()
+    assert (found.digest, found.tokens, found.max_length) == (plan.digest, plan.tokens, plan.max_length)
+    assert np.array_equal(found.counted, plan.counted)
+    for one, two in zip(plan.units, found.units, strict=True):
+        assert (one.index, one.first_batch, one.rows) == (two.index, two.first_batch, two.rows)
+        assert one.sequences.tolist() == two.sequences.tolist()
+        assert [(b.length, b.indices.tolist()) for b in one.batches] == [
+            (b.length, b.indices.tolist()) for b in two.batches
+        ]
+    assert again(sequences=sequences_of(ragged.lengths, seed=2)) is None
+    assert again(sequences=sequences_of([5, 6])) is None
+    assert again(seed=1) is None
+    assert again(uncounted_ids=(0, 1)) is None
+    assert again(shuffled=False) is None
+    for name, array in plan_arrays(plan).items():
+        for place, change in ((0, 1), (-1, -1), (0, -(10**6)), (0, 10**6)):
+            damaged = array.copy()
+            damaged[place] += change
+            assert again({**plan_arrays(plan), name: damaged}) is None
+        assert again({**plan_arrays(plan), name: array[:-1]}) is None
+        assert again({**plan_arrays(plan), name: array.astype(np.int64)}) is None
+    assert again({"indices": plan_arrays(plan)["indices"]}) is None
+
+
 def test_the_sequences_are_permuted_and_so_are_the_rows(ragged, gpt2):
     plan = plan_of(ragged)
     assert np.concatenate([unit.sequences for unit in plan.units]).tolist() != list(range(len(ragged)))
     tensors = next(fill_units(gpt2, ragged, plan, hook_points=[X], dtype=torch.float32)).tensors
     assert (tensors["seq"].diff() == 0).float().mean() < 0.1
+
+
+def test_rows_may_stay_as_they_were_computed(ragged, gpt2):
+    plan, shuffled = plan_of(ragged, shuffled=False), plan_of(ragged)
+    kept = next(fill_units(gpt2, ragged, plan, hook_points=[X], dtype=torch.float32)).tensors
+    order = [int(index) for batch in plan.units[0].batches for index in batch.indices]
+    assert kept["seq"].unique_consecutive().tolist() == [index for index in order if len(ragged.sequence(index)) > 1]
+    assert all(after in (before + 1, 1) for before, after in itertools.pairwise(kept["pos"].tolist()))
+    tensors = next(fill_units(gpt2, ragged, shuffled, hook_points=[X], dtype=torch.float32)).tensors
+    places = [list(zip(each["seq"].tolist(), each["pos"].tolist(), strict=True)) for each in (kept, tensors)]
+    again = [places[0].index(place) for place in places[1]]
+    assert torch.equal(kept[X][again], tensors[X])
 
 
 def batches_again(sequences, plan):

@@ -37,9 +37,15 @@ def test_the_forward_stops_behind_the_deepest_hook(gpt2):
     for index, block in enumerate(gpt2.transformer.h):
         block.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
     gpt2.lm_head.register_forward_hook(lambda *_: ran.append("lm_head"))
+    asked, caches = {}, []
+    gpt2.register_forward_pre_hook(lambda _, __, kwargs: asked.update(kwargs), with_kwargs=True)
+    gpt2.transformer.h[0].register_forward_pre_hook(
+        lambda _, args, kwargs: caches.append(kwargs.get("past_key_values")), with_kwargs=True
+    )
     with capture_hooks(gpt2, family_of(gpt2), POINTS) as capture:
         capture.run(models.batch())
     assert ran == [0, 1]
+    assert (asked["use_cache"], caches) == (False, [None])
 
 
 def test_hooks_are_gone_after_use_and_after_an_exception(gpt2):
@@ -179,8 +185,11 @@ def test_another_family_is_read_in_a_known_layout():
 
 
 def test_a_model_without_a_known_layout_is_refused_by_what_is_missing():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    small = {"vocab_size": 64, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 16}
     with pytest.raises(UnsupportedModel, match="layers"):
-        family_of(models.tiny("t5"))
+        family_of(BartForConditionalGeneration(BartConfig(**small)))
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

@@ -1,4 +1,4 @@
-"""Generation a few tokens at a time gives what transformers' own generate gives; interventions see every position."""
+"""Generation a few tokens at a time gives what transformers' own generate gives."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from services.residency.families import facts, family_of
-from services.residency.generation import TURN, Continuation, Intervention, InterventionRefused
+from services.residency.generation import TURN, Continuation
 from services.residency.lenses import Base
 from services.residency.lenses.extension import Extensions
 from services.residency.reading import TextRefused, token_ids
-from services.residency.splice import logits, spliced
 from tests import models
 
 PROMPT = models.batch(1, 12)[0].tolist()
@@ -56,42 +55,6 @@ def test_the_same_seed_gives_the_same_text():
     base = base_of("llama")
     one, two, other = (run(base, temperature=1.0, seed=seed) for seed in (7, 7, 8))
     assert one == two != other
-
-
-def with_intervention(base: Base, **fields) -> torch.Tensor:
-    with spliced(base.model, base.family, [Intervention(**fields).splice()]):
-        return logits(base.model, torch.tensor([PROMPT]))
-
-
-def test_interventions_do_what_they_say_at_the_positions_they_name():
-    base = base_of("gemma2")
-    plain = logits(base.model, torch.tensor([PROMPT]))
-    late = with_intervention(base, site="resid_post", layer=1, op="zero", positions=[6])
-    assert torch.equal(late[:, :6], plain[:, :6])
-    assert not torch.allclose(late[:, 6:], plain[:, 6:], atol=1e-3)
-    direction = [0.0] * models.WIDTH
-    assert torch.equal(with_intervention(base, site="mlp_out", layer=1, op="add", vector=direction), plain)
-    doubled = with_intervention(base, site="mlp_out", layer=1, op="scale", factor=2.0)
-    assert not torch.allclose(doubled, plain, atol=1e-3)
-    mean = with_intervention(base, site="blocks.3.hook_resid_post", layer=0, op="mean")
-    torch.testing.assert_close(mean[0, 0], mean[0, 5])
-    replaced = with_intervention(base, site="resid_post", layer=3, op="replace", vector=[1.0] * models.WIDTH)
-    torch.testing.assert_close(replaced[0, 0], replaced[0, 7])
-
-
-@pytest.mark.parametrize(
-    ("fields", "wrong"),
-    [
-        ({"op": "add"}, "vector"),
-        ({"op": "replace"}, "vector"),
-        ({"op": "add", "vector": [1.0]}, "vector"),
-        ({"op": "replace", "vector": [1.0] * 65}, "vector"),
-    ],
-)
-def test_interventions_that_do_not_fit_name_their_field(fields, wrong):
-    with pytest.raises(InterventionRefused) as caught:
-        with_intervention(base_of("gpt2"), site="mlp_out", layer=0, **fields)
-    assert caught.value.field == wrong
 
 
 @pytest.mark.parametrize(

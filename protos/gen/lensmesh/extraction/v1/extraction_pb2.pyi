@@ -90,7 +90,7 @@ CACHE_MATCH_SUBSET: CacheMatch
 CACHE_MATCH_MISS: CacheMatch
 
 class ExtractActivationsRequest(_message.Message):
-    __slots__ = ("model_id", "dataset_id", "layer_indices", "hook_points", "sites", "layout", "sample_count", "batch_size", "max_length", "dtype", "extension_id", "seed", "validate_only", "request_id", "max_tokens", "apply_rmsnorm_scaling", "special_tokens", "packing", "if_unloaded", "mode")
+    __slots__ = ("model_id", "dataset_id", "layer_indices", "hook_points", "sites", "layout", "sample_count", "batch_size", "max_length", "dtype", "extension_id", "seed", "validate_only", "request_id", "max_tokens", "apply_rmsnorm_scaling", "special_tokens", "packing", "if_unloaded", "mode", "keep_order")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     DATASET_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_INDICES_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +111,7 @@ class ExtractActivationsRequest(_message.Message):
     PACKING_FIELD_NUMBER: _ClassVar[int]
     IF_UNLOADED_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_ORDER_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     dataset_id: str
     layer_indices: _containers.RepeatedScalarFieldContainer[int]
@@ -131,7 +132,8 @@ class ExtractActivationsRequest(_message.Message):
     packing: bool
     if_unloaded: IfUnloaded
     mode: ExtractionMode
-    def __init__(self, model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., layer_indices: _Optional[_Iterable[int]] = ..., hook_points: _Optional[_Iterable[str]] = ..., sites: _Optional[_Iterable[str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., sample_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., extension_id: _Optional[str] = ..., seed: _Optional[int] = ..., validate_only: _Optional[bool] = ..., request_id: _Optional[str] = ..., max_tokens: _Optional[int] = ..., apply_rmsnorm_scaling: _Optional[bool] = ..., special_tokens: _Optional[_Union[SpecialTokens, str]] = ..., packing: _Optional[bool] = ..., if_unloaded: _Optional[_Union[IfUnloaded, str]] = ..., mode: _Optional[_Union[ExtractionMode, str]] = ...) -> None: ...
+    keep_order: bool
+    def __init__(self, model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., layer_indices: _Optional[_Iterable[int]] = ..., hook_points: _Optional[_Iterable[str]] = ..., sites: _Optional[_Iterable[str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., sample_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., extension_id: _Optional[str] = ..., seed: _Optional[int] = ..., validate_only: _Optional[bool] = ..., request_id: _Optional[str] = ..., max_tokens: _Optional[int] = ..., apply_rmsnorm_scaling: _Optional[bool] = ..., special_tokens: _Optional[_Union[SpecialTokens, str]] = ..., packing: _Optional[bool] = ..., if_unloaded: _Optional[_Union[IfUnloaded, str]] = ..., mode: _Optional[_Union[ExtractionMode, str]] = ..., keep_order: _Optional[bool] = ...) -> None: ...
 
 class ExtractActivationsResponse(_message.Message):
     __slots__ = ("extraction_id", "status", "estimated_time_seconds", "estimated_bytes", "cache", "fits_limit", "message")
@@ -434,16 +436,18 @@ class ReadCacheFileRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class ReadUnitRequest(_message.Message):
-    __slots__ = ("extraction_id", "unit", "fence", "sums")
+    __slots__ = ("extraction_id", "unit", "fence", "sums", "offset")
     EXTRACTION_ID_FIELD_NUMBER: _ClassVar[int]
     UNIT_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
     SUMS_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     extraction_id: str
     unit: int
     fence: int
     sums: bool
-    def __init__(self, extraction_id: _Optional[str] = ..., unit: _Optional[int] = ..., fence: _Optional[int] = ..., sums: _Optional[bool] = ...) -> None: ...
+    offset: int
+    def __init__(self, extraction_id: _Optional[str] = ..., unit: _Optional[int] = ..., fence: _Optional[int] = ..., sums: _Optional[bool] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class OpenCacheRequest(_message.Message):
     __slots__ = ("id",)

@@ -250,20 +250,22 @@ class MoveGroupRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
 
 class AnalyzeTextRequest(_message.Message):
-    __slots__ = ("id", "text", "token_ids", "lens_ids", "top_k", "prefix")
+    __slots__ = ("id", "text", "token_ids", "lens_ids", "top_k", "prefix", "interventions")
     ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LENS_IDS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
+    INTERVENTIONS_FIELD_NUMBER: _ClassVar[int]
     id: str
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     lens_ids: _containers.RepeatedScalarFieldContainer[str]
     top_k: int
     prefix: int
-    def __init__(self, id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., lens_ids: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., prefix: _Optional[int] = ...) -> None: ...
+    interventions: _containers.RepeatedCompositeFieldContainer[_types_pb2.InterventionSpec]
+    def __init__(self, id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., lens_ids: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., prefix: _Optional[int] = ..., interventions: _Optional[_Iterable[_Union[_types_pb2.InterventionSpec, _Mapping]]] = ...) -> None: ...
 
 class AnalyzeTextResponse(_message.Message):
     __slots__ = ("readings", "seconds")

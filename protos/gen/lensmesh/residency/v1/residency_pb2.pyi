@@ -178,20 +178,22 @@ class Switched(_message.Message):
     def __init__(self, seconds: _Optional[float] = ..., memory_before_bytes: _Optional[int] = ..., memory_after_bytes: _Optional[int] = ...) -> None: ...
 
 class AnalyzeRequest(_message.Message):
-    __slots__ = ("model_id", "lens_ids", "text", "token_ids", "top_k", "prefix")
+    __slots__ = ("model_id", "lens_ids", "text", "token_ids", "top_k", "prefix", "interventions")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     LENS_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
+    INTERVENTIONS_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     lens_ids: _containers.RepeatedScalarFieldContainer[str]
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     top_k: int
     prefix: int
-    def __init__(self, model_id: _Optional[str] = ..., lens_ids: _Optional[_Iterable[str]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., top_k: _Optional[int] = ..., prefix: _Optional[int] = ...) -> None: ...
+    interventions: _containers.RepeatedCompositeFieldContainer[_types_pb2.InterventionSpec]
+    def __init__(self, model_id: _Optional[str] = ..., lens_ids: _Optional[_Iterable[str]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., top_k: _Optional[int] = ..., prefix: _Optional[int] = ..., interventions: _Optional[_Iterable[_Union[_types_pb2.InterventionSpec, _Mapping]]] = ...) -> None: ...
 
 class AnalyzeResponse(_message.Message):
     __slots__ = ("readings", "seconds")
