@@ -119,8 +119,11 @@ class MergeJob:
             attached(base, folder) as key,
         ):
             await run.waiting(None)
-            await self._ledger.reserve(run.job_id, await base.run(_bytes, base))
+            uses = (extension.model_id,)
+            size = await base.run(_bytes, base)
             try:
+                reserving = self._ledger.reserve(run.job_id, size, waiting=run.waiting, uses=uses)
+                await run.unless_stopped(reserving)
                 merged = await base.run(_merge, base, key)
                 digest = await run.publish(model_files(merged.model, base.tokenizer))
             finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -91,6 +91,9 @@ class JobRun(Protocol):
     @property
     def job_id(self) -> str:
         """The job's id."""
+
+    async def unless_stopped(self, work: Awaitable[T]) -> T:
+        """The result of `work`, which is cancelled when the job is to stop."""
 
     async def waiting(self, reason: str | None) -> None:
         """Say what the run waits for."""
@@ -191,8 +194,18 @@ class Catalogue(Protocol):
 class Ledger(Protocol):
     """Bytes of this process's device."""
 
-    async def reserve(self, owner: str, size_bytes: int, ranks: int = 1) -> Sequence[str]:
+    async def reserve(
+        self,
+        owner: str,
+        size_bytes: int,
+        ranks: int = 1,
+        *,
+        waiting: Callable[[str | None], Awaitable[None]],
+        uses: Sequence[str],
+    ) -> Sequence[str]:
         """Set bytes aside for each of so many processes before they are allocated, all or none.
+
+        Idle models leave for them, but for those that the job `uses`; `waiting` is told who has the device alone.
 
         Returns:
             The device of each, as `gang.program` takes it.

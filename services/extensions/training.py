@@ -166,7 +166,7 @@ class TrainingJob:
         (base, key), whole = subject, not training.extension.freeze_base
         async with AsyncExitStack() as stack:
             devices = training.wanted.devices or 1
-            reserved = self._reserved(run.job_id, base, key, work, devices=devices, whole=whole)
+            reserved = self._reserved(run, training, base, key, work, devices=devices, whole=whole)
             ranks = await stack.enter_async_context(reserved)
             async with AsyncExitStack() as reading:  # a state that somebody reads cannot be deleted
                 state: Path | None = None
@@ -187,7 +187,8 @@ class TrainingJob:
     @asynccontextmanager
     async def _reserved(
         self,
-        owner: str,
+        run: Run,
+        training: Training,
         base: Base,
         key: str,
         work: tuple[Examples, TrainSettings],
@@ -203,11 +204,12 @@ class TrainingJob:
         if devices > 1:  # each has a base of its own
             on_gpu = next(base.model.parameters()).device.type == "cuda"
             size += base.nbytes + (CUDA_CONTEXT_BYTES if on_gpu else 0)
-        ranks = await self._ledger.reserve(owner, size, devices)
+        uses = (training.extension.model_id,)
         try:
-            yield ranks
+            reserving = self._ledger.reserve(run.job_id, size, devices, waiting=run.waiting, uses=uses)
+            yield await run.unless_stopped(reserving)
         finally:
-            await self._ledger.release(owner)
+            await self._ledger.release(run.job_id)
 
     async def _train(self, run: Run, session: _Session, training: Training, steps: int) -> TrainedExtension:
         started = monotonic()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Coroutine, Iterable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def wait_for(event: asyncio.Event, seconds: float) -> bool:
@@ -24,6 +27,20 @@ async def cancel_all(tasks: Iterable[asyncio.Task[Any]], again_seconds: float = 
         for task in left:
             task.cancel()
         _, left = await asyncio.wait(left, timeout=again_seconds)
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which nobody cancels: a caller who is cancelled waits for its end, and leaves then."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # looked at, so that nobody misses it
+        raise
 
 
 class Backoff:

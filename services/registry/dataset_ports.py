@@ -1,12 +1,32 @@
-"""What the operations need of datasets: their rows, and files on disk."""
+"""Datasets, and what the operations need of them: their rows, and files on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Protocol
 
-from services.registry.domain import Dataset
 from services.registry.listing import Listed, Page
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Registered text."""
+
+    id: str
+    name: str
+    source: str
+    identifier: str
+    split: str
+    text_field: str
+    prompt_field: str | None
+    target_field: str | None
+    size_bytes: int
+    rows: int | None
+    digest: str | None
+    created_by: str
+    created_at: datetime
 
 
 class DatasetRows(Protocol):

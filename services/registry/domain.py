@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -221,6 +221,12 @@ class Residency:
         """What its leaving gives back."""
         return self.charge_bytes + sum(lens.bytes for lens in self.lenses)
 
+    def bytes_for(self, job_id: str | None) -> int:
+        """What comes back of it on the device when all that leaves for a load has left."""
+        if self.state in ("unloading", "parking"):
+            return self.bytes if self.job_id == job_id else 0
+        return sum(lens.bytes for lens in self.lenses if self.state == "resident" and lens.job_id == job_id)
+
     @property
     def moving(self) -> bool:
         """Whether a job brings it, parks it or drops it right now."""
@@ -261,6 +267,8 @@ class Host:
     cap_bytes: int | None = None
     """What the process may hold beside the others that share its device, and beside other programs."""
     residents: tuple[Residency, ...] = ()
+    siblings: tuple[Host, ...] = ()
+    """The other live processes of its device."""
 
     @property
     def name(self) -> str:
@@ -268,10 +276,30 @@ class Host:
         return f"{self.host_id}/{self.device}"
 
     @property
+    def shared_residents(self) -> tuple[Residency, ...]:
+        """What its device holds, in this process and the others."""
+        return (*self.residents, *(r for process in self.siblings for r in process.residents))
+
+    @property
     def free_bytes(self) -> int:
         """What neither a model, a lens, a load nor a reservation holds, here or in a process of the same device."""
-        most = self.budget_bytes if self.cap_bytes is None else min(self.budget_bytes, self.cap_bytes)
-        return most - self.used_bytes - self.reserved_bytes
+        return min(self.own_free_bytes, self.device_free_bytes)
+
+    @property
+    def own_free_bytes(self) -> int:
+        """What nobody holds of this process's budget."""
+        return self.budget_bytes - self.used_bytes - self.reserved_bytes
+
+    @property
+    def device_free_bytes(self) -> int:
+        """What no process holds of the device; bytes that leave one for a load of another count once."""
+        if self.cap_bytes is None:
+            return self.own_free_bytes
+        twice = 0
+        for load in (r for r in self.shared_residents if r.state == "loading"):
+            leaving = (r.bytes_for(load.job_id) for r in self.shared_residents if r.host_id != load.host_id)
+            twice += min(load.charge_bytes, sum(leaving))
+        return self.cap_bytes - self.used_bytes - self.reserved_bytes + twice
 
     @property
     def pressed(self) -> bool:
@@ -329,6 +357,8 @@ class Eviction:
     """A model that has to leave first, or one of its lenses alone."""
 
     model_id: str
+    host_id: str
+    """The process that it leaves; another one of the same device may be the one that gains."""
     bytes: int
     cause: str
     """memory, resident_limit, exclusive, or park_limit for one that is parked already."""
@@ -356,6 +386,12 @@ class Placement:
     """Models there whose activations its lenses read."""
     taken_by: str = ""
     """A model in use that stands in the way of one that is to be alone."""
+
+    @property
+    def own_freed_bytes(self) -> int:
+        """What the evictions give back to the budget of this process."""
+        own = (each for each in self.evictions if each.host_id == self.host.host_id)
+        return sum(each.bytes for each in own if each.cause != "park_limit")
 
     @property
     def device(self) -> str:
@@ -454,37 +490,3 @@ class LensArtifact:
     d_in: int | None = None
     activation_source_model_id: str = ""
     """Model whose activations the lens reads; its base when empty."""
-
-
-@dataclass(frozen=True, slots=True)
-class Dataset:
-    """Registered text."""
-
-    id: str
-    name: str
-    source: str
-    identifier: str
-    split: str
-    text_field: str
-    prompt_field: str | None
-    target_field: str | None
-    size_bytes: int
-    rows: int | None
-    digest: str | None
-    created_by: str
-    created_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """Figures for metrics."""
-
-    models: Mapping[str, int] = field(default_factory=dict)
-    """Models by status."""
-    pinned: int = 0
-    lru_age_seconds: float = 0.0
-    """Seconds since the least recently used resident model was used."""
-    lenses: int = 0
-    """Lenses on devices."""
-    saved_bytes: int = 0
-    """What sharing bases saves against one base per lens."""

@@ -12,7 +12,6 @@ from services.kit.errors import LensmeshError
 from services.kit.requests import RequestKey
 from services.registry.dataset_ports import DatasetRows
 from services.registry.domain import (
-    Counted,
     Facts,
     Group,
     Host,
@@ -26,6 +25,7 @@ from services.registry.domain import (
     Residency,
     Source,
 )
+from services.registry.figures import Counted
 from services.registry.listing import Listed, Page
 
 T = TypeVar("T")
@@ -143,6 +143,9 @@ class PlacementRows(Protocol):
     async def of_job(self, job_id: str) -> list[Residency]:
         """What a load holds: the model that loads, and those that leave for it."""
 
+    async def forget_ended_preloads(self) -> None:
+        """Models that came to host memory for a job that has ended without them are not there."""
+
     async def revert_unloads(self) -> None:
         """Models that a registry was unloading when it died count as resident again, until their hosts say more."""
 
@@ -184,6 +187,9 @@ class PlacementRows(Protocol):
 
     async def reserve(self, host_id: str, owner: str, size: int, *, holder_id: str) -> None:
         """Write a reservation of a host's bytes that another host, or the same, is to give back."""
+
+    async def gain(self, host_id: str, owner: str, size: int, most: int) -> None:
+        """What is reserved of a host for an owner is so many bytes more, at most `most`."""
 
     async def release(self, holder_id: str, owner: str) -> None:
         """Forget what a host has reserved for an owner, wherever."""
@@ -397,9 +403,17 @@ class ModelHosts(Protocol):
         """What a load would need."""
 
     def load(
-        self, address: str, model_id: str, source: Source, quantization: str, *, digest: str, fingerprint: str
+        self,
+        address: str,
+        model_id: str,
+        source: Source,
+        quantization: str,
+        *,
+        digest: str,
+        fingerprint: str,
+        parked: bool = False,
     ) -> AsyncGenerator[LoadStep]:
-        """Load; ending the iteration early stops it and leaves nothing behind."""
+        """Load, onto the device or into host memory; ending the iteration early stops it and leaves nothing behind."""
 
     async def unload(self, address: str, model_id: str, wait_seconds: float) -> int:
         """Take a model off; bytes that came back.
@@ -419,8 +433,10 @@ class ModelHosts(Protocol):
     async def restore(self, address: str, model_id: str) -> HostedModel:
         """Move a parked model back."""
 
-    async def attach_lens(self, address: str, model_id: str, lens_id: str, kind: str, artifact: LensArtifact) -> int:
-        """Bring a lens to a resident model; its bytes on the device."""
+    async def attach_lens(
+        self, address: str, model_id: str, lens_id: str, kind: str, artifact: LensArtifact, *, parked: bool = False
+    ) -> int:
+        """Bring a lens to a resident model, or to a parked one; its bytes there."""
 
     async def detach_lens(self, address: str, model_id: str, lens_id: str) -> None:
         """Take a lens off."""

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 import grpc
 from lensmesh.registry.v1 import devices_pb2, devices_pb2_grpc
 from lensmesh.residency.v1 import residency_pb2_grpc
 
+from services.kit import errors
+from services.kit.waiting import Backoff
 from services.residency.catalogue import LOAD_SECONDS, LOOK_UP_SECONDS, translated_calls
+
+RESERVE_SECONDS: Final = 600.0
+"""Models may have to be parked first."""
+WAIT_SECONDS: Final = (0.5, 15.0)
+"""Between attempts, the first and the longest."""
+Waiting = Callable[[str | None], Awaitable[None]]
 
 
 class Hosts:
@@ -52,11 +62,37 @@ class Hosts:
             self._channels[address] = self._connect(address)
         return residency_pb2_grpc.ModelHostServiceStub(self._channels[address])
 
-    async def reserve(self, owner: str, size_bytes: int, ranks: int = 1) -> list[str]:
-        """In the ledger of this process's device, for a gang also of others; the device of each rank, for `gang`."""
-        request = devices_pb2.ReserveRequest(host_id=self._host_id, owner=owner, bytes=size_bytes, ranks=ranks)
-        with translated_calls():
-            reserved = await self.placement.Reserve(request, timeout=LOOK_UP_SECONDS)
+    async def reserve(
+        self, owner: str, size_bytes: int, ranks: int = 1, *, waiting: Waiting, uses: Sequence[str] = ()
+    ) -> list[str]:
+        """In the ledger of this process's device, for a gang also of others; the device of each rank, for `gang`.
+
+        Idle models make room. One that wants the device alone and is in use is waited for, and `waiting` told so.
+
+        Args:
+            owner: the job.
+            size_bytes: of each rank.
+            ranks: processes.
+            waiting: told what is waited for, and None when that is over.
+            uses: models that the job works with, which stay.
+        """
+        request = devices_pb2.ReserveRequest(
+            host_id=self._host_id, owner=owner, bytes=size_bytes, ranks=ranks, model_ids=uses
+        )
+        backoff, waited = Backoff(*WAIT_SECONDS), False
+        while True:
+            try:
+                with translated_calls():
+                    reserved = await self.placement.Reserve(request, timeout=RESERVE_SECONDS)
+                break
+            except errors.Conflict as error:
+                if error.reason != "IN_USE":
+                    raise
+                await waiting(error.message)
+                waited = True
+                await asyncio.sleep(backoff.next())
+        if waited:
+            await waiting(None)
         return list(reserved.devices)
 
     async def release(self, owner: str) -> None:

@@ -91,8 +91,10 @@ class TrainingJob:
             if model is not None:
                 split, bytes_each = await asyncio.to_thread(model.over, plan.devices, bytes_each)
                 where = {"split": asdict(split)}
-            devices = await self._ledger.reserve(task.job_id, bytes_each, plan.devices)
             stack.push_async_callback(self._ledger.release, task.job_id)
+            uses = (task.model_id,) if plan.live and not plan.split else ()
+            reserving = self._ledger.reserve(task.job_id, bytes_each, plan.devices, waiting=run.waiting, uses=uses)
+            devices = await run.unless_stopped(reserving)
             ranks = [",".join(dict.fromkeys(devices))] if plan.split else devices
             threads = max(1, plan.threads // plan.ranks)
             start = Start(plan.as_json(), self._device, ranks, threads, state=state, **where)

@@ -82,8 +82,18 @@ class Splits(Protocol):
 class Ledger(Protocol):
     """The bytes of this process's device, and of others for a gang."""
 
-    async def reserve(self, owner: str, size_bytes: int, ranks: int) -> list[str]:
+    async def reserve(
+        self,
+        owner: str,
+        size_bytes: int,
+        ranks: int,
+        *,
+        waiting: Callable[[str | None], Awaitable[None]],
+        uses: Sequence[str],
+    ) -> list[str]:
         """Promise bytes on as many devices or on none; their names, as `gang.program` takes them.
+
+        Idle models leave for them, but for those that the job `uses`; `waiting` is told who has the device alone.
 
         Raises:
             errors.Exhausted: `INSUFFICIENT_MEMORY`.

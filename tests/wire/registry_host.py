@@ -23,6 +23,11 @@ MB = 1_000_000
 CONFIG = {"model_type": "gpt2", "hidden_size": 64, "num_hidden_layers": 4, "architectures": ["GPT2LMHeadModel"]}
 
 
+def weight(model: devices_pb2.HostedModel) -> int:
+    """Bytes with its lenses."""
+    return model.memory_bytes + sum(lens.memory_bytes for lens in model.lenses)
+
+
 async def _at_once(extension_id: str) -> None:
     """Nothing."""
 
@@ -52,7 +57,7 @@ class FakeHost(
     load_errors: list[Exception] = field(default_factory=list)
     """Raised by the next loads, one each, in the middle."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
-    """Loads stop half way until it is set."""
+    """Loads stop half way until it is set, and so does parking."""
     loading: int = 0
     most_loading: int = 0
     hub_down: bool = False
@@ -130,6 +135,7 @@ class FakeHost(
             quantization=request.quantization,
             memory_bytes=total,
             fingerprint=f"fp-{request.model_id}-{request.quantization}",
+            parked=request.parked,
         )
         yield host_pb.LoadProgress(
             percent=100,
@@ -154,7 +160,9 @@ class FakeHost(
         model = self.held[request.model_id]
         if model.leases:
             raise errors.Conflict("leases are held", reason="IN_USE")
-        if self.refuses_to_park:
+        await self.gate.wait()
+        taken = sum(weight(held) for held in self.held.values() if held.parked)
+        if self.refuses_to_park or weight(model) > self.park - taken:
             raise errors.Exhausted("host memory is full", reason="INSUFFICIENT_MEMORY")
         model.parked = True
         return host_pb.Released(freed_bytes=model.memory_bytes)

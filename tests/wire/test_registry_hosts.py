@@ -14,6 +14,8 @@ from lensmesh.registry.v1 import models_pb2 as pb
 
 from services.kit import errors
 from services.kit.database import Database
+from services.registry.domain import ALONE
+from services.registry.operations.loading import ensure_resident, load_on
 from tests.support import eventually
 from tests.wire.registry_support import MB, FakeHost, Mesh, refused, running
 
@@ -269,3 +271,18 @@ async def test_random_loads_unloads_and_deaths_leave_the_ledger_equal_to_the_hos
     assert await mesh.ledger() == (sum(model.memory_bytes for model in host.held.values()), 0)
     for model in models:
         await mesh.events(model.id)  # contiguous
+
+
+async def test_two_who_plan_different_processes_for_one_model_get_one_copy(mesh: Mesh) -> None:
+    left, right = [await mesh.add_host(FakeHost(host_id=name, accelerator=name)) for name in ("left", "right")]
+    model = await mesh.create()
+    registry = mesh.part.servicers[0].implementation._registry
+    left.gate.clear()
+    first = await load_on(registry, "left", model.id, ALONE, anywhere=True)
+    assert await load_on(registry, "right", model.id, ALONE, anywhere=True) == first
+    assert first[1] == "left"
+    second = asyncio.create_task(ensure_resident(registry, "right", model.id, anywhere=True))
+    left.gate.set()
+    assert (await second).host_id == "left"
+    assert (set(left.held), set(right.held)) == ({model.id}, set())
+    assert (await ensure_resident(registry, "right", model.id)).host_id == "right"  # who wants it there gets it there

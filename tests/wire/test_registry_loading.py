@@ -398,7 +398,8 @@ async def test_who_waits_for_a_model_hears_why_it_did_not_come(mesh: Mesh, host:
 
 
 async def test_reservations_never_exceed_the_ledger(mesh: Mesh, host: FakeHost) -> None:
-    await mesh.ready()
+    host.held[(await mesh.ready()).id].leases = 1
+    await mesh.beat(host)
 
     def reserve(owner: str, size: int) -> devices_pb2.ReserveRequest:
         return devices_pb2.ReserveRequest(host_id="device-0", owner=owner, bytes=size)
@@ -413,7 +414,7 @@ async def test_reservations_never_exceed_the_ledger(mesh: Mesh, host: FakeHost) 
     refusal = await refused(mesh.placement.Reserve(reserve(held, 301 * MB)))
     assert (refusal.reason, float(refusal.facts["available_memory_gb"])) == ("INSUFFICIENT_MEMORY", 0.3)
     model = await mesh.create("other")
-    assert (await refused(mesh.load(model.id))).reason == "INSUFFICIENT_MEMORY"  # 0 free, 100 MB evictable, 110 needed
+    assert (await refused(mesh.load(model.id))).reason == "INSUFFICIENT_MEMORY"  # 0 free, and nothing may leave
     await mesh.placement.Release(devices_pb2.ReleaseRequest(host_id="device-0", owner=held))
     assert await mesh.ledger() == (100 * MB, 600 * MB)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import TypeVar
 
 import asyncpg
 
@@ -22,6 +23,8 @@ from services.extensions.domain import (
 from services.kit.jobs import Claim
 from services.residency.lenses.extension_files import INSERTED_FILE, over_layers
 
+T = TypeVar("T")
+
 
 class ClaimedJob:
     """What runs of every kind do with their claim: every write is in a transaction that checks the fence first."""
@@ -34,6 +37,10 @@ class ClaimedJob:
     def job_id(self) -> str:
         """The job's id."""
         return self._claim.job.id
+
+    async def unless_stopped(self, work: Awaitable[T]) -> T:
+        """Cancels it when the job is to stop."""
+        return await self._claim.unless_stopped(work)
 
     async def waiting(self, reason: str | None) -> None:
         """Shown as `waiting_for`."""

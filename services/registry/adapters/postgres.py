@@ -19,8 +19,9 @@ from services.registry.adapters.rows.groups import PostgresGroups
 from services.registry.adapters.rows.habits import PostgresHabits
 from services.registry.adapters.rows.models import PostgresModels
 from services.registry.adapters.rows.placement import PostgresPlacement
-from services.registry.domain import Counted, Model
+from services.registry.domain import Model
 from services.registry.failures import load_failure
+from services.registry.figures import Counted
 from services.registry.ports import Answered, Turn
 
 LOAD_KIND = "model_load"

@@ -138,24 +138,23 @@ def does_not_fit(plan: LoadPlan, limit: int) -> Exhausted:
 async def _charge(tx: Transaction, model: Model, order: Order, plan: LoadPlan, job: str) -> None:
     best = plan.best
     assert best is not None, "only a plan that fits is charged"
-    freed = sum(eviction.bytes for eviction in best.evictions if eviction.cause != "park_limit")
-    await tx.placement.lenses_leave(best.host.host_id, [e.lens_id for e in best.evictions if e.lens_id], job)
     for eviction in best.evictions:
         if eviction.lens_id:
+            await tx.placement.lenses_leave(eviction.host_id, [eviction.lens_id], job)
             continue
         if eviction.cause == "park_limit":  # nothing of the device's; the job's id alone says that it is leaving
-            await tx.placement.change(eviction.model_id, best.host.host_id, job_id=job, cause=eviction.cause)
+            await tx.placement.change(eviction.model_id, eviction.host_id, job_id=job, cause=eviction.cause)
             continue
         state = "parking" if eviction.parked else "unloading"
         changes = {"state": state, "job_id": job, "cause": eviction.cause}
-        await tx.placement.change(eviction.model_id, best.host.host_id, **changes)
+        await tx.placement.change(eviction.model_id, eviction.host_id, **changes)
     await tx.placement.put(
         model.id,
         best.host.host_id,
         state="loading",
         quantization=order.quantization,
         required_bytes=best.required_bytes,
-        charge_bytes=max(0, best.required_bytes - freed),
+        charge_bytes=max(0, best.required_bytes - best.own_freed_bytes),
         job_id=job,
         leases=0,
         active_lens_id=None,

@@ -10,7 +10,8 @@ from blake3 import blake3
 from services.kit.errors import Conflict, Invalid
 from services.kit.ids import new_id
 from services.kit.requests import RequestKey
-from services.registry.domain import Caller, Dataset
+from services.registry.dataset_ports import Dataset
+from services.registry.domain import Caller
 from services.registry.identifiers import check_dataset_identifier
 from services.registry.listing import Listed, Page
 from services.registry.operations.registry import Registry

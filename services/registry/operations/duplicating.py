@@ -32,7 +32,9 @@ def hot(hosts: Sequence[Host], leases: int) -> list[tuple[Residency, Host]]:
 
 
 def _idle(host: Host) -> bool:
-    return not host.reserved_bytes and not any(copy.leases or copy.moving for copy in host.residents)
+    """Whether nobody uses the device, in whatever process."""
+    reserved = any(process.reserved_bytes for process in (host, *host.siblings))
+    return not reserved and not any(copy.leases or copy.moving for copy in host.shared_residents)
 
 
 async def duplicate(registry: Registry) -> None:

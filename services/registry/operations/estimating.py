@@ -72,7 +72,7 @@ async def inspected(registry: Registry, model_id: str) -> Model:
 
 async def need_of(registry: Registry, source: Source, quantization: str, *, model_id: str = "") -> tuple[Need, float]:
     """Bytes and seconds that a load is expected to take; what was in use at the last heartbeat is asked for again."""
-    await _hear_of_leases(registry)
+    await hear_of_leases(registry)
     need = await registry.ask_a_host(lambda address: registry.hosts.estimate(address, source, quantization))
     async with registry.store.transaction() as tx:
         measured, seconds = await tx.models.measured(model_id, quantization)
@@ -81,7 +81,7 @@ async def need_of(registry: Registry, source: Source, quantization: str, *, mode
     return need, seconds or (need.weights + need.quantization_state) / float(speed or ASSUMED_BYTES_PER_SECOND)
 
 
-async def _hear_of_leases(registry: Registry) -> None:
+async def hear_of_leases(registry: Registry) -> None:
     """A lease of a moment may have been caught by a heartbeat; it shall not keep a model for the next 5 s."""
     async with registry.store.transaction() as tx:
         hosts = await tx.placement.hosts()

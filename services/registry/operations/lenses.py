@@ -180,7 +180,12 @@ async def bring(registry: Registry, lens: Lens, copy: Residency, *, evict: bool 
         beside = Beside(sources=((copy.model_id, 0),), lenses=((lens.id, lens.size_bytes),))
         beside = beside if evict else replace(beside, spares="all")
         await ensure_resident(registry, copy.host_id, lens.activation_source_model_id, beside)
-    artifact = LensArtifact(
+    return await _place(registry, lens.id, lens.kind, artifact_of(lens, copy), copy, evict=evict)
+
+
+def artifact_of(lens: Lens, copy: Residency) -> LensArtifact:
+    """A lens's files, for a copy of its base."""
+    return LensArtifact(
         lens.artifact_uri or "",
         lens.base_digest or "",
         lens.size_bytes,
@@ -188,7 +193,6 @@ async def bring(registry: Registry, lens: Lens, copy: Residency, *, evict: bool 
         layer=lens.layer,
         activation_source_model_id=lens.activation_source_model_id or "",
     )
-    return await _place(registry, lens.id, lens.kind, artifact, copy, evict=evict)
 
 
 async def restore_lenses(registry: Registry, model_id: str, host_id: str, *, beside: bool = False) -> None:
@@ -283,7 +287,7 @@ async def _place(
                 raise
             await make_all_room(registry, lens_id, artifact, copy)
             size = await _attach_or_refuse(attach, artifact, copy)
-    except LensmeshError:
+    except BaseException:
         async with registry.store.transaction() as tx:
             await tx.groups.displace_lens(lens_id, copy.host_id)
         raise

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 from services.kit.errors import Conflict, LensmeshError, Unavailable
 from services.kit.requests import RequestKey
-from services.registry.domain import ALONE, Beside, Caller, LoadPlan, Model, Residency
+from services.registry.domain import ALONE, Beside, Caller, Host, LoadPlan, Model, Residency
 from services.registry.operations.admission import Order, accept, count_load, does_not_fit, plan_order
 from services.registry.operations.estimating import estimate_model, inspected, need_of, plan
 from services.registry.operations.registry import Registry, no_host
@@ -99,8 +99,12 @@ async def move_model(registry: Registry, caller: Caller, model_id: str, device: 
         return Started(model_id, "loading", job, f"It moves to {found.best and found.best.device}", found)
 
 
-async def ensure_resident(registry: Registry, host_id: str, model_id: str, beside: Beside = ALONE) -> Residency:
+async def ensure_resident(
+    registry: Registry, host_id: str, model_id: str, beside: Beside = ALONE, *, anywhere: bool = False
+) -> Residency:
     """Where a model is in one host process, after loading it there if need be, with room for what shall be beside it.
+
+    Where it may be `anywhere`, one that came to another process in the meantime does as well.
 
     Raises:
         NotFound: no such model or host.
@@ -122,7 +126,7 @@ async def ensure_resident(registry: Registry, host_id: str, model_id: str, besid
             started = (here.job_id or "") if here.state == "loading" else ""
             await registry.endings.wait(here.job_id or model_id, 1.0 if here.state == "loading" else 0.2)
             continue
-        started = await load_on(registry, host_id, model_id, beside)
+        started, host_id = await load_on(registry, host_id, model_id, beside, anywhere=anywhere)
 
 
 async def bring_base(registry: Registry, model_id: str, beside: Beside = ALONE, *, first: str = "") -> Residency:
@@ -146,7 +150,7 @@ async def bring_base(registry: Registry, model_id: str, beside: Beside = ALONE, 
             placed = first if first in fitting else found.best.host.host_id
         elif (placed := await _placed(registry, model_id)) is None:  # else it is what takes the room, by now
             raise does_not_fit(found, registry.limits.max_resident_models)
-    return await ensure_resident(registry, placed, model_id, beside)
+    return await ensure_resident(registry, placed, model_id, beside, anywhere=True)
 
 
 async def _placed(registry: Registry, model_id: str) -> str | None:
@@ -192,16 +196,19 @@ async def restore(registry: Registry, model_id: str) -> None:
             await tx.emit("model:failed", model_id, {"model_id": model_id, "status": "failed", **failure})
 
 
-async def load_on(registry: Registry, host_id: str, model_id: str, beside: Beside) -> str:
-    """Accept a load for one host process; the id of its job, of another's where one was faster."""
+async def load_on(
+    registry: Registry, host_id: str, model_id: str, beside: Beside, *, anywhere: bool = False
+) -> tuple[str, str]:
+    """Accept a load for one host process; the id of its job, of another's where one was faster, and its host."""
     model = await inspected(registry, model_id)
     need, seconds = await need_of(registry, model.files, model.quantization, model_id=model_id)
     async with registry.store.transaction() as tx:
         model = await tx.models.get(model_id, lock=True)
         host = await tx.placement.lock_host(host_id)
         for residency in await tx.placement.of_model(model_id):
-            if residency.host_id == host_id and residency.state not in ("parked", "lost"):
-                return residency.job_id or ""
+            there = residency.host_id == host_id and residency.state not in ("parked", "lost")
+            if there or (anywhere and residency.state in ("loading", "resident")):
+                return residency.job_id or "", residency.host_id
         order = Order(
             model.quantization,
             model.created_by,
@@ -212,7 +219,7 @@ async def load_on(registry: Registry, host_id: str, model_id: str, beside: Besid
             beside=beside,
         )
         job, _ = await accept(registry, tx, model, order)
-        return job
+        return job, host_id
 
 
 async def _make_way_for_reload(registry: Registry, model_id: str, order: Order) -> None:
@@ -231,19 +238,30 @@ async def _make_way_for_reload(registry: Registry, model_id: str, order: Order) 
     leased = sum(copy.leases for copy in old)
     if leased:
         raise _leased(model_id, leased)
-    without = [
-        replace(
-            host,
-            used_bytes=host.used_bytes
-            - sum(copy.bytes for copy in old if copy.host_id == host.host_id and copy.state == "resident"),
-            residents=tuple(r for r in host.residents if r.model_id != model_id),
-        )
-        for host in hosts
-    ]
+    without = [_without(host, old) for host in hosts]
     if not any(host.answers_to(order.device) for host in hosts):
         raise no_host(order.device)
     plan_order(order, without, registry.limits, model_id)
     await unload_copies(registry, model_id, wait_seconds=0.0, cause="reload")
+
+
+def _without(host: Host, old: list[Residency]) -> Host:
+    """A host and its ledger as they will be once copies have left it and the other processes of its device."""
+
+    def back(process: Host) -> int:
+        return sum(copy.bytes for copy in old if copy.host_id == process.host_id and copy.state == "resident")
+
+    def stay(process: Host) -> tuple[Residency, ...]:
+        gone = {(copy.host_id, copy.model_id) for copy in old}
+        return tuple(r for r in process.residents if (r.host_id, r.model_id) not in gone)
+
+    return replace(
+        host,
+        used_bytes=host.used_bytes - back(host),
+        cap_bytes=None if host.cap_bytes is None else host.cap_bytes + sum(back(other) for other in host.siblings),
+        residents=stay(host),
+        siblings=tuple(replace(other, residents=stay(other)) for other in host.siblings),
+    )
 
 
 async def _start(registry: Registry, tx: Transaction, caller: Caller, model_id: str, order: Order) -> Started:

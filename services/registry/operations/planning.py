@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from heapq import merge
 
 from services.registry.domain import ALONE, Beside, Eviction, HeldLens, Host, LoadPlan, Need, Placement, Residency
 
@@ -29,7 +31,7 @@ def plan_load(
         hosts: live hosts with their ledgers.
         device: only devices of this name; when empty any accelerator, and the CPU where there is none.
         fall_back: whether the CPU may be used when no other device has room.
-        limit: most models on one device.
+        limit: most models in one process.
         seconds: expected duration.
         copy_of: model id and quantization: a device that has it parked moves it back.
         beside: what shall have room there, too.
@@ -51,6 +53,33 @@ def plan_load(
     return LoadPlan(need, tuple(placements), seconds)
 
 
+@dataclass(frozen=True, slots=True)
+class _Lack:
+    """Bytes that have to come back before something fits: of its process's budget, and of the whole device."""
+
+    host_id: str
+    own: int
+    device: int
+
+    @classmethod
+    def of(cls, required: int, host: Host) -> _Lack:
+        return cls(host.host_id, required - host.own_free_bytes, required - host.device_free_bytes)
+
+    def after(self, gone: Iterable[Residency], lenses: Iterable[tuple[Residency, HeldLens]] = ()) -> _Lack:
+        """What is lacking still once these have left."""
+        back = [(r.host_id, r.bytes) for r in gone] + [(r.host_id, lens.bytes) for r, lens in lenses]
+        own = sum(size for host_id, size in back if host_id == self.host_id)
+        return _Lack(self.host_id, self.own - own, self.device - sum(size for _, size in back))
+
+    def helped_by(self, residency: Residency) -> bool:
+        """Whether its leaving makes a difference: what other processes hold is no part of this one's budget."""
+        return self.device > 0 or residency.host_id == self.host_id
+
+    @property
+    def most(self) -> int:
+        return max(self.own, self.device)
+
+
 def place(
     required: int,
     host: Host,
@@ -60,19 +89,22 @@ def place(
     *,
     settled: float = 0.0,
     model_id: str = "",
+    stays: Collection[str] = (),
 ) -> Placement:
     """Whether a model fits one device, and which idle models leave for that, least recently used first.
 
-    Where these are not enough, idle lenses of the models that stay leave, too.
+    Models in other processes of the device leave like its own. Where all of these are not enough, idle lenses of the
+    models that stay leave, too.
 
     Args:
         required: bytes of a load.
         host: the device with its ledger.
-        limit: most models on it.
+        limit: most models in its process.
         parked: the model where it is parked there; then its own bytes are what it needs.
         beside: what shall have room there, too.
         settled: seconds for which a model that has come there leaves after all others.
         model_id: what comes, as far as that is known.
+        stays: models that stay, whichever process of the device they are in.
     """
     required = required if parked is None else parked.bytes
     here = {r.model_id: r for r in host.residents}
@@ -80,28 +112,28 @@ def place(
     more = sum(here[name].bytes if name in here and _is_parked(here[name]) else size for name, size in absent)
     more += sum(size for name, size in beside.lenses if parked is None or name not in parked.lens_ids)
     keep = {name for name, _ in beside.sources}
-    idle = in_order_of_leaving(host.residents, keep, settled, spares=beside.spares)
-    forced = _forced(host.residents, keep, model_id, alone=beside.alone)
+    idle = idle_on_device(host, keep, settled, spares=beside.spares, stays=stays)
+    forced = [r for r in _forced(host, keep, model_id, alone=beside.alone) if r.model_id not in stays]
     held = [r for r in host.residents if r.state in ("loading", "resident")]
-    staying = [r for r in host.residents if r not in idle and beside.spares != "all"]
+    staying = [r for r in host.shared_residents if r not in idle and beside.spares != "all"]
     lenses = idle_lenses(staying, {name for name, _ in beside.lenses})
-    obtainable = host.free_bytes + sum(r.bytes for r in idle) + sum(lens.bytes for _, lens in lenses)
+    lack = _Lack.of(required + more, host)
     surplus = max(0, len(held) + 1 + len(absent) - limit)
     taken_by = next((r.model_id for r in forced if r not in idle), "")
-    if beside.alone and host.reserved_bytes:
+    if beside.alone and any(process.reserved_bytes for process in (host, *host.siblings)):
         taken_by = taken_by or "a reservation"
-    fits = obtainable >= required + more and surplus <= len(idle) and not taken_by
-    missing = required + more - host.free_bytes
-    chosen = _chosen(missing, surplus, idle, forced) if fits else []
-    cause = "memory" if missing > 0 else "resident_limit"
-    alone = _fewest(missing - sum(r.bytes for r in chosen), lenses) if fits else []
-    causes = {r.model_id: "exclusive" if r in forced else cause for r in chosen}
-    evictions = (*_evictions(chosen, causes, host, parked), *_of_lenses(alone))
+    least = lack.after(idle, lenses)
+    fits = least.most <= 0 and surplus <= sum(r.host_id == host.host_id for r in idle) and not taken_by
+    chosen = _chosen(lack, surplus, idle, forced) if fits else []
+    cause = "memory" if lack.most > 0 else "resident_limit"
+    alone = _fewest(lack.after(chosen), lenses) if fits else []
+    causes = [(r, "exclusive" if r in forced else cause) for r in chosen]
+    evictions = (*_evictions(causes, host, parked), *_of_lenses(alone))
     return Placement(
         host,
         fits,
         host.free_bytes,
-        obtainable,
+        required + more - least.most,
         evictions,
         required,
         restores=parked is not None,
@@ -122,22 +154,23 @@ def place_lens(size: int, host: Host, keep: Collection[str], lens_id: str) -> Pl
         lens_id: the lens.
     """
     mine = sum(lens.bytes for r in host.residents for lens in r.lenses if lens.lens_id == lens_id)
-    free = host.free_bytes + mine
-    models = in_order_of_leaving(host.residents, keep)
-    lenses = idle_lenses(host.residents, {lens_id})
-    obtainable = free + sum(r.bytes for r in models)
-    obtainable += sum(lens.bytes for r, lens in lenses if r not in models)
-    for count in range(len(models) + 1):
-        gone = models[:count]
+    lack = _Lack.of(size - mine, host)
+    models = idle_on_device(host, keep)
+    lenses = idle_lenses(host.shared_residents, {lens_id})
+    least = lack.after(models, [pair for pair in lenses if pair[0] not in models])
+    available, obtainable = host.free_bytes + mine, size - least.most
+    gone: list[Residency] = []
+    for model in (None, *models):
+        if model is not None and lack.after(gone).helped_by(model):
+            gone.append(model)
         rest = [pair for pair in lenses if pair[0] not in gone]
-        missing = size - free - sum(r.bytes for r in gone)
-        if missing <= sum(lens.bytes for _, lens in rest):
+        if lack.after(gone, rest).most <= 0:
             evictions = (
-                *_evictions(gone, dict.fromkeys((r.model_id for r in gone), "memory"), host, None),
-                *_of_lenses(_fewest(missing, rest)),
+                *_evictions([(r, "memory") for r in gone], host, None),
+                *_of_lenses(_fewest(lack.after(gone), rest)),
             )
-            return Placement(host, True, free, obtainable, evictions, size)
-    return Placement(host, False, free, obtainable, (), size)
+            return Placement(host, True, available, obtainable, evictions, size)
+    return Placement(host, False, available, obtainable, (), size)
 
 
 def idle_lenses(residents: Sequence[Residency], keep: Collection[str]) -> list[tuple[Residency, HeldLens]]:
@@ -152,22 +185,33 @@ def idle_lenses(residents: Sequence[Residency], keep: Collection[str]) -> list[t
     return sorted(found, key=lambda pair: pair[1].last_used_at)
 
 
-def _fewest(missing: int, lenses: Sequence[tuple[Residency, HeldLens]]) -> list[tuple[Residency, HeldLens]]:
+def _fewest(lack: _Lack, lenses: Sequence[tuple[Residency, HeldLens]]) -> list[tuple[Residency, HeldLens]]:
     """The least recently used lenses whose leaving gives enough bytes; none that is not needed."""
     chosen: list[tuple[Residency, HeldLens]] = []
     for pair in lenses:
-        if missing <= sum(lens.bytes for _, lens in chosen):
+        lacking = lack.after((), chosen)
+        if lacking.most <= 0:
             break
-        if pair[1].bytes:
+        if pair[1].bytes and lacking.helped_by(pair[0]):
             chosen.append(pair)
     for pair in reversed(chosen[:-1]):  # a later, larger one may have made an earlier one needless
-        if sum(lens.bytes for _, lens in chosen) - pair[1].bytes >= missing:
-            chosen.remove(pair)
+        rest = [other for other in chosen if other is not pair]
+        if lack.after((), rest).most <= 0:
+            chosen = rest
     return chosen
 
 
 def _of_lenses(lenses: Sequence[tuple[Residency, HeldLens]]) -> tuple[Eviction, ...]:
-    return tuple(Eviction(r.model_id, lens.bytes, "memory", lens_id=lens.lens_id) for r, lens in lenses)
+    return tuple(Eviction(r.model_id, r.host_id, lens.bytes, "memory", lens_id=lens.lens_id) for r, lens in lenses)
+
+
+def idle_on_device(
+    host: Host, keep: Collection[str] = (), settled: float = 0.0, spares: str = "", stays: Collection[str] = ()
+) -> list[Residency]:
+    """Who may leave a device, of all its processes, in order; `keep` is about models in the process of `host`."""
+    own = in_order_of_leaving(host.residents, {*keep, *stays}, settled, spares)
+    others = [in_order_of_leaving(process.residents, stays, settled, spares) for process in host.siblings]
+    return list(merge(own, *others, key=lambda r: (_is_young(r, settled), r.last_used_at)))
 
 
 def in_order_of_leaving(
@@ -177,7 +221,7 @@ def in_order_of_leaving(
 
     Those that came within the last `settled` seconds leave after the others; `spares` says who stays, see `Beside`.
     """
-    young = {r.model_id for r in residents if r.resident_seconds is not None and r.resident_seconds < settled}
+    young = {r.model_id for r in residents if _is_young(r, settled)}
     stay = {*keep, *({"young": young, "all": {r.model_id for r in residents}}.get(spares, ()))}
     may = [r for r in residents if may_leave(r) and r.model_id not in stay]
     waiting = sorted(may, key=lambda r: (r.model_id in young, r.last_used_at))
@@ -190,44 +234,65 @@ def in_order_of_leaving(
     return order
 
 
-def _forced(residents: Sequence[Residency], keep: Collection[str], model_id: str, *, alone: bool) -> list[Residency]:
+def _is_young(residency: Residency, settled: float) -> bool:
+    return residency.resident_seconds is not None and residency.resident_seconds < settled
+
+
+def _forced(host: Host, keep: Collection[str], model_id: str, *, alone: bool) -> list[Residency]:
     """Who has to leave whatever the bytes: all for a model that comes alone, and one that wants no other beside it."""
-    there = [r for r in residents if r.state in ("loading", "resident") and r.model_id not in keep]
-    return [r for r in there if alone or (r.exclusive and model_id not in r.reads)]
+    own = [r for r in host.residents if r.model_id not in keep and (alone or (r.exclusive and model_id not in r.reads))]
+    others = [r for process in host.siblings for r in process.residents if alone or r.exclusive]
+    found = (*own, *(r for r in others if r.model_id != model_id))  # another copy of what comes is nobody else
+    return [r for r in found if r.state in ("loading", "resident")]
 
 
-def _chosen(missing: int, surplus: int, idle: Sequence[Residency], forced: Sequence[Residency]) -> list[Residency]:
+def _chosen(lack: _Lack, surplus: int, idle: Sequence[Residency], forced: Sequence[Residency]) -> list[Residency]:
     """Who has to leave, and the least recently used models whose leaving gives enough bytes and places beside that."""
+
+    def enough(gone: Sequence[Residency]) -> bool:
+        return lack.after(gone).most <= 0 and sum(r.host_id == lack.host_id for r in gone) >= surplus
+
     chosen = [residency for residency in idle if residency in forced]
     for residency in idle:
-        if sum(r.bytes for r in chosen) >= missing and len(chosen) >= surplus:
+        if enough(chosen):
             break
-        if residency not in chosen:
+        if residency not in chosen and lack.after(chosen).helped_by(residency):
             chosen.append(residency)
     for residency in reversed(chosen[:-1]):  # a later, larger one may have made an earlier one needless
         if residency in forced:
             continue
         rest = [r for r in chosen if r is not residency]
-        if any(residency.model_id in r.needed_by for r in rest):
+        if any(residency.model_id in r.needed_by for r in rest if r.host_id == residency.host_id):
             continue
-        if sum(r.bytes for r in rest) >= missing and len(rest) >= surplus:
+        if enough(rest):
             chosen = rest
     return chosen
 
 
 def _evictions(
-    chosen: Sequence[Residency], causes: Mapping[str, str], host: Host, returning: Residency | None
+    causes: Sequence[tuple[Residency, str]], host: Host, returning: Residency | None
 ) -> tuple[Eviction, ...]:
-    """Who leaves the device is parked while host memory has room; there, too, the least recently used give way."""
-    parked = [r for r in host.residents if _is_parked(r) and r is not returning]
-    room = host.park_bytes - sum(r.bytes for r in host.residents if r.moving and r.state in ("parking", "parked"))
-    kept = set()
-    for residency in sorted((*parked, *chosen), key=lambda r: r.last_used_at, reverse=True):
-        if residency.bytes <= room:
-            room -= residency.bytes
-            kept.add(residency.model_id)
-    dropped = [Eviction(r.model_id, r.bytes, "park_limit") for r in parked if chosen and r.model_id not in kept]
-    return (*dropped, *(Eviction(r.model_id, r.bytes, causes[r.model_id], parked=r.model_id in kept) for r in chosen))
+    """Who leaves, and why; each process parks its own while its host memory has room.
+
+    There, too, the least recently used give way.
+    """
+    dropped: list[Residency] = []
+    kept: list[Residency] = []
+    for process in (host, *host.siblings):
+        leaving = [r for r, _ in causes if r.host_id == process.host_id]
+        parked = [r for r in process.residents if leaving and _is_parked(r) and r is not returning]
+        # A model that is to come back takes its room until those that leave for it have left.
+        busy = [r for r in process.residents if r is returning or (r.moving and r.state in ("parking", "parked"))]
+        room = process.park_bytes - sum(r.bytes for r in busy)
+        for residency in sorted((*parked, *leaving), key=lambda r: r.last_used_at, reverse=True):
+            if residency.bytes <= room:
+                room -= residency.bytes
+                kept.append(residency)
+        dropped += [r for r in parked if r not in kept]
+    return (
+        *(Eviction(r.model_id, r.host_id, r.bytes, "park_limit") for r in dropped),
+        *(Eviction(r.model_id, r.host_id, r.bytes, cause, parked=r in kept) for r, cause in causes),
+    )
 
 
 def _is_parked(residency: Residency) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from services.kit.errors import Conflict, LensmeshError
 from services.registry.domain import Host, Residency
-from services.registry.operations.planning import in_order_of_leaving
+from services.registry.operations.planning import idle_on_device, in_order_of_leaving
 from services.registry.operations.registry import Registry
 from services.registry.operations.unloading import departed, park, take_off
 
@@ -23,10 +23,14 @@ async def relieve(registry: Registry) -> list[str]:
     for host in pressed:
         if registry.relieved.get(host.host_id) == host.heartbeat_at:
             continue
+        if any(other.pressed and other.host_id < host.host_id for other in host.siblings):
+            continue  # they measure the same device
         registry.relieved[host.host_id] = host.heartbeat_at
-        oldest = next(iter(in_order_of_leaving(host.residents, ())), None)
-        if oldest is not None and await _leave(registry, host, oldest):
-            left.append(oldest.model_id)
+        oldest = next(iter(idle_on_device(host)), None)
+        if oldest is not None:
+            process = next(each for each in (host, *host.siblings) if each.host_id == oldest.host_id)
+            if await _leave(registry, process, oldest):
+                left.append(oldest.model_id)
     return left
 
 

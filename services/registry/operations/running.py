@@ -13,9 +13,9 @@ from services.registry.domain import Host, HostedModel, Load, Model, Residency
 from services.registry.failures import insufficient_memory
 from services.registry.job_ports import LoadLease
 from services.registry.operations.admission import Order, accept
+from services.registry.operations.leaving import evict_lens, lens_departed
 from services.registry.operations.lenses import restore_lenses
 from services.registry.operations.registry import Registry
-from services.registry.operations.room import evict_lens, lens_departed
 from services.registry.operations.unloading import clear_device, departed, park, take_off, unload_copies
 from services.registry.ports import LoadStep, Transaction
 
@@ -146,18 +146,18 @@ async def _evict(registry: Registry, lease: LoadLease, victims: list[Residency])
 
 async def _evict_lenses(registry: Registry, lease: LoadLease, host: Host) -> bool:
     """The same for lenses that leave alone, of models that stay."""
-    leaving = [(copy, lens) for copy in host.residents for lens in copy.lenses if lens.job_id == lease.id]
+    leaving = [(copy, lens) for copy in host.shared_residents for lens in copy.lenses if lens.job_id == lease.id]
     for copy, lens in leaving:
         if not await evict_lens(registry, copy, lens.lens_id):
             async with lease.commit() as tx:
-                await tx.placement.lens_stays(host.host_id, lens.lens_id, leases=1)
+                await tx.placement.lens_stays(copy.host_id, lens.lens_id, leases=1)
                 for residency in await tx.placement.of_job(lease.id):
                     if residency.state == "loading":
                         await tx.placement.remove(residency.model_id, residency.host_id)
             return False
         async with lease.commit() as tx:
             await lens_departed(tx, copy, lens.lens_id, lens.bytes, "memory")
-            await tx.placement.charge(lease.id, host.host_id, lens.bytes)
+            await tx.placement.charge(lease.id, copy.host_id, lens.bytes)
         registry.endings.ended(lens.lens_id)
         registry.gauges.evicted("memory")
     return True
@@ -176,7 +176,8 @@ async def _load_making_room(
     except Exhausted as error:
         if error.reason != "DEVICE_OOM":
             raise
-    await clear_device(registry, host.name, cause="out_of_memory")
+    for process in (host, *host.siblings):
+        await clear_device(registry, process.name, cause="out_of_memory")
     try:
         return await _load(registry, lease, model, residency, host)
     except Exhausted as error:

@@ -1,4 +1,4 @@
-"""Calls that are forwarded once to the host that has the model, and what hosts' jobs ask about places and bytes."""
+"""Calls that are forwarded once to the host that has the model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from services.kit.errors import Conflict, Invalid, Unsupported
-from services.registry.domain import Host, LensArtifact, Residency
-from services.registry.failures import insufficient_memory
+from services.kit.errors import Conflict, Invalid
+from services.registry.domain import LensArtifact, Residency
 from services.registry.operations.lenses import bring
 from services.registry.operations.registry import Registry
 from services.registry.operations.turns import serving
@@ -116,51 +115,3 @@ async def with_lenses(
             await bring(registry, lenses[transcoder_id], copy)
         named.append({**change, "transcoder_id": lenses[transcoder_id].id if transcoder_id else ""})
     return named
-
-
-async def reserve(registry: Registry, host_id: str, owner: str, size: int, ranks: int) -> list[str]:
-    """Promise bytes to a job, for each of its ranks, in place of what it had; never more than a ledger has.
-
-    Returns the device of each rank, this host's first: `cpu`, or how CUDA_VISIBLE_DEVICES names a GPU. On a CPU all
-    bytes are this process's where it has them, else those of as many processes of its machine.
-
-    Raises:
-        NotFound: no such host.
-        Unavailable: `NO_HOST`: it is lost.
-        Exhausted: `INSUFFICIENT_MEMORY`; the former reservation stays.
-        Unsupported: its machine has fewer GPUs in the mesh than ranks; the former reservation stays.
-    """
-    async with registry.store.transaction() as tx:
-        await tx.placement.release(host_id, owner)
-        if ranks > 1:
-            live = await tx.placement.hosts(lock=True)
-        host = await tx.placement.lock_host(host_id)
-        gang = [host] if ranks == 1 else _gang(host, live, ranks, size)
-        each = size * ranks // len(gang)
-        for chosen in gang:
-            member = await tx.placement.lock_host(chosen.host_id)  # with what the others of one CPU have taken by now
-            if each > member.free_bytes:
-                raise insufficient_memory(each, member.free_bytes, member.name)
-            await tx.placement.reserve(member.host_id, owner, each, holder_id=host_id)
-    return [member.accelerator or "cpu" for member in gang] * (ranks // len(gang))
-
-
-def _gang(first: Host, live: Sequence[Host], ranks: int, size: int) -> list[Host]:
-    """That host and the emptiest others of its machine, one per GPU; on a CPU others only where one has no room."""
-    machine = first.address.rpartition(":")[0]
-    near = [host for host in live if host.address.rpartition(":")[0] == machine and host.host_id != first.host_id]
-    near = [host for host in near if bool(host.accelerator) == bool(first.accelerator)]
-    others = {host.accelerator or host.host_id: host for host in sorted(near, key=lambda host: host.free_bytes)}
-    others.pop(first.accelerator, None)
-    if not first.accelerator and (size * ranks <= first.free_bytes or len(others) < ranks - 1):
-        return [first]
-    if len(others) < ranks - 1:
-        facts = {"devices": ranks, "available": 1 + len(others)}
-        raise Unsupported(f"{machine} has {1 + len(others)} GPUs in the mesh", metadata=facts)
-    return [first, *sorted(others.values(), key=lambda host: -host.free_bytes)[: ranks - 1]]
-
-
-async def release(registry: Registry, host_id: str, owner: str) -> None:
-    """Give back what a host has reserved for an owner; nothing happens when there is nothing."""
-    async with registry.store.transaction() as tx:
-        await tx.placement.release(host_id, owner)

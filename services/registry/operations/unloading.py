@@ -117,7 +117,7 @@ async def departed(
         tx: the transaction; the model is locked in it.
         copy: what left.
         cause: why, for the event.
-        wanted: whether it should still be on a device; unchanged when None.
+        wanted: whether it should still be on a device; unchanged when None, and while another copy is or comes.
         evicted_for: job of the load that it made room for.
         parked: whether it stays in host memory.
     """
@@ -133,7 +133,7 @@ async def departed(
     changes: dict[str, object] = {"status": status, "last_used_at": model.last_used_at}
     if status != "ready":
         changes |= {"memory_usage_bytes": None, "progress": 0.0, "fingerprint": None}
-    if wanted is not None:
+    if wanted is not None and not rest & {"loading", "resident"}:
         changes["wanted"] = wanted
     await tx.models.update(copy.model_id, **changes)
     facts = {

@@ -9,7 +9,7 @@ from lensmesh.registry.v1 import devices_pb2 as pb
 from lensmesh.registry.v1 import devices_pb2_grpc
 
 from services.registry.domain import Host, HostedModel, Residency
-from services.registry.operations import hosts, lenses, loading, serving, unloading
+from services.registry.operations import hosts, lenses, loading, reserving, serving, unloading
 from services.registry.operations.registry import Registry
 from services.registry.wire import hosted, to_dict, to_message
 
@@ -55,13 +55,13 @@ class PlacementServicer(devices_pb2_grpc.PlacementServiceServicer):
 
     async def Reserve(self, request: pb.ReserveRequest, context: Any) -> pb.Reservation:
         """Promise bytes to a job."""
-        ranks = request.ranks or 1
-        devices = await serving.reserve(self._registry, request.host_id, request.owner, request.bytes, ranks)
+        asked, ranks = (request.host_id, request.owner, request.bytes), request.ranks or 1
+        devices = await reserving.reserve(self._registry, *asked, ranks=ranks, uses=request.model_ids)
         return pb.Reservation(owner=request.owner, bytes=request.bytes, devices=devices)
 
     async def Release(self, request: pb.ReleaseRequest, context: Any) -> Empty:
         """Take bytes back."""
-        await serving.release(self._registry, request.host_id, request.owner)
+        await reserving.release(self._registry, request.host_id, request.owner)
         return Empty()
 
     async def EnsureResident(self, request: pb.EnsureResidentRequest, context: Any) -> pb.ModelLocation:

@@ -128,13 +128,13 @@ class FakeCatalogue:
         for token in range(prompt.max_new_tokens):
             yield Generated(prompt.text, (token,), 0.1)
 
-    async def reserve(self, owner: str, size_bytes: int, ranks: int = 1) -> list[str]:
+    async def reserve(self, owner: str, size_bytes: int, ranks: int = 1, **more: Any) -> list[str]:
         self.reserved[owner] = size_bytes
         self.most_reserved = max(self.most_reserved, size_bytes)
         return ["cpu"] * ranks
 
     async def release(self, owner: str) -> None:
-        del self.reserved[owner]
+        self.reserved.pop(owner, None)
 
 
 class FakeBase:
@@ -214,6 +214,9 @@ class FakeRun:
         if self.stopping:
             raise Stopped
         self.steps += 1
+
+    async def unless_stopped(self, work: Any) -> Any:
+        return await work
 
     async def waiting(self, reason: str | None) -> None:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -38,6 +39,7 @@ def held(lens_id: str, size: int, age: int = 0, **changes: Any) -> HeldLens:
 
 
 def host(name: str = "h", budget: int = 100, *residents: Residency, **changes: Any) -> Host:
+    residents = tuple(replace(each, host_id=name) for each in residents)
     facts: dict[str, Any] = {
         "incarnation": "i",
         "address": "a",
@@ -348,3 +350,74 @@ def test_a_group_goes_where_what_it_reads_is() -> None:
     assert found.best is not None
     assert (found.best.host.host_id, found.best.shared) == ("b", 1)
     assert plan(20, small, large).best.host.host_id == "a"
+
+
+def shared(*processes: Host, device: int = 100) -> list[Host]:
+    """Processes of one device of so many bytes."""
+    taken = sum(each.used_bytes + each.reserved_bytes for each in processes)
+    capped = [replace(each, cap_bytes=device - taken + each.used_bytes + each.reserved_bytes) for each in processes]
+    return [replace(each, siblings=tuple(other for other in capped if other is not each)) for each in capped]
+
+
+def leave_for(required: int, on: Host, **more: Any) -> list[tuple[str, str, bool]] | None:
+    placement = place(required, on, 10, **more)
+    return [(e.host_id, e.model_id, e.parked) for e in placement.evictions] if placement.fits else None
+
+
+def test_models_in_other_processes_of_the_device_leave_by_the_same_rules() -> None:
+    old, new = resident("old", 40, 9), resident("new", 40, 1)
+    mine, _ = shared(host("x", 100, new), host("y", 100, old, park_bytes=40))
+    assert leave_for(20, mine) == []
+    assert leave_for(60, mine) == [("y", "old", True)]
+    assert leave_for(100, mine) == [("y", "old", True), ("x", "new", False)]
+    assert leave_for(60, mine, stays=("old",)) == [("x", "new", False)]
+    mine, _ = shared(host("x", 100, new), host("y", 100, replace(old, leases=1)))
+    assert leave_for(60, mine) == [("x", "new", False)]
+    assert leave_for(61, mine) is None
+    assert place(61, mine, 10).obtainable_bytes == 60
+
+
+def test_what_another_process_holds_is_no_room_in_this_ones_budget() -> None:
+    mine, _ = shared(host("x", 50, resident("mine", 40, 1)), host("y", 50, resident("other", 40, 9)))
+    assert leave_for(20, mine) == [("x", "mine", False)]
+    mine, _ = shared(host("x", 60, resident("mine", 40, 1)), host("y", 60, resident("other", 40, 9)), device=90)
+    assert leave_for(20, mine) == [("y", "other", False)]
+    assert leave_for(60, mine) == [("y", "other", False), ("x", "mine", False)]
+    assert leave_for(61, mine) is None
+
+
+def test_the_limit_of_models_is_about_one_process() -> None:
+    mine, _ = shared(host("x", 100, resident("a", 10, 1)), host("y", 100, resident("b", 10, 9)))
+    assert [(e.host_id, e.model_id) for e in place(10, mine, 1).evictions] == [("x", "a")]
+
+
+def test_bytes_that_leave_one_process_for_a_load_of_another_are_counted_once() -> None:
+    load = resident("new", 60, 0, state="loading", job_id="job_1", required_bytes=60)
+    victim = resident("old", 50, 9, state="unloading", job_id="job_1")
+    mine, other = shared(host("x", 100, load, used_bytes=0, reserved_bytes=60), host("y", 100, victim))
+    assert (mine.device_free_bytes, other.device_free_bytes) == (40, 40)
+    assert (mine.own_free_bytes, other.own_free_bytes) == (40, 50)
+
+
+def test_a_model_that_wants_a_device_alone_wants_it_of_all_processes() -> None:
+    alone = resident("alone", 10, 1, exclusive=True)
+    mine, _ = shared(host("x", 100), host("y", 100, alone))
+    placement = place(20, mine, 3, model_id="other")
+    assert [(e.host_id, e.model_id, e.cause) for e in placement.evictions] == [("y", "alone", "exclusive")]
+    assert place(20, mine, 3, model_id="alone").evictions == ()
+    mine, _ = shared(host("x", 100), host("y", 100, replace(alone, leases=1)))
+    assert place(20, mine, 3, model_id="other").taken_by == "alone"
+    mine, _ = shared(host("x", 100), host("y", 100, resident("b", 10, 1)))
+    assert [e.model_id for e in place(20, mine, 3, beside=Beside(alone=True)).evictions] == ["b"]
+    mine, _ = shared(host("x", 100), host("y", 100, reserved_bytes=5))
+    assert place(20, mine, 3, beside=Beside(alone=True)).taken_by == "a reservation"
+
+
+def test_a_lens_sends_lenses_and_models_of_other_processes_away_too() -> None:
+    base = resident("base", 40, 9)
+    mine, _ = shared(host("x", 100, base), host("y", 100, resident("other", 30, 5, lenses=(held("l", 20, 3),))))
+    assert [(e.host_id, e.lens_id) for e in place_lens(30, mine, ("base",), "new").evictions] == [("y", "l")]
+    found = place_lens(40, mine, ("base",), "new").evictions
+    assert [(e.host_id, e.model_id, e.lens_id) for e in found] == [("y", "other", "")]
+    small, _ = shared(host("x", 50, base), host("y", 100, resident("other", 50, 5)))
+    assert not place_lens(20, small, ("base",), "new").fits

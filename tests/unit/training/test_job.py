@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -45,6 +45,7 @@ class World:
     stop_before: dict[int, Exception] = field(default_factory=dict)
     widths: Mapping[str, int] = field(default_factory=dict)
     budget: int = 10**9
+    taken_by: str = ""
     answers_save: bool = True
     asked: int = 0
     started: Start | None = None
@@ -108,7 +109,11 @@ class World:
         return SplitModel(await self.streamed(model_id, dataset_id, plan))
 
     # Ledger
-    async def reserve(self, owner: str, size_bytes: int, ranks: int) -> list[str]:
+    async def reserve(
+        self, owner: str, size_bytes: int, ranks: int, *, waiting: Callable[[str], Awaitable[None]], uses: Any
+    ) -> list[str]:
+        if self.taken_by:
+            await waiting(self.taken_by)
         if size_bytes > self.budget:
             raise errors.Exhausted(reason="INSUFFICIENT_MEMORY")
         self.done.append("reserve")
@@ -290,7 +295,7 @@ def test_checkpoints_are_written_by_tokens_and_by_time() -> None:
 @pytest.mark.parametrize("reason", [Paused(), Cancelled()])
 def test_stopped_it_keeps_its_state_first(reason: Exception) -> None:
     found = world(progress(640), progress(1280))
-    found.stop_before = {2: reason}
+    found.stop_before = {3: reason}
     with pytest.raises(type(reason)):
         run(found)
     assert found.done[-4:] == [("progress", 50), ("checkpoint", 7), "gone", "release"]
@@ -298,10 +303,10 @@ def test_stopped_it_keeps_its_state_first(reason: Exception) -> None:
 
 def test_paused_after_its_last_step_it_completes_and_cancelled_it_does_not() -> None:
     paused = world(progress(1280))
-    paused.stop_before, paused.answers_save = {2: Paused()}, False
+    paused.stop_before, paused.answers_save = {3: Paused()}, False
     assert run(paused) == {"transcoder_ids": ["tc_layer-1"]}
     cancelled = world(progress(1280))
-    cancelled.stop_before, cancelled.answers_save = {2: Cancelled()}, False
+    cancelled.stop_before, cancelled.answers_save = {3: Cancelled()}, False
     with pytest.raises(Cancelled):
         run(cancelled)
     assert not any(what[0] == "publish" for what in cancelled.done if isinstance(what, tuple))
@@ -309,7 +314,7 @@ def test_paused_after_its_last_step_it_completes_and_cancelled_it_does_not() -> 
 
 def test_without_its_lease_it_writes_nothing() -> None:
     found = world(progress(640))
-    found.stop_before = {2: StaleLease()}
+    found.stop_before = {3: StaleLease()}
     with pytest.raises(StaleLease):
         run(found)
     assert found.done[-3:] == [("progress", 50), "gone", "release"]
@@ -320,7 +325,14 @@ def test_memory_that_is_not_there_stops_it_before_a_process_is_started() -> None
     found.budget = 10
     with pytest.raises(errors.Exhausted):
         run(found)
-    assert found.done == [("settle", TOKENS, "act_1", 0)]
+    assert found.done == [("settle", TOKENS, "act_1", 0), "release"]
+
+
+def test_it_says_who_has_the_device_alone() -> None:
+    found = world(FINISHED)
+    found.taken_by = "cpu is not to be shared"
+    run(found)
+    assert found.done[1:3] == [("waiting", "cpu is not to be shared"), "reserve"]
 
 
 def test_every_rank_gets_its_device_and_its_share_of_the_threads() -> None:

@@ -10,7 +10,7 @@ import asyncpg
 from services.kit.database import load_queries
 from services.kit.errors import NotFound
 from services.registry.adapters.rows import columns
-from services.registry.domain import Dataset
+from services.registry.dataset_ports import Dataset
 from services.registry.listing import Listed, Page
 
 _QUERIES = load_queries(__file__, "datasets.sql")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -55,7 +56,7 @@ class PostgresPlacement:
         rows = await self._conn.fetch(_QUERIES["host"], host_id)
         if not rows:
             raise NotFound(f"There is no host {host_id}", metadata={"host_id": host_id})
-        host = (await self._filled(rows))[0]
+        host = next(host for host in await self._filled(rows) if host.host_id == host_id)
         if host.lost:
             raise Unavailable(
                 f"Host {host_id} does not answer", reason="NO_HOST", metadata={"host_id": host_id}, retry_after=5.0
@@ -83,6 +84,10 @@ class PostgresPlacement:
     async def of_job(self, job_id: str) -> list[Residency]:
         """What a load holds."""
         return await self._residencies(job_id=job_id)
+
+    async def forget_ended_preloads(self) -> None:
+        """What nobody brings to host memory any more."""
+        await self._conn.execute(_QUERIES["forget_ended_preloads"])
 
     async def revert_unloads(self) -> None:
         """Unloads that nobody finishes any more."""
@@ -157,6 +162,10 @@ class PostgresPlacement:
         row = {"host_id": host_id, "owner": owner, "bytes": size, "holder_id": holder_id}
         await columns.put(self._conn, "reservations", ["host_id", "owner"], row)
 
+    async def gain(self, host_id: str, owner: str, size: int, most: int) -> None:
+        """More of a reservation."""
+        await self._conn.execute(_QUERIES["gain"], host_id, owner, size, most)
+
     async def release(self, holder_id: str, owner: str) -> None:
         """Forget what was reserved."""
         await self._conn.execute(_QUERIES["release"], holder_id, owner)
@@ -189,13 +198,16 @@ class PostgresPlacement:
         residents: dict[str, list[Residency]] = defaultdict(list)
         for residency in await self._residencies():
             residents[residency.host_id].append(residency)
+        devices: dict[tuple[str, ...], list[Host]] = defaultdict(list)
+        hosts = []
+        for row in rows:
+            facts = {**row, "services": tuple(row["services"])}
+            host = columns.build(Host, facts, residents=tuple(residents[row["host_id"]]))
+            hosts.append((host, devices[row["machine"], row["device"], row["accelerator"]]))
+            hosts[-1][1].append(host)
         return [
-            columns.build(
-                Host,
-                {**row, "services": tuple(row["services"])},
-                residents=tuple(residents[row["host_id"]]),
-            )
-            for row in rows
+            replace(host, siblings=tuple(other for other in device if other is not host and not other.lost))
+            for host, device in hosts
         ]
 
 

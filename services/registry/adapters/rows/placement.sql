@@ -23,7 +23,8 @@ SELECT * FROM hosts_counted WHERE NOT lost ORDER BY name
 SELECT * FROM hosts_counted ORDER BY name
 
 -- host --
-SELECT * FROM hosts_counted WHERE host_id = $1
+-- With the others of its device.
+SELECT o.* FROM hosts_counted h JOIN hosts_counted o USING (machine, device, accelerator) WHERE h.host_id = $1
 
 -- lock_host --
 -- With the others of its device, which share its ledger.
@@ -65,6 +66,11 @@ CROSS JOIN LATERAL (
 WHERE ($1::text IS NULL OR r.host_id = $1) AND ($2::text IS NULL OR r.model_id = $2)
   AND ($3::text IS NULL OR r.job_id = $3)
 ORDER BY r.state <> 'resident', r.loaded_at, r.host_id, r.model_id
+
+-- forget_ended_preloads --
+DELETE FROM residencies r USING jobs j
+WHERE r.state = 'parked' AND j.id = r.job_id AND j.kind = 'group_preload'
+  AND j.state IN ('completed', 'failed', 'cancelled')
 
 -- revert_unloads --
 WITH lenses AS (UPDATE lens_residencies SET state = 'here' WHERE state <> 'here' AND job_id IS NULL)
@@ -112,6 +118,9 @@ DELETE FROM residencies WHERE model_id = $1 AND host_id = $2 RETURNING model_id
 -- charge --
 UPDATE residencies SET charge_bytes = least(required_bytes, charge_bytes + $3)
 WHERE job_id = $1 AND host_id = $2 AND state = 'loading'
+
+-- gain --
+UPDATE reservations SET bytes = least($4, bytes + $3) WHERE host_id = $1 AND owner = $2
 
 -- release --
 DELETE FROM reservations WHERE holder_id = $1 AND owner = $2
