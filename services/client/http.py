@@ -72,6 +72,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "AttachLens": ("POST", "/api/v2/groups/{group_id}/lenses"),
     "DetachLens": ("DELETE", "/api/v2/groups/{group_id}/lenses/{lens_id}"),
     "SwitchLens": ("POST", "/api/v2/groups/{id}/switch"),
+    "PreloadGroup": ("POST", "/api/v2/groups/{id}/preload"),
     "AnalyzeText": ("POST", "/api/v2/groups/{id}/analyze"),
     "CreateExtension": ("POST", "/api/extensions"),
     "ListExtensions": ("GET", "/api/extensions"),

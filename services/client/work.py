@@ -137,6 +137,19 @@ def switch_lens(
         to.show(to.api.call("SwitchLens", id=group_id, **({} if lens_id is None else {"lens_id": lens_id})))
 
 
+@groups.command("preload")
+def preload_group(
+    group_id: str,
+    lens: Annotated[list[str] | None, typer.Option(help="Only this lens; all when left out.")] = None,
+    parked: Annotated[bool, typer.Option("--parked", help="Into host memory, not onto a device.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Bring the base and the lenses to where a switch is fast."""
+    with session(as_json) as to:
+        residency = {"residency": "parked"} if parked else {}
+        to.show(to.api.call("PreloadGroup", id=group_id, lens_ids=lens or [], **residency))
+
+
 @groups.command("analyze")
 def analyze_text(
     group_id: str,

@@ -156,9 +156,16 @@ class Host:
         return await self.pool.run(estimate.estimate, config, found.entries, quantization, self.pool.device)
 
     async def load(
-        self, model_id: str, source: sources.Source, quantization: str, *, digest: str, fingerprint: str
+        self,
+        model_id: str,
+        source: sources.Source,
+        quantization: str,
+        *,
+        digest: str,
+        fingerprint: str,
+        parked: bool = False,
     ) -> AsyncIterator[Loading]:
-        """Load a model, telling how far it is; ending the iteration early ends the load.
+        """Load a model, onto the device or `parked`, telling how far it is; ending the iteration early ends the load.
 
         Raises:
             errors.LensmeshError: see `Pool.load`.
@@ -181,6 +188,7 @@ class Host:
                     quantization,
                     expected_digest=digest,
                     expected_fingerprint=fingerprint,
+                    parked=parked,
                     progress=tell,
                 )
             finally:
@@ -221,9 +229,10 @@ class Host:
         except sources.SourceNotFound as error:
             raise errors.Invalid.of("artifact_uri", str(error)) from error
 
-    async def attach(self, model_id: str, spec: Spec, artifact_uri: str) -> None:
-        """Bring a lens to a resident model."""
-        await self._bring(model_id, spec, artifact_uri)
+    async def attach(self, model_id: str, spec: Spec, artifact_uri: str, *, parked: bool) -> None:
+        """Bring a lens to a resident model, or to a parked one."""
+        async with self._files(artifact_uri) as folder:
+            await self.pool.attach(model_id, replace(spec, folder=folder), parked=parked)
         self.guests.keep(model_id, spec.lens_id)
 
     async def _bring(self, model_id: str, spec: Spec, artifact_uri: str) -> None:

@@ -19,17 +19,14 @@ from services.kit import errors
 from services.residency import estimate, loading, sources
 from services.residency.disk_cache import DiskCache
 from services.residency.failures import insufficient_memory, translated
-from services.residency.families import facts, family_of
 from services.residency.fingerprint import fingerprint
 from services.residency.guests import Guests
 from services.residency.lease import Lease
-from services.residency.lenses import Base, Spec, needed
+from services.residency.lenses import Spec, needed
 from services.residency.lenses import load as load_lens
-from services.residency.lenses.extension import Extensions
 from services.residency.memory import give_back
 from services.residency.park import move
-from services.residency.quantize import resident_bytes
-from services.residency.resident import Attached, Residency, Resident
+from services.residency.resident import Attached, Residency, Resident, finished
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,6 +49,7 @@ class Pool:
         self._disk_cache = disk_cache
         self._residents: dict[str, Resident] = {}
         self._loading: dict[str, int] = {}
+        self._coming_parked: dict[str, int] = {}
         self.guests = Guests(self)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
         self._loaders = ThreadPoolExecutor(max_workers=LOADERS, thread_name_prefix="loader")
@@ -144,6 +142,7 @@ class Pool:
         *,
         expected_digest: str = "",
         expected_fingerprint: str = "",
+        parked: bool = False,
         progress: Progress = lambda done, total: None,
     ) -> Resident:
         """Load a model; whatever goes wrong, the pool and the memory are as before.
@@ -156,13 +155,17 @@ class Pool:
             quantization: one of `quantize.QUANTIZATIONS`.
             expected_digest: what `sources.digest` of the files must be; anything when empty.
             expected_fingerprint: what the loaded model's must be; anything when empty.
+            parked: whether it comes into host memory at once; off a CPU its fingerprint is what its restore gives.
             progress: told (bytes read, bytes in all) from another thread.
 
         Raises:
             errors.Conflict: it is loading, or here with another quantization.
             errors.Exhausted: `INSUFFICIENT_MEMORY` with both numbers, or `DEVICE_OOM`.
             errors.Failed: `MODEL_LOAD_FAILED`, `CHECKSUM_MISMATCH`, `FINGERPRINT_MISMATCH`.
+            errors.Unsupported: parked, and only the device can quantise it.
         """
+        if parked and self.device != "cpu" and quantization in ("int8", "int4"):
+            raise errors.Unsupported(f"{quantization} weights are made on the device, and cannot come parked")
         if model_id in self._loading:
             raise errors.Conflict("the model is loading already", reason="ALREADY_LOADING")
         if model_id in self._residents:
@@ -171,14 +174,16 @@ class Pool:
         resident: Resident | None = None
         failure: errors.LensmeshError = mismatch()
         try:
-            resident = await self._loaded(model_id, directory, quantization, expected_digest, progress)
+            resident = await self._loaded(model_id, directory, quantization, expected_digest, progress, parked=parked)
         except OSError:
             failure = errors.Failed("the model's files cannot be read", reason="MODEL_LOAD_FAILED")
         except errors.LensmeshError as error:
             failure = error.with_traceback(None)  # its frames would keep the weights alive
         finally:
             del self._loading[model_id]
-        if resident is not None and expected_fingerprint in ("", resident.fingerprint):
+            self._coming_parked.pop(model_id, None)
+        if resident is not None and (expected_fingerprint in ("", resident.fingerprint) or not resident.fingerprint):
+            resident.fingerprint = resident.fingerprint or expected_fingerprint
             self._residents[model_id] = resident
             return resident
         resident = None
@@ -186,14 +191,19 @@ class Pool:
         raise failure
 
     async def _loaded(
-        self, model_id: str, directory: Path, quantization: str, expected_digest: str, progress: Progress
+        self, model_id: str, directory: Path, quantization: str, digest: str, progress: Progress, *, parked: bool
     ) -> Resident:
         prepared = await self.run(loading.prepare, directory, quantization)
-        self._reserve(model_id, await self.run(_needed, prepared, self.device))
-        return await self._filled(model_id, prepared, expected_digest, progress)
+        what = (prepared.model, prepared.entries, prepared.quantization, prepared.dtype)
+        needed = await self.run(estimate.laid_out, *what, self.device)
+        if parked:
+            self._coming_parked[model_id] = self._require_parking(needed.weights + needed.quantization_state)
+        else:
+            self._loading[model_id] = self._require(needed.required)
+        return await self._filled(model_id, prepared, digest, progress, parked=parked)
 
     async def _filled(
-        self, model_id: str, prepared: loading.Prepared, expected_digest: str, progress: Progress
+        self, model_id: str, prepared: loading.Prepared, expected_digest: str, progress: Progress, *, parked: bool
     ) -> Resident:
         """Read the weights and the digest side by side; a cancelled caller ends the reading."""
         abort = threading.Event()
@@ -205,18 +215,19 @@ class Pool:
 
         hashing = asyncio.create_task(self.read(sources.digest, prepared.directory))
         try:
-            await self._call(self._loaders, lambda: self._fill(prepared, expected_digest, watched), abort.set)
+            target = "cpu" if parked else self.device
+            await self._call(self._loaders, lambda: self._fill(prepared, expected_digest, watched, target), abort.set)
         finally:
             await asyncio.wait([hashing])
         if expected_digest and hashing.result() != expected_digest:
             raise errors.Failed("the model's files are not those that were registered", reason="CHECKSUM_MISMATCH")
-        return await self.run(_finish, model_id, prepared, hashing.result())
+        return await self.run(finished, model_id, prepared, hashing.result(), self.device if parked else None)
 
-    def _fill(self, prepared: loading.Prepared, digest: str, progress: Progress) -> None:
+    def _fill(self, prepared: loading.Prepared, digest: str, progress: Progress, target: str) -> None:
         """Quantise once: what `digest` names is read as it was quantised before, or kept for the next load."""
         cache = self._disk_cache if digest and prepared.quantization in ("int8", "int4") else None
         kept = cache.find(digest, prepared.quantization, self.device) if cache is not None else None
-        loading.fill(prepared, self.device, progress, kept)
+        loading.fill(prepared, target, progress, kept)
         if cache is not None and kept is None:
             cache.keep(prepared.model, digest, prepared.quantization, self.device)
 
@@ -228,15 +239,19 @@ class Pool:
             )
         return resident
 
-    def _reserve(self, model_id: str, required: int) -> None:
-        self._require(required)
-        self._loading[model_id] = required
-
-    def _require(self, required: int) -> None:
-        """Raises errors.Exhausted, `INSUFFICIENT_MEMORY`, when the budget does not have this many bytes left."""
+    def _require(self, required: int) -> int:
+        """Raises errors.Exhausted, `INSUFFICIENT_MEMORY`, when the budget has fewer bytes left; else these bytes."""
         available = self.budget_bytes - self.used_bytes - self.reserved_bytes
         if required > available:
             raise insufficient_memory(required, available)
+        return required
+
+    def _require_parking(self, required: int) -> int:
+        """The same for bytes of host memory that may still be parked."""
+        available = self.park_bytes - self.parked_bytes - sum(self._coming_parked.values())
+        if required > available:
+            raise insufficient_memory(required, available)
+        return required
 
     @asynccontextmanager
     async def lease(self, model_id: str, extension: str | None = None) -> AsyncIterator[Lease]:
@@ -336,8 +351,8 @@ class Pool:
                 before = self.used_bytes
                 if state == "device":
                     self._require(resident.total_bytes)
-                elif resident.total_bytes > self.park_bytes - self.parked_bytes:
-                    raise insufficient_memory(resident.total_bytes, self.park_bytes - self.parked_bytes)
+                else:
+                    self._require_parking(resident.total_bytes)
                 await self._bring(resident, state)
                 if state == "device":
                     await self._check_restored(resident)
@@ -360,44 +375,56 @@ class Pool:
         try:
             await self._verify(resident)
             for lens_id, attached in resident.lenses.items():
-                if attached.lens.altering and await self.run(_fingerprint, resident, lens_id) != attached.fingerprint:
-                    raise mismatch()
+                if attached.lens.altering:
+                    found = await self.run(_fingerprint, resident, lens_id)
+                    attached.fingerprint = attached.fingerprint or found  # it was attached while the base was parked
+                    if found != attached.fingerprint:
+                        raise mismatch()
         except errors.Failed:
             raise
         except BaseException:
             await self._bring(resident, "parked")
             raise
 
-    async def attach(self, model_id: str, spec: Spec) -> Attached:
-        """Bring a lens to a resident model; one that is attached from the same files stays as it is.
+    async def attach(self, model_id: str, spec: Spec, *, parked: bool = False) -> Attached:
+        """Bring a lens to a resident model, or a parked one; one that is attached from the same files stays as it is.
 
         Other files under the same id (an extension that was trained on) take the place of the old ones.
 
         Raises:
-            errors.Conflict: `LENS_INCOMPATIBLE` with both values, the model is not on the device, or `IN_USE`.
+            errors.Conflict: `LENS_INCOMPATIBLE` with both values, the model is not there, or `IN_USE`.
             errors.Failed: its files cannot be used, or attaching changed the base.
         """
-        async with self.lease(model_id) as lease, lease.record.lock:
-            resident = lease.record
+        async with self._standing(model_id, parked=parked) as resident:
+            require = self._require if resident.state == "device" else self._require_parking
             if spec.lens_id in resident.lenses:
                 if resident.lenses[spec.lens_id].spec == spec:
                     return resident.lenses[spec.lens_id]
                 await self._take_off(resident, spec.lens_id)
-            self._require(await self.run(needed, spec, resident.base))
+            require(await self.run(needed, spec, resident.base))
             if spec.source_model_id not in ("", model_id):
                 async with self.lease(spec.source_model_id) as source:
                     lens = await self.run(load_lens, spec, resident.base, source.record.base)
             else:
                 lens = await self.run(load_lens, spec, resident.base)
             try:
-                self._require(lens.nbytes)
-                print_ = await self.run(_fingerprint, resident, spec.lens_id) if lens.altering else ""
-                await self._verify(resident)
+                require(lens.nbytes)
+                print_ = ""
+                if resident.state == "device" or self.device == "cpu":
+                    print_ = await self.run(_fingerprint, resident, spec.lens_id) if lens.altering else ""
+                    await self._verify(resident)
             except BaseException:
                 await self.run(lens.detach)
                 raise
             resident.lenses[spec.lens_id] = Attached(spec, lens, print_)
             return resident.lenses[spec.lens_id]
+
+    @asynccontextmanager
+    async def _standing(self, model_id: str, *, parked: bool) -> AsyncIterator[Resident]:
+        """The model stays where it is inside the block, and its lenses are ours to change."""
+        resident = self.get(model_id)
+        async with nullcontext() if parked and resident.state == "parked" else self.lease(model_id), resident.lock:
+            yield resident
 
     async def detach(self, model_id: str, lens_id: str) -> int:
         """Take a lens off; returns its bytes. Nothing to do is no error.
@@ -441,7 +468,9 @@ class Pool:
         return time.perf_counter() - start
 
     async def _verify(self, resident: Resident) -> None:
-        if await self.run(_fingerprint, resident, None) != resident.fingerprint:
+        found = await self.run(_fingerprint, resident, None)
+        resident.fingerprint = resident.fingerprint or found  # it came parked, and is on the device for the first time
+        if found != resident.fingerprint:
             raise mismatch()
 
     async def close(self) -> None:
@@ -456,32 +485,6 @@ def mismatch() -> errors.Failed:
     return errors.Failed("the model computes other bits than before", reason="FINGERPRINT_MISMATCH")
 
 
-def _needed(prepared: loading.Prepared, device: str) -> int:
-    found = estimate.laid_out(prepared.model, prepared.entries, prepared.quantization, prepared.dtype, device)
-    return found.required
-
-
 def _fingerprint(resident: Resident, lens_id: str | None) -> str:
     with resident.base.extensions.using(lens_id):
         return fingerprint(resident.base.model)
-
-
-def _finish(model_id: str, prepared: loading.Prepared, digest: str) -> Resident:
-    """A loaded model as the pool keeps it.
-
-    Raises:
-        UnsupportedModel: a decoder-only model whose hook points are unknown.
-    """
-    model = prepared.model
-    family = None if model.config.is_encoder_decoder else family_of(model)
-    base = Base(model, family, facts(model.config.to_dict()), digest, Extensions())
-    tokenizer = loading.load_tokenizer(prepared.directory)
-    return Resident(
-        model_id,
-        prepared.directory,
-        prepared.quantization,
-        base,
-        tokenizer,
-        nbytes=resident_bytes(model),
-        fingerprint=fingerprint(model),
-    )

@@ -12,7 +12,12 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from services.residency.families import facts, family_of
+from services.residency.fingerprint import fingerprint
 from services.residency.lenses import Base, Lens, Spec
+from services.residency.lenses.extension import Extensions
+from services.residency.loading import Prepared, load_tokenizer
+from services.residency.quantize import resident_bytes
 
 Residency = Literal["device", "parked"]
 
@@ -90,3 +95,31 @@ class Resident:
         self.last_used = time.monotonic()
         if self.leases == 0:
             self.idle.set()
+
+
+def finished(model_id: str, prepared: Prepared, digest: str, parked_off: str | None) -> Resident:
+    """A loaded model as the pool keeps it; one that came parked has no fingerprint, unless its device is a CPU.
+
+    Args:
+        model_id: its key.
+        prepared: filled.
+        digest: of its files.
+        parked_off: the device that it came parked beside; None where it is on it.
+
+    Raises:
+        UnsupportedModel: a decoder-only model whose hook points are unknown.
+    """
+    model = prepared.model
+    family = None if model.config.is_encoder_decoder else family_of(model)
+    base = Base(model, family, facts(model.config.to_dict()), digest, Extensions())
+    tokenizer = load_tokenizer(prepared.directory)
+    return Resident(
+        model_id,
+        prepared.directory,
+        prepared.quantization,
+        base,
+        tokenizer,
+        nbytes=resident_bytes(model),
+        fingerprint=fingerprint(model) if parked_off in (None, "cpu") else "",
+        state="device" if parked_off is None else "parked",
+    )

@@ -44,6 +44,7 @@ class ModelHostServicer(residency_pb2_grpc.ModelHostServiceServicer):
             messages.QUANTIZATIONS[request.quantization],
             digest=request.expected_digest,
             fingerprint=request.expected_fingerprint,
+            parked=request.parked,
         )
         async for step in steps:
             yield messages.load_progress(step)
@@ -65,7 +66,8 @@ class ModelHostServicer(residency_pb2_grpc.ModelHostServiceServicer):
     async def AttachLens(self, request: residency_pb2.AttachLensRequest, context: Any) -> devices_pb2.HostedLens:
         """Bring a lens to a resident model."""
         with self._host.metrics.watching():
-            await self._host.attach(request.model_id, messages.lens_spec(request.lens), request.lens.artifact_uri)
+            spec, uri = messages.lens_spec(request.lens), request.lens.artifact_uri
+            await self._host.attach(request.model_id, spec, uri, parked=request.parked)
         return messages.hosted_lens(self._pool.get(request.model_id).lenses[request.lens.lens_id])
 
     async def DetachLens(self, request: residency_pb2.DetachLensRequest, context: Any) -> residency_pb2.Released:

@@ -69,7 +69,7 @@ async def test_the_next_group_of_a_habit_is_there_before_it_is_asked_for(mesh: M
 
 
 async def test_what_is_foreseen_takes_nobodys_place(mesh: Mesh) -> None:
-    host = await mesh.add_host(FakeHost(sizes=dict.fromkeys("ab", 100 * MB), budget=150 * MB, park=150 * MB))
+    host = await mesh.add_host(FakeHost(sizes=dict.fromkeys("ab", 100 * MB), budget=150 * MB, park=250 * MB))
     first, second = await group_of(mesh, "a"), await group_of(mesh, "b")
     await habit(mesh, first, second)
     await switched(mesh, first)

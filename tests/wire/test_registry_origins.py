@@ -80,7 +80,7 @@ async def test_4_locations_are_true_after_every_move(mesh: Mesh) -> None:
 
 async def test_5_what_is_parked_is_limited_in_bytes_and_as_many_give_way_as_it_takes(mesh: Mesh) -> None:
     small = dict.fromkeys("abc", 30 * MB)
-    host = await add_host(mesh, budget=130 * MB, park=125 * MB, sizes={**small, "d": 100 * MB})
+    host = await add_host(mesh, budget=130 * MB, park=145 * MB, sizes={**small, "d": 100 * MB})
     groups = [await group(mesh, name) for name in "abc"]
     model = await mesh.create("d")
     large = await mesh.groups.CreateGroup(pb.CreateGroupRequest(name="d", model_id=model.id))

@@ -12,6 +12,7 @@ from lensmesh.registry.v1 import groups_pb2 as pb
 from lensmesh.registry.v1 import jobs_pb2, models_pb2
 from lensmesh.registry.v1.groups_pb2_grpc import GroupServiceStub
 
+from services.kit import errors
 from services.kit.database import Database
 from services.kit.errors import Exhausted
 from tests.support import eventually
@@ -28,7 +29,7 @@ async def mesh(database: Database, tmp_path: Path, nats_url: str) -> AsyncIterat
 
 
 async def test_the_old_group_is_parked_whole_and_comes_back_without_a_load(mesh: Mesh) -> None:
-    host = await add_host(mesh)
+    host = await add_host(mesh, park=220 * MB)
     a, b = await group(mesh, "a"), await group(mesh, "b")
     first = await switched(mesh, a)
     assert (first.position, leaving(first.plan)) == (1, [])
@@ -58,6 +59,15 @@ async def test_the_old_group_is_parked_whole_and_comes_back_without_a_load(mesh:
     assert all(data["kind"] == "cross" for _, data in events)
     evicted = [data for name, data in await mesh.events(b[0].model_id) if name == "model:evicted"]
     assert [(data["cause"], data["parked"]) for data in evicted] == [("memory", True)]
+
+
+async def test_a_group_that_comes_back_takes_its_host_memory_until_the_other_has_left(mesh: Mesh) -> None:
+    await add_host(mesh)
+    a, b = await group(mesh, "a"), await group(mesh, "b")
+    await switched(mesh, a)
+    await switched(mesh, b)
+    assert leaving((await switched(mesh, a)).plan) == [(b[0].model_id, "memory", False)]
+    assert [(await status(mesh, each)).residency for each in (a, b)] == [pb.RESIDENCY_DEVICE, pb.RESIDENCY_DISK]
 
 
 async def test_beyond_the_limit_of_host_memory_the_oldest_group_goes_to_disk(mesh: Mesh) -> None:
@@ -229,16 +239,106 @@ async def test_a_group_that_wants_a_device_alone_gets_it_and_makes_way(mesh: Mes
     assert {name for name, held in host.held.items() if not held.parked} == {other[0].model_id}
 
 
+async def preloaded(mesh: Mesh, to: tuple[pb.Group, str], **more: Any) -> jobs_pb2.Job:
+    preload = await mesh.groups.PreloadGroup(pb.PreloadGroupRequest(id=to[0].id, **more))
+    return await mesh.settled(preload.task_id)
+
+
 async def test_a_preload_takes_nobodys_place_who_came_lately_but_a_switch_does(mesh: Mesh) -> None:
+    """Host memory has room for one group that is parked already."""
+    host = await add_host(mesh)
+    a, b, c = await group(mesh, "a"), await group(mesh, "b"), await group(mesh, "c")
+    await switched(mesh, a)
+    await switched(mesh, b)
+    job = await preloaded(mesh, c)
+    assert (job.status, job.error_code) == (jobs_pb2.JOB_STATE_FAILED, "INSUFFICIENT_MEMORY")
+    assert not host.held[b[0].model_id].parked
+    assert host.held[a[0].model_id].parked
+    await switched(mesh, c)
+    assert host.held[b[0].model_id].parked
+
+
+async def test_a_preload_goes_to_host_memory_where_no_device_has_room(mesh: Mesh) -> None:
     host = await add_host(mesh)
     a, b = await group(mesh, "a"), await group(mesh, "b")
     await switched(mesh, a)
-    preload = await mesh.groups.PreloadGroup(pb.PreloadGroupRequest(id=b[0].id))
-    job = await mesh.settled(preload.task_id)
-    assert (job.status, job.error_code) == (jobs_pb2.JOB_STATE_FAILED, "INSUFFICIENT_MEMORY")
-    assert not host.held[a[0].model_id].parked
+    job = await preloaded(mesh, b)
+    assert (job.status, job.result["residency"], job.result["loaded"]) == (jobs_pb2.JOB_STATE_COMPLETED, "parked", 1)
+    assert [(request.model_id, request.parked) for request in host.names("Load")] == [
+        (a[0].model_id, False),
+        (b[0].model_id, True),
+    ]
+    assert not host.names("Park")
+    assert (await status(mesh, b)).residency == pb.RESIDENCY_PARKED
+    assert (await mesh.groups.GetGroup(pb.GetGroupRequest(id=b[0].id))).lenses[0].residency == pb.RESIDENCY_PARKED
+    device = await mesh.device()
+    assert (device.used_bytes, device.reserved_bytes, device.parked_bytes) == (107 * MB, 0, 107 * MB)
+    assert not await mesh.beat(host)
+    assert (await mesh.device()).parked_bytes == 107 * MB  # the host agrees
     await switched(mesh, b)
-    assert host.held[a[0].model_id].parked
+    assert [request.model_id for request in host.names("Restore")] == [b[0].model_id]
+    assert len(host.names("Load")) == 2
+    here = await status(mesh, b)
+    assert (here.residency, here.fully_loaded, here.active_lens_id) == (pb.RESIDENCY_DEVICE, True, b[1])
+
+
+async def test_a_preload_into_host_memory_leaves_the_device_alone_and_tells_how_far_it_is(mesh: Mesh) -> None:
+    host = await add_host(mesh)
+    a = await group(mesh, "a")
+    job = await preloaded(mesh, a, residency=pb.RESIDENCY_PARKED)
+    assert (job.status, job.result["residency"]) == (jobs_pb2.JOB_STATE_COMPLETED, "parked")
+    assert await mesh.ledger() == (0, 0)
+    assert (await mesh.device()).parked_bytes == 107 * MB
+    told = [data for name, data in await mesh.events(a[0].id) if name == "group:preload"]
+    assert [(data["progress"], data["residency"]) for data in told] == [
+        (percent, "parked") for percent in (12.5, 25, 37.5, 50, 100)
+    ]
+    again = await preloaded(mesh, a, residency=pb.RESIDENCY_PARKED)
+    assert again.result["loaded"] == 1
+    assert len(host.names("Load")) == 1
+    assert len(host.names("AttachLens")) == 1
+
+
+async def test_a_preload_into_host_memory_stays_within_its_limit(mesh: Mesh) -> None:
+    host = await add_host(mesh, park=104 * MB)
+    a, b = await group(mesh, "a"), await group(mesh, "b")
+    job = await preloaded(mesh, a, residency=pb.RESIDENCY_PARKED)
+    assert (job.status, list(job.result["failed"])) == (jobs_pb2.JOB_STATE_COMPLETED, [a[1]])  # the base alone has room
+    job = await preloaded(mesh, b, residency=pb.RESIDENCY_PARKED)
+    assert (job.status, job.error_code) == (jobs_pb2.JOB_STATE_FAILED, "INSUFFICIENT_MEMORY")
+    assert (await mesh.device()).parked_bytes == 100 * MB
+    assert list(host.held) == [a[0].model_id]
+
+
+async def test_where_host_and_device_share_one_memory_nothing_is_preloaded_into_it(mesh: Mesh) -> None:
+    await add_host(mesh, park=0)
+    a = await group(mesh, "a")
+    request = pb.PreloadGroupRequest(id=a[0].id, residency=pb.RESIDENCY_PARKED)
+    failure = await refused(mesh.groups.PreloadGroup(request))
+    assert (failure.code, failure.reason) == ("UNIMPLEMENTED", "UNSUPPORTED")
+    request = pb.PreloadGroupRequest(id=a[0].id, residency=pb.RESIDENCY_DISK)
+    assert (await refused(mesh.groups.PreloadGroup(request))).fields == ["residency"]
+
+
+@pytest.mark.parametrize("how", ["fails", "cancelled"])
+async def test_a_preload_into_host_memory_that_does_not_end_well_leaves_nothing(mesh: Mesh, how: str) -> None:
+    host = await add_host(mesh)
+    a = await group(mesh, "a")
+    if how == "fails":
+        host.load_errors.append(errors.Failed("truncated", reason="MODEL_LOAD_FAILED"))
+        job = await preloaded(mesh, a, residency=pb.RESIDENCY_PARKED)
+        assert (job.status, job.error_code) == (jobs_pb2.JOB_STATE_FAILED, "MODEL_LOAD_FAILED")
+    else:
+        host.gate.clear()
+        preload = await mesh.groups.PreloadGroup(pb.PreloadGroupRequest(id=a[0].id, residency=pb.RESIDENCY_PARKED))
+        await eventually(lambda: host.loading)
+        assert (await mesh.device()).parked_bytes == 100 * MB  # promised
+        await mesh.jobs.CancelJob(jobs_pb2.CancelJobRequest(id=preload.task_id))
+        assert (await mesh.settled(preload.task_id)).status == jobs_pb2.JOB_STATE_CANCELLED
+        host.gate.set()
+    assert (await mesh.device()).parked_bytes == 0
+    assert (await status(mesh, a)).residency == pb.RESIDENCY_DISK
+    await switched(mesh, a)
 
 
 async def test_preloads_that_wait_leave_room_for_the_load_that_they_wait_for(mesh: Mesh) -> None:

@@ -10,6 +10,7 @@ from services.kit.jobs import Cancelled, Claim, Handler, JobStore
 from services.registry.adapters.postgres import LOAD_KIND, PRELOAD_KIND, SWITCH_KIND, PostgresTransaction
 from services.registry.failures import load_failure
 from services.registry.operations.groups import run_preload
+from services.registry.operations.parking import forget
 from services.registry.operations.registry import Registry
 from services.registry.operations.running import run_load, settle
 from services.registry.operations.switching import run_switch
@@ -59,7 +60,13 @@ def handlers(registry: Registry, jobs: JobStore) -> dict[str, Handler]:
             raise
 
     async def preload(claim: Claim) -> dict[str, Any]:
-        return await run_preload(registry, ClaimLease(claim, jobs))
+        lease = ClaimLease(claim, jobs)
+        try:
+            return await run_preload(registry, lease)
+        except Cancelled:
+            async with lease.commit() as tx:
+                await forget(tx, lease.id)
+            raise
 
     async def switch(claim: Claim) -> dict[str, Any]:
         return await run_switch(registry, ClaimLease(claim, jobs))

@@ -66,7 +66,15 @@ class GrpcModelHosts:
         return Need(**to_dict(found.breakdown))
 
     async def load(
-        self, address: str, model_id: str, source: Source, quantization: str, *, digest: str, fingerprint: str
+        self,
+        address: str,
+        model_id: str,
+        source: Source,
+        quantization: str,
+        *,
+        digest: str,
+        fingerprint: str,
+        parked: bool = False,
     ) -> AsyncGenerator[LoadStep]:
         """Load; the call is cancelled when the iteration ends early."""
         request = to_message(
@@ -76,6 +84,7 @@ class GrpcModelHosts:
                 "quantization": quantization,
                 "expected_digest": digest,
                 "expected_fingerprint": fingerprint,
+                "parked": parked,
             },
             source=_source(source),
         )
@@ -110,9 +119,11 @@ class GrpcModelHosts:
         with translated():
             return hosted(await self._stub(address).Restore(pb.RestoreRequest(model_id=model_id), timeout=MOVE_SECONDS))
 
-    async def attach_lens(self, address: str, model_id: str, lens_id: str, kind: str, artifact: LensArtifact) -> int:
-        """Bring a lens to a resident model."""
-        request = pb.AttachLensRequest(model_id=model_id, lens=_lens(lens_id, kind, artifact))
+    async def attach_lens(
+        self, address: str, model_id: str, lens_id: str, kind: str, artifact: LensArtifact, *, parked: bool = False
+    ) -> int:
+        """Bring a lens to a resident model, or to a parked one."""
+        request = pb.AttachLensRequest(model_id=model_id, lens=_lens(lens_id, kind, artifact), parked=parked)
         with translated():
             return (await self._stub(address).AttachLens(request, timeout=LENS_SECONDS)).memory_bytes
 

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from services.kit.errors import Exhausted, Invalid, LensmeshError
+from services.kit.errors import Exhausted, Invalid, LensmeshError, Unsupported
 from services.kit.ids import new_id
 from services.kit.requests import RequestKey
-from services.registry.domain import Beside, Caller, Group
+from services.registry.domain import Beside, Caller, Group, Residency
 from services.registry.failures import not_resident
 from services.registry.job_ports import LoadLease
 from services.registry.listing import Listed, Page
 from services.registry.operations.lenses import bring, take_lens_off
 from services.registry.operations.loading import await_job, bring_base, move_model
+from services.registry.operations.parking import park_base, park_lens, require_parking
 from services.registry.operations.planning import ASSUMED_BYTES_PER_SECOND
 from services.registry.operations.registry import Registry
 from services.registry.operations.serving import with_lenses
@@ -171,17 +172,28 @@ async def analyze(registry: Registry, group_id: str, lens_ids: Sequence[str], qu
         return await making_room(registry, copy, forward, reads)
 
 
-async def preload_group(registry: Registry, caller: Caller, group_id: str, lens_ids: Sequence[str]) -> tuple[str, int]:
-    """Queue a job that brings the base and the lenses to the device; its id and how many lenses.
+async def preload_group(
+    registry: Registry, caller: Caller, group_id: str, lens_ids: Sequence[str], *, parked: bool
+) -> tuple[str, int]:
+    """Queue a job that brings the base and the lenses to a device, or to host memory; its id and how many lenses.
 
     Raises:
         NotFound: no such group or lens.
+        Unsupported: to host memory, where no device parks.
     """
+    if parked:
+        await require_parking(registry)
     async with registry.store.transaction() as tx:
         group = await tx.groups.get(group_id)
         wanted = [group.lens(lens_id).id for lens_id in lens_ids] or [lens.id for lens in group.lenses]
         job_id = new_id("job")
-        payload = {"group_id": group_id, "model_id": group.model_id, "lens_ids": wanted, "foreseen": False}
+        payload = {
+            "group_id": group_id,
+            "model_id": group.model_id,
+            "lens_ids": wanted,
+            "foreseen": False,
+            "parked": parked,
+        }
         await tx.enqueue_preload(job_id, payload, caller.subject)
     return job_id, len(wanted)
 
@@ -189,19 +201,21 @@ async def preload_group(registry: Registry, caller: Caller, group_id: str, lens_
 async def run_preload(registry: Registry, lease: LoadLease) -> dict[str, Any]:
     """Do the preload that a job stands for; a lens that fails does not hold up the others.
 
+    What was asked for goes to host memory where no device has room.
+
     Raises:
         LensmeshError: the base could not be loaded.
     """
     group_id, wanted = lease.payload["group_id"], list(lease.payload["lens_ids"])
     foreseen = lease.payload["foreseen"]
-    beside = Beside(spares="all" if foreseen else "young")
+    told = _Told(registry, lease, len(wanted))
     try:
-        copy = await lease.unless_stopped(bring_base(registry, lease.payload["model_id"], beside))
+        copy = await _preloaded(registry, lease, told)
     except Exhausted:
         if not foreseen:
             raise
         return {"group_id": group_id, "loaded": 0, "failed": wanted}  # nobody asked for it
-    told = _Told(registry, lease, len(wanted), size=copy.charge_bytes)
+    told.size, told.residency = copy.charge_bytes, "parked" if copy.state == "parked" else "device"
     await told.tell(None)
     async with registry.store.transaction() as tx:
         group = await tx.groups.get(group_id)
@@ -210,7 +224,11 @@ async def run_preload(registry: Registry, lease: LoadLease) -> dict[str, Any]:
     async def one(lens_id: str) -> None:
         async with turn:
             try:
-                told.size += await bring(registry, group.lens(lens_id), copy, evict=not foreseen)
+                lens = group.lens(lens_id)
+                if copy.state == "parked":
+                    told.size += await park_lens(registry, lens, copy)
+                else:
+                    told.size += await bring(registry, lens, copy, evict=not foreseen)
                 told.loaded += 1
             except LensmeshError as error:
                 told.failed.append(lens_id)
@@ -219,7 +237,29 @@ async def run_preload(registry: Registry, lease: LoadLease) -> dict[str, Any]:
             await told.tell(lens_id)
 
     await lease.unless_stopped(asyncio.gather(*(one(lens_id) for lens_id in wanted)))
-    return {"group_id": group_id, "loaded": told.loaded, "failed": sorted(told.failed)}
+    return {
+        "group_id": group_id,
+        "loaded": told.loaded,
+        "failed": sorted(told.failed),
+        "residency": told.residency,
+    }
+
+
+async def _preloaded(registry: Registry, lease: LoadLease, told: _Told) -> Residency:
+    """The base of a preload, where it was asked to be, else in host memory unless it was only foreseen."""
+    model_id, foreseen = lease.payload["model_id"], lease.payload["foreseen"]
+    if lease.payload.get("parked"):
+        return await park_base(registry, lease, model_id, told.coming)
+    beside = Beside(spares="all" if foreseen else "young")
+    try:
+        return await lease.unless_stopped(bring_base(registry, model_id, beside))
+    except Exhausted as refusal:
+        if foreseen:
+            raise
+        try:
+            return await park_base(registry, lease, model_id, told.coming)
+        except (Exhausted, Unsupported):
+            raise refusal from None
 
 
 @dataclass(slots=True)
@@ -229,18 +269,25 @@ class _Told:
     registry: Registry
     lease: LoadLease
     total: int
-    size: int
+    size: int = 0
+    residency: str = "parked"
     loaded: int = 0
     failed: list[str] = field(default_factory=list)
 
+    async def coming(self, percent: float) -> None:
+        """While the base comes to host memory; a load onto a device has events of its own."""
+        await self._tell(None, percent / (self.total + 1))
+
     async def tell(self, lens_id: str | None) -> None:
         """After a lens, or after the base alone."""
-        percent = 100.0 * (self.loaded + len(self.failed) + 1) / (self.total + 1)
+        await self._tell(lens_id, 100.0 * (self.loaded + len(self.failed) + 1) / (self.total + 1))
+
+    async def _tell(self, lens_id: str | None, percent: float) -> None:
         figures = {"loaded": self.loaded, "total": self.total, "bytes": self.size, "progress": percent}
         group_id = self.lease.payload["group_id"]
         async with self.lease.commit() as tx:
             facts = {"group_id": group_id, "lens_id": lens_id, "task_id": self.lease.id}
-            facts["foreseen"] = self.lease.payload["foreseen"]
+            facts |= {"foreseen": self.lease.payload["foreseen"], "residency": self.residency}
             await tx.emit("group:preload", group_id, {**facts, **figures})
             await self.lease.progress(percent, figures)
 

@@ -149,6 +149,7 @@ async def tick(registry: Registry) -> None:
     await relieve(registry)
     await settle_abandoned(registry)
     async with registry.store.transaction() as tx:
+        await tx.placement.forget_ended_preloads()
         wanted = await tx.models.to_restore()
         alive = await tx.placement.hosts()
     for model_id in wanted if alive else ():

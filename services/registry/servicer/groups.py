@@ -78,8 +78,11 @@ class GroupServicer(groups_pb2_grpc.GroupServiceServicer):
         return _switch_message(lens_id, done, done.plan)
 
     async def PreloadGroup(self, request: pb.PreloadGroupRequest, context: Any) -> pb.PreloadGroupResponse:
-        """Bring base and lenses to the device."""
-        job_id, total = await groups.preload_group(self._registry, caller(), request.id, request.lens_ids)
+        """Bring base and lenses to a device or to host memory."""
+        parked = request.residency == pb.RESIDENCY_PARKED
+        job_id, total = await groups.preload_group(
+            self._registry, caller(), request.id, request.lens_ids, parked=parked
+        )
         return pb.PreloadGroupResponse(id=request.id, total=total, task_id=job_id)
 
     async def MoveGroup(self, request: pb.MoveGroupRequest, context: Any) -> pb.GroupStatus:

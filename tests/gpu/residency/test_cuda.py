@@ -103,6 +103,17 @@ async def test_park_and_restore_keep_every_bit_and_give_the_device_back(pool: Po
     assert (torch.cuda.memory_allocated(), held(DEVICE)) == (0, 0)
 
 
+async def test_a_model_that_comes_parked_touches_the_device_only_when_it_is_restored(pool: Pool) -> None:
+    print_ = (await pool.load("m", models.saved("llama"), "bf16")).fingerprint
+    await pool.unload("m")
+    await pool.load("m", models.saved("llama"), "bf16", parked=True)
+    await pool.attach("m", Spec("l", "logit_lens"), parked=True)
+    assert torch.cuda.memory_allocated() == 0
+    assert (await pool.restore("m")).fingerprint == print_
+    await pool.unload("m")
+    assert (torch.cuda.memory_allocated(), held(DEVICE)) == (0, 0)
+
+
 async def test_running_out_of_memory_leaves_the_pool_and_the_device_as_they_were(pool: Pool) -> None:
     kept = await pool.load("other", models.saved("gpt2"), "none")
     before = torch.cuda.memory_allocated()

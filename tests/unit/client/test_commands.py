@@ -146,6 +146,11 @@ def test_lists_are_tables_or_the_whole_reply(api: FakeApi, lensmesh: Callable[..
         (("groups", "detach", "grp_1", "lens_1"), ("DetachLens", {"group_id": "grp_1", "lens_id": "lens_1"})),
         (("groups", "switch", "grp_1", "lens_1"), ("SwitchLens", {"id": "grp_1", "lens_id": "lens_1"})),
         (("groups", "switch", "grp_1"), ("SwitchLens", {"id": "grp_1"})),
+        (("groups", "preload", "grp_1"), ("PreloadGroup", {"id": "grp_1", "lens_ids": []})),
+        (
+            ("groups", "preload", "grp_1", "--lens", "a", "--parked"),
+            ("PreloadGroup", {"id": "grp_1", "lens_ids": ["a"], "residency": "parked"}),
+        ),
         (
             ("groups", "analyze", "grp_1", "hello", "--lens", "a", "--lens", "b"),
             ("AnalyzeText", {"id": "grp_1", "text": "hello", "lens_ids": ["a", "b"], "top_k": 5}),

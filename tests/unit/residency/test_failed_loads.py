@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from services.kit import errors
-from services.residency import disk_cache, loading, sources
-from services.residency import pool as pools
+from services.residency import disk_cache, estimate, loading, resident, sources
 from services.residency.disk_cache import DiskCache
 from services.residency.pool import Pool
 from services.residency.quantize import resident_bytes
@@ -21,14 +20,14 @@ from tests import models
 OOM = RuntimeError("CUDA error: out of memory")
 STAGES: dict[str, tuple[Any, str, Exception, str]] = {
     "config and headers": (loading, "prepare", OSError(5, "Input/output error"), "MODEL_LOAD_FAILED"),
-    "estimate": (pools, "_needed", loading.LoadFailed("a shape differs"), "MODEL_LOAD_FAILED"),
+    "estimate": (estimate, "laid_out", loading.LoadFailed("a shape differs"), "MODEL_LOAD_FAILED"),
     "a tensor is read": (loading, "read_tensors", OSError(5, "Input/output error"), "MODEL_LOAD_FAILED"),
     "a tensor is quantised": (loading, "replace_linear", OOM, "DEVICE_OOM"),
     "weights are tied": (loading, "_require_complete", loading.LoadFailed("a tensor is missing"), "MODEL_LOAD_FAILED"),
     "the digest": (sources, "digest", OSError(5, "Input/output error"), "MODEL_LOAD_FAILED"),
     "the cache is looked up": (DiskCache, "find", OSError(5, "Input/output error"), "MODEL_LOAD_FAILED"),
-    "the tokenizer": (loading, "load_tokenizer", loading.LoadFailed("not valid"), "MODEL_LOAD_FAILED"),
-    "the first forward": (pools, "fingerprint", MemoryError(), "DEVICE_OOM"),
+    "the tokenizer": (resident, "load_tokenizer", loading.LoadFailed("not valid"), "MODEL_LOAD_FAILED"),
+    "the first forward": (resident, "fingerprint", MemoryError(), "DEVICE_OOM"),
 }
 CACHED = ("the digest", "the tokenizer", "the first forward")
 """Stages after which what was quantised may be kept: it is whole, and of these very files."""

@@ -112,7 +112,7 @@ class PoolMachine(RuleBasedStateMachine):
         elif stage == "out of memory":
             self.failing(pools.loading, "fill", MemoryError(), work, "DEVICE_OOM")
         elif stage == "finish":
-            self.failing(pools, "_finish", RuntimeError("CUDA error: out of memory"), work, "DEVICE_OOM")
+            self.failing(pools, "finished", RuntimeError("CUDA error: out of memory"), work, "DEVICE_OOM")
         elif stage == "digest":
             self.refused(work(), "CHECKSUM_MISMATCH")
         else:

@@ -89,18 +89,20 @@ class MemoryBreakdown(_message.Message):
     def __init__(self, weights: _Optional[int] = ..., quantization_state: _Optional[int] = ..., activations: _Optional[int] = ..., overhead: _Optional[int] = ...) -> None: ...
 
 class Eviction(_message.Message):
-    __slots__ = ("model_id", "bytes", "cause", "parked", "lens_id")
+    __slots__ = ("model_id", "bytes", "cause", "parked", "lens_id", "host_id")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     CAUSE_FIELD_NUMBER: _ClassVar[int]
     PARKED_FIELD_NUMBER: _ClassVar[int]
     LENS_ID_FIELD_NUMBER: _ClassVar[int]
+    HOST_ID_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     bytes: int
     cause: str
     parked: bool
     lens_id: str
-    def __init__(self, model_id: _Optional[str] = ..., bytes: _Optional[int] = ..., cause: _Optional[str] = ..., parked: _Optional[bool] = ..., lens_id: _Optional[str] = ...) -> None: ...
+    host_id: str
+    def __init__(self, model_id: _Optional[str] = ..., bytes: _Optional[int] = ..., cause: _Optional[str] = ..., parked: _Optional[bool] = ..., lens_id: _Optional[str] = ..., host_id: _Optional[str] = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("device", "fits", "available_memory_bytes", "evictions", "restores")

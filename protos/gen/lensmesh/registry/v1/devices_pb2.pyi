@@ -190,16 +190,18 @@ class HeartbeatResponse(_message.Message):
     def __init__(self, register_again: _Optional[bool] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("host_id", "owner", "bytes", "ranks")
+    __slots__ = ("host_id", "owner", "bytes", "ranks", "model_ids")
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_IDS_FIELD_NUMBER: _ClassVar[int]
     host_id: str
     owner: str
     bytes: int
     ranks: int
-    def __init__(self, host_id: _Optional[str] = ..., owner: _Optional[str] = ..., bytes: _Optional[int] = ..., ranks: _Optional[int] = ...) -> None: ...
+    model_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, host_id: _Optional[str] = ..., owner: _Optional[str] = ..., bytes: _Optional[int] = ..., ranks: _Optional[int] = ..., model_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Reservation(_message.Message):
     __slots__ = ("owner", "bytes", "devices")

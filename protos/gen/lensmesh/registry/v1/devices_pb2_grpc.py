@@ -212,7 +212,8 @@ class PlacementServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Reserve(self, request, context):
-        """Reserves bytes of a device; INSUFFICIENT_MEMORY when a ledger has no room, UNSUPPORTED when there are too few GPUs.
+        """Reserves bytes of a device; INSUFFICIENT_MEMORY when a ledger has no room, IN_USE while a model there wants the
+        device alone and may not leave, UNSUPPORTED when there are too few GPUs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

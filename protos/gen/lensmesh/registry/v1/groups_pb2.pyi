@@ -224,12 +224,14 @@ class SwitchLensResponse(_message.Message):
     def __init__(self, lens_id: _Optional[str] = ..., seconds: _Optional[float] = ..., memory_before_bytes: _Optional[int] = ..., memory_after_bytes: _Optional[int] = ..., job_id: _Optional[str] = ..., position: _Optional[int] = ..., estimated_seconds: _Optional[float] = ..., plan: _Optional[_Union[_types_pb2.LoadPlan, _Mapping]] = ...) -> None: ...
 
 class PreloadGroupRequest(_message.Message):
-    __slots__ = ("id", "lens_ids")
+    __slots__ = ("id", "lens_ids", "residency")
     ID_FIELD_NUMBER: _ClassVar[int]
     LENS_IDS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENCY_FIELD_NUMBER: _ClassVar[int]
     id: str
     lens_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, id: _Optional[str] = ..., lens_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    residency: Residency
+    def __init__(self, id: _Optional[str] = ..., lens_ids: _Optional[_Iterable[str]] = ..., residency: _Optional[_Union[Residency, str]] = ...) -> None: ...
 
 class PreloadGroupResponse(_message.Message):
     __slots__ = ("id", "total", "task_id")

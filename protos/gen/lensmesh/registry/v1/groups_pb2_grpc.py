@@ -154,7 +154,7 @@ class GroupServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PreloadGroup(self, request, context):
-        """Brings the base and the lenses to the device.
+        """Brings the base and the lenses to a device, or to host memory if that is asked for or no device has room for them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -70,18 +70,20 @@ class MemoryEstimate(_message.Message):
     def __init__(self, required_bytes: _Optional[int] = ..., breakdown: _Optional[_Union[_types_pb2.MemoryBreakdown, _Mapping]] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("model_id", "source", "quantization", "expected_digest", "expected_fingerprint")
+    __slots__ = ("model_id", "source", "quantization", "expected_digest", "expected_fingerprint", "parked")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_DIGEST_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     source: SourceSpec
     quantization: _types_pb2.Quantization
     expected_digest: str
     expected_fingerprint: str
-    def __init__(self, model_id: _Optional[str] = ..., source: _Optional[_Union[SourceSpec, _Mapping]] = ..., quantization: _Optional[_Union[_types_pb2.Quantization, str]] = ..., expected_digest: _Optional[str] = ..., expected_fingerprint: _Optional[str] = ...) -> None: ...
+    parked: bool
+    def __init__(self, model_id: _Optional[str] = ..., source: _Optional[_Union[SourceSpec, _Mapping]] = ..., quantization: _Optional[_Union[_types_pb2.Quantization, str]] = ..., expected_digest: _Optional[str] = ..., expected_fingerprint: _Optional[str] = ..., parked: _Optional[bool] = ...) -> None: ...
 
 class LoadProgress(_message.Message):
     __slots__ = ("percent", "bytes_done", "bytes_total", "message", "model", "seconds", "digest")
@@ -144,12 +146,14 @@ class Released(_message.Message):
     def __init__(self, freed_bytes: _Optional[int] = ...) -> None: ...
 
 class AttachLensRequest(_message.Message):
-    __slots__ = ("model_id", "lens")
+    __slots__ = ("model_id", "lens", "parked")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     LENS_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     lens: _types_pb2.LensSpec
-    def __init__(self, model_id: _Optional[str] = ..., lens: _Optional[_Union[_types_pb2.LensSpec, _Mapping]] = ...) -> None: ...
+    parked: bool
+    def __init__(self, model_id: _Optional[str] = ..., lens: _Optional[_Union[_types_pb2.LensSpec, _Mapping]] = ..., parked: _Optional[bool] = ...) -> None: ...
 
 class DetachLensRequest(_message.Message):
     __slots__ = ("model_id", "lens_id")
