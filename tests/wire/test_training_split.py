@@ -107,8 +107,10 @@ async def test_a_kill_changes_no_bit(mesh: Mesh, pids: list[int]) -> None:
 
 
 async def test_files_that_were_changed_are_not_trained_on(mesh: Mesh, tmp_path: Path) -> None:
-    registered = tmp_path / models.saved("gpt2", LAYERS).name
-    mesh.registry.folder = shutil.copytree(models.saved("gpt2", LAYERS, seed=1), registered)
+    saved = models.saved("gpt2", LAYERS)
+    mesh.registry.folder = shutil.copytree(saved, tmp_path / saved.name)
+    config = mesh.registry.folder / "config.json"
+    config.write_text(config.read_text() + "\n")
     async with mesh.working():
         job = await mesh.create(**WANTED)
         failed = await mesh.reached(job.id, pb.TRAINING_STATUS_COMPLETED, pb.TRAINING_STATUS_FAILED)

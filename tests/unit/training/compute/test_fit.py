@@ -298,8 +298,11 @@ def test_learning_rate_rises_holds_and_falls() -> None:
     assert learning_rate(cosine, 30) == pytest.approx(5e-3)
 
 
-def test_bfloat16_products_train_float32_weights() -> None:
-    transcoder, reports = fit(*planted(4096), config(dtype="bfloat16", num_tokens=128 * 200))
-    assert transcoder.W_enc.dtype == transcoder.threshold.dtype == torch.float32
-    assert not torch.equal(transcoder.W_enc, transcoder.W_enc.bfloat16().float())
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+def test_bfloat16_products_train_float32_weights_and_thresholds(activation: str) -> None:
+    wanted = config(dtype="bfloat16", activation=activation, num_tokens=128 * 200)
+    transcoder, reports = fit(*planted(4096), wanted)
+    for tensor in (transcoder.W_enc, transcoder.threshold):
+        assert tensor.dtype == torch.float32
+        assert not torch.equal(tensor, tensor.bfloat16().float())
     assert reports[-1].fvu < 0.3 < reports[0].fvu
