@@ -30,7 +30,7 @@ from tests.wire.test_extraction import texts
 async def mesh(database: Database, tmp_path: Path) -> AsyncIterator[Mesh]:
     torch.set_num_threads(1)
     async with meshing(database, tmp_path / "state") as mesh:
-        mesh.registry.texts = {DATASET: texts(60), "ds_few": texts(5)}
+        mesh.registry.texts = {DATASET: texts(30), "ds_few": texts(5)}
         yield mesh
 
 
