@@ -145,12 +145,24 @@ class Intervention:
 def splices(
     interventions: Sequence[Intervention], family: Family, known: Facts, tokens: int | None = None
 ) -> list[Splice]:
-    """All of them as replacements; `tokens` is the length of a text that does not grow.
+    """All of them as replacements.
+
+    Args:
+        interventions: what is wanted.
+        family: of the model.
+        known: of the model.
+        tokens: length of a text that the base reads; None for one that grows, maybe with an extension's layers.
 
     Raises:
         InterventionRefused: one does not fit the model or the text.
     """
-    for change in interventions:
-        if tokens is not None and any(position >= tokens for position in change.positions):
+    found = [change.splice(family, known) for change in interventions]
+    if tokens is None:
+        return found
+    for change, made in zip(interventions, found, strict=True):
+        layer = site_of(made.target)[0]
+        if not isinstance(layer, int):
+            raise InterventionRefused("site", f"{layer} is no layer of the base")
+        if any(position >= tokens for position in change.positions):
             raise InterventionRefused("positions", f"the text has {tokens} tokens")
-    return [change.splice(family, known) for change in interventions]
+    return found

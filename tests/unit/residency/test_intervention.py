@@ -150,6 +150,7 @@ def test_interventions_do_what_they_say_at_the_positions_they_name():
         ({"op": "zero", "site": "mlp"}, "site"),
         ({"op": "zero", "site": "blocks.0.hook_nothing"}, "site"),
         ({"op": "zero", "site": "blocks.4.hook_mlp_out"}, "site"),
+        ({"op": "zero", "site": "blocks.x1.hook_mlp_out"}, "site"),
         ({"op": "zero", "site": "ln2_normalized"}, "site"),
         ({"op": "zero", "site": "pattern"}, "site"),
         ({"op": "zero", "layer": 4}, "layer"),
