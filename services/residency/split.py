@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import dispatch_model, infer_auto_device_map
@@ -44,7 +46,8 @@ def device_map(prepared: Prepared, count: int, taken: int, device: str) -> tuple
     largest, _ = get_max_layer_size(list(model.named_children()), sizes, whole)
     share = (total + less) // count + largest
     most = {0: max(0, share - less), **dict.fromkeys(range(1, count), share), count - 1: total}
-    found = {path: int(where) for path, where in infer_auto_device_map(model, most, whole).items()}
+    with _unwarned():
+        found = {path: int(where) for path, where in infer_auto_device_map(model, most, whole).items()}
     held = [0] * count
     for name, size in stored.items():
         held[number_of(name, found)] += size
@@ -71,4 +74,17 @@ def load_split(directory: Path, quantization: str, spread: Map, devices: Sequenc
     prepared = prepare(directory, quantization)
     model = fill(prepared, lambda name: devices[number_of(name, spread)], lambda done, total: None)
     places = {path: devices[number] for path, number in spread.items()}
-    return dispatch_model(model, places, main_device=devices[0], force_hooks=True)
+    with _unwarned():
+        return dispatch_model(model, places, main_device=devices[0], force_hooks=True)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Accelerate warns of numbers of devices that this process does not see, and takes the CPU for a way out."""
+    log = logging.getLogger("accelerate")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
