@@ -286,3 +286,21 @@ async def test_two_who_plan_different_processes_for_one_model_get_one_copy(mesh:
     assert (await second).host_id == "left"
     assert (set(left.held), set(right.held)) == ({model.id}, set())
     assert (await ensure_resident(registry, "right", model.id)).host_id == "right"  # who wants it there gets it there
+
+
+async def test_a_model_that_loses_one_of_two_copies_is_wanted_still(mesh: Mesh) -> None:
+    sizes = {"tiny": 100 * MB, "other": 100 * MB}
+    left, right = [
+        await mesh.add_host(FakeHost(host_id=name, accelerator=name, budget=150 * MB, sizes=sizes))
+        for name in ("left", "right")
+    ]
+    model, other = await mesh.create(), await mesh.create("other")
+    for name in ("left", "right"):
+        await mesh.placement.EnsureResident(devices_pb2.EnsureResidentRequest(host_id=name, model_id=model.id))
+    await mesh.load(other.id, device="right")
+    await mesh.reaches(other.id, READY)
+    assert (set(left.held), set(right.held)) == ({model.id}, {other.id})
+    left.held.clear()
+    left.incarnation = "life-2"
+    await mesh.announce(left)
+    await eventually(lambda: model.id in left.held)

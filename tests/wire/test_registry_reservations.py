@@ -170,3 +170,14 @@ async def test_a_job_on_the_model_that_wants_the_device_alone_needs_not_wait(mes
     await mesh.beat(host)
     await reserve(mesh, 10, 1, model)
     assert await ledgers(mesh, 1) == [(90, 10)]
+
+
+async def test_ranks_on_a_cpu_are_spread_over_its_processes_before_anybody_has_to_leave(mesh: Mesh) -> None:
+    for number in range(2):
+        await mesh.add_host(FakeHost(host_id=f"gpu-{number}", budget=200 * MB, sizes={"a": 60 * MB}))
+    model = await loaded(mesh, "a", "gpu-0")
+    assert list((await reserve(mesh, 90, 2)).devices) == ["cpu", "cpu"]
+    assert await ledgers(mesh) == [(60, 90), (0, 90)]
+    assert list((await reserve(mesh, 150, 2)).devices) == ["cpu", "cpu"]  # as much as both have together
+    assert await ledgers(mesh) == [(0, 150), (0, 150)]
+    assert (await mesh.get(model)).status == UNLOADED

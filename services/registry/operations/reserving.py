@@ -111,7 +111,7 @@ def _gang(
 ) -> list[Host]:
     """That host and the best others of its machine, one per GPU: those with room, as they are, and with most of it.
 
-    On a CPU it alone, unless it has no room for all and there are enough others.
+    On a CPU it alone if it has room for all; else, before models leave, together with others.
     """
     if ranks == 1:
         return [first]
@@ -119,8 +119,11 @@ def _gang(
     near = [host for host in live if host.address.rpartition(":")[0] == machine and host.host_id != first.host_id]
     if not first.accelerator:
         others = sorted((host for host in near if not host.accelerator), key=lambda host: -host.free_bytes)
-        enough = placed(size * ranks, first).fits or len(others) < ranks - 1
-        return [first] if enough else [first, *others[: ranks - 1]]
+        together, spread = placed(size * ranks, first), [first, *others[: ranks - 1]]
+        if len(spread) < ranks or (together.fits and not together.evictions):
+            return [first]
+        free = size * ranks <= first.device_free_bytes and all(size <= host.free_bytes for host in spread)
+        return spread if free or not together.fits else [first]
 
     def preference(host: Host) -> tuple[bool, int, int]:
         placement = placed(size, host)
