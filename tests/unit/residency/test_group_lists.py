@@ -94,6 +94,10 @@ async def test_a_group_goes_to_host_memory_whole_and_comes_back_whole(pool: Pool
     await pool.switch("m", "lens-2")
     before = [await read(pool, "m", f"lens-{number}") for number in (1, 2)]
     size = pool.used_bytes
+    pool.park_bytes = size - 1
+    with pytest.raises(errors.Exhausted):
+        await pool.park("m")
+    pool.park_bytes = size
     assert await pool.park("m") == size
     assert (pool.used_bytes, pool.parked_bytes) == (0, size)
     await pool.load("n", models.saved("llama"), "none")

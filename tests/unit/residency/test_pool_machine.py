@@ -28,7 +28,24 @@ from tests import models
 
 MODELS = {"a": ("gpt2", "none"), "b": ("llama", "int8"), "c": ("gpt2", "bf16")}
 LENSES = ("l", "m")
-names, lens_names = st.sampled_from("aaabc"), st.sampled_from(LENSES)
+NOBODY = "nobody"
+names, lens_names = st.sampled_from([*MODELS, NOBODY]), st.sampled_from(LENSES)
+STAGES = ("", "", "", "prepare", "fill", "out of memory", "finish", "digest")
+STEPS = {
+    "load": (st.sampled_from([*MODELS]), st.sampled_from(STAGES)),
+    "unload": (names,),
+    "lease": (names,),
+    "release": (names,),
+    "park": (names, st.sampled_from([False, False, True])),
+    "restore": (names, st.sampled_from(["", "", "changed", "move", "check"])),
+    "attach": (names, lens_names, st.booleans()),
+    "evict_lens": (names, lens_names | st.just("the active one")),
+    "switch": (names, lens_names | st.none()),
+    "crash": (st.sampled_from([False] * 4 + [True]),),
+}
+"""What may happen, and with what; drawn by one rule, for of several rules most are left out of most runs."""
+OFTEN = ("load", "load", "park", "park")
+"""What makes of one model several, some of them parked."""
 
 
 @dataclass
@@ -57,18 +74,32 @@ class PoolMachine(RuleBasedStateMachine):
         self.park_budget = max(self.sizes.values()) + self.lens_bytes
         self.give_back, pools.give_back = pools.give_back, lambda device: 0  # collecting garbage takes most of the time
         self.fresh()
-        self.load("a", "")
-        self.attach("a", "l", corrupt=False)
 
     def fresh(self) -> None:
         """A new process: nothing of the former one is left."""
         self.pool = Pool("cpu", self.budget, self.park_budget)
         self.here: dict[str, Expected] = {}
 
+    def begin(self) -> None:
+        """A first model comes, with an active lens."""
+        self.load("a", "")
+        self.attach("a", "l", corrupt=False)
+        self.switch("a", "l")
+
+    @rule(what=st.one_of(st.tuples(st.just(name), *STEPS[name]) for name in (*STEPS, *OFTEN)))
+    def step(self, what: tuple[Any, ...]) -> None:
+        """One of `STEPS`; there is a model to do it to."""
+        if not self.here:
+            self.begin()
+        getattr(self, what[0])(*what[1:])
+
+    def one(self, name: str) -> str:
+        """A model that is here rather than one that is not: nothing would happen to that."""
+        return name if name in self.here or name == NOBODY else next(iter(self.here), NOBODY)
+
     def teardown(self) -> None:
         if hasattr(self, "pool"):
-            self.crash()
-            self.run(self.pool.close())
+            self.end()
             self.loop.close()
             pools.give_back = self.give_back
             self.folder.cleanup()
@@ -95,7 +126,6 @@ class PoolMachine(RuleBasedStateMachine):
     def room(self) -> int:
         return self.budget - self.total(parked=False)
 
-    @rule(name=names, stage=st.sampled_from(["", "", "prepare", "fill", "out of memory", "finish", "digest"]))
     def load(self, name: str, stage: str) -> None:
         family, quantization = MODELS[name]
         work = lambda: self.pool.load(  # noqa: E731
@@ -130,8 +160,8 @@ class PoolMachine(RuleBasedStateMachine):
         finally:
             setattr(module, name, original)
 
-    @rule(name=names)
     def unload(self, name: str) -> None:
+        name = self.one(name)
         if name in self.here and self.here[name].leases:
             self.refused(self.pool.unload(name), "IN_USE")
         else:
@@ -139,8 +169,8 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.run(self.pool.unload(name)) == expected
             self.here.pop(name, None)
 
-    @rule(name=names)
     def lease(self, name: str) -> None:
+        name = self.one(name)
         stack = AsyncExitStack()
         work = stack.enter_async_context(self.pool.lease(name))
         if name not in self.here or self.here[name].parked:
@@ -149,13 +179,13 @@ class PoolMachine(RuleBasedStateMachine):
             self.run(work)
             self.here[name].leases.append(stack)
 
-    @rule(name=names)
     def release(self, name: str) -> None:
+        name = self.one(name)
         if name in self.here and self.here[name].leases:
             self.run(self.here[name].leases.pop().aclose())
 
-    @rule(name=names, short=st.booleans())
     def park(self, name: str, short: bool) -> None:
+        name = self.one(name)
         if name not in self.here:
             self.refused(self.pool.park(name), "WRONG_STATE")
         elif self.here[name].parked:
@@ -176,8 +206,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.failing(pools, "move", MemoryError(), work, "DEVICE_OOM")
         self.pool.device = "cpu"
 
-    @rule(name=names, stage=st.sampled_from(["", "", "changed", "move", "check"]))
     def restore(self, name: str, stage: str) -> None:
+        name = self.one(name)
         if name not in self.here or not self.here[name].parked:
             return
         if self.size(name) > self.room:
@@ -195,8 +225,8 @@ class PoolMachine(RuleBasedStateMachine):
             self.run(self.pool.restore(name))
             self.here[name].parked = False
 
-    @rule(name=names, lens=lens_names, corrupt=st.booleans())
     def attach(self, name: str, lens: str, corrupt: bool) -> None:
+        name = self.one(name)
         files = Path(self.folder.name) / ("none" if corrupt else "")
         spec = Spec(lens, "tuned_lens", files) if lens == "l" else Spec(lens, "logit_lens")
         work = self.pool.attach(name, spec)
@@ -212,8 +242,8 @@ class PoolMachine(RuleBasedStateMachine):
             self.run(work)
             self.here[name].lenses.add(lens)
 
-    @rule(name=names, lens=lens_names | st.just("the active one"))
     def evict_lens(self, name: str, lens: str) -> None:
+        name = self.one(name)
         if name in self.here:
             lens = (self.here[name].active or "l") if lens == "the active one" else lens
             expected = self.lens_size(name, lens) if lens in self.here[name].lenses else 0
@@ -222,8 +252,8 @@ class PoolMachine(RuleBasedStateMachine):
             if self.here[name].active == lens:
                 self.here[name].active = None
 
-    @rule(name=names, lens=st.none() | lens_names)
     def switch(self, name: str, lens: str | None) -> None:
+        name = self.one(name)
         if name not in self.here or self.here[name].parked:
             self.refused(self.pool.switch(name, lens), "WRONG_STATE")
         elif lens is not None and lens not in self.here[name].lenses:
@@ -232,16 +262,18 @@ class PoolMachine(RuleBasedStateMachine):
             self.run(self.pool.switch(name, lens))
             self.here[name].active = lens
 
-    @rule(chance=st.integers(0, 5))
-    def crash(self, chance: int = 0) -> None:
+    def crash(self, now: bool) -> None:
         """kill -9: leases end nowhere, and the next process has nothing."""
-        if chance:
-            return
+        if now:
+            self.end()
+            self.fresh()
+
+    def end(self) -> None:
+        """The process is gone."""
         for each in self.here.values():
             for stack in each.leases:
                 self.run(stack.aclose())
         self.run(self.pool.close())
-        self.fresh()
 
     @invariant()
     def the_pool_is_as_the_model_says(self) -> None:
