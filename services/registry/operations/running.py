@@ -16,7 +16,7 @@ from services.registry.operations.admission import Order, accept
 from services.registry.operations.leaving import evict_lens, lens_departed
 from services.registry.operations.lenses import restore_lenses
 from services.registry.operations.registry import Registry
-from services.registry.operations.unloading import clear_device, departed, park, take_off, unload_copies
+from services.registry.operations.unloading import clear_processes, departed, park, take_off, unload_copies
 from services.registry.ports import LoadStep, Transaction
 
 STEP_PERCENT = 5.0
@@ -176,8 +176,7 @@ async def _load_making_room(
     except Exhausted as error:
         if error.reason != "DEVICE_OOM":
             raise
-    for process in (host, *host.siblings):
-        await clear_device(registry, process.name, cause="out_of_memory")
+    await clear_processes(registry, host.host_id)
     try:
         return await _load(registry, lease, model, residency, host)
     except Exhausted as error:

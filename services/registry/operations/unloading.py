@@ -169,9 +169,21 @@ async def making_room(
     except Exhausted as error:
         if error.reason != "DEVICE_OOM":
             raise
-    device = f"{copy.host_id}/{copy.device}"
-    await clear_device(registry, device, cause="out_of_memory", keep={copy.model_id, *reads})
+    await clear_processes(registry, copy.host_id, keep={copy.model_id, *reads})
     return await forward()
+
+
+async def clear_processes(registry: Registry, host_id: str, keep: Collection[str] = ()) -> None:
+    """Clear a device that has run out of memory in all its processes; models of `keep` stay in that of `host_id`.
+
+    Raises:
+        NotFound: the host is not live.
+    """
+    async with registry.store.transaction() as tx:
+        siblings = next((host.siblings for host in await tx.placement.hosts() if host.host_id == host_id), ())
+    await clear_device(registry, host_id, cause="out_of_memory", keep=keep)
+    for process in siblings:
+        await clear_device(registry, process.host_id, cause="out_of_memory")
 
 
 async def clear_device(
