@@ -18,13 +18,17 @@ from tests.unit.residency.test_pool_of_extensions import folder
 GIB = 1 << 30
 
 
-@pytest.fixture(params=["cpu", "cpu:0"])
+BOTH = pytest.mark.parametrize("pool", ["cpu", "cpu:0"], indirect=True)
+
+
+@pytest.fixture
 async def pool(request: pytest.FixtureRequest) -> AsyncIterator[Pool]:
-    made = Pool(request.param, GIB, GIB)
+    made = Pool(getattr(request, "param", "cpu:0"), GIB, GIB)
     yield made
     await made.close()
 
 
+@BOTH
 async def test_it_takes_nothing_of_the_device_and_computes_the_same_once_restored(pool: Pool) -> None:
     await pool.load("m", models.saved("gpt2"), "none")
     async with pool.lease("m") as lease:
@@ -78,6 +82,7 @@ async def test_what_may_be_parked_limits_it(pool: Pool, tmp_path: Path) -> None:
     assert (pool.parked_bytes, pool.get("m").lenses) == (size, {})
 
 
+@BOTH
 async def test_only_a_cpu_quantises_in_host_memory(pool: Pool) -> None:
     if pool.device == "cpu":
         assert (await pool.load("m", models.saved("llama"), "int8", parked=True)).state == "parked"
