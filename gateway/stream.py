@@ -22,7 +22,7 @@ from services.kit.errors import DeadlineExceeded, LensmeshError
 TOTAL_KEY = "x-total-size"
 """Initial metadata of a byte stream: size of the whole, without which `Range` is ignored."""
 _ENTITY_HEADERS = ("etag", "content-disposition")
-OPEN_SECONDS = 1.0
+OPEN_SECONDS = 5.0
 """How long the reply waits for the first message; a failure until then has its own HTTP status."""
 
 
