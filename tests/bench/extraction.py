@@ -2,8 +2,8 @@
 
 The floor is a bare forward pass of the same batches, cut off behind the deepest hook point by a model that has no
 further layers: no hooks, no copies, nothing written. Peers capture the same tensors of the same batches and write
-nothing. Each contestant runs in turn, several rounds; what counts is the median of the rounds' ratios, so that a
-machine's moods meet all of them. nnsight has an environment of its own: `--nnsight /path/to/its/python`.
+nothing. Each contestant runs in turn behind a floor, several rounds; what counts is the median of the ratios, so that
+a machine's moods meet all of them. nnsight has an environment of its own: `--nnsight /path/to/its/python`.
 """
 
 from __future__ import annotations
@@ -90,15 +90,17 @@ def extract(model: nn.Module, sequences: Sequences, plan: Plan, points: list[str
 
 
 def against(floor_run: Contestant, contestants: Mapping[str, Contestant]) -> dict[str, float]:
-    """Median seconds of the floor, and of each contestant the median of floor / contestant over the rounds."""
+    """Median seconds of the floor, and of each contestant the median of floor / contestant over the rounds.
+
+    Each has a floor of its own right before it: a minute later the machine may be another one.
+    """
     floors: list[float] = []
     ratios: dict[str, list[float]] = {name: [] for name in contestants}
     for measured in range(ROUNDS + 1):
-        base = _seconds(floor_run)
-        taken = {name: _seconds(run) for name, run in contestants.items()}
-        if measured:  # the first round warms up
-            floors.append(base)
-            for name, spent in taken.items():
+        for name, run in contestants.items():
+            base, spent = _seconds(floor_run), _seconds(run)
+            if measured:  # the first round warms up
+                floors.append(base)
                 ratios[name].append(base / spent)
     return {"floor_seconds": statistics.median(floors)} | {
         name: statistics.median(found) for name, found in ratios.items()
