@@ -173,9 +173,21 @@ class HeldLens:
     last_used_at: datetime
     leases: int = 0
     state: str = "here"
-    """coming, here, or leaving to make room for something."""
+    """coming, here, leaving or parking to make room for something, parked alone, or dropping from there."""
     job_id: str | None = None
     """The load that it makes room for."""
+    source: str = ""
+    """Model whose activations it reads; its base when empty."""
+
+    @property
+    def stowed(self) -> bool:
+        """Whether it is in host memory alone, and costs the device nothing."""
+        return self.state in ("parked", "dropping")
+
+    @property
+    def moving(self) -> bool:
+        """Whether it comes or leaves right now."""
+        return self.state not in ("here", "parked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,13 +231,13 @@ class Residency:
     @property
     def bytes(self) -> int:
         """What its leaving gives back."""
-        return self.charge_bytes + sum(lens.bytes for lens in self.lenses)
+        return self.charge_bytes + sum(lens.bytes for lens in self.lenses if not lens.stowed)
 
     def bytes_for(self, job_id: str | None) -> int:
         """What comes back of it on the device when all that leaves for a load has left."""
         if self.state in ("unloading", "parking"):
             return self.bytes if self.job_id == job_id else 0
-        return sum(lens.bytes for lens in self.lenses if self.state == "resident" and lens.job_id == job_id)
+        return sum(x.bytes for x in self.lenses if self.state == "resident" and x.job_id == job_id and not x.stowed)
 
     @property
     def moving(self) -> bool:
@@ -318,6 +330,7 @@ class HostedLens:
     memory_bytes: int
     leases: int = 0
     idle_seconds: float = 0.0
+    parked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,15 +480,6 @@ class Group:
             if lens.id == lens_id:
                 return lens
         raise NotFound(f"Group {self.id} has no lens {lens_id}", metadata={"group_id": self.id, "lens_id": lens_id})
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What a user switched to."""
-
-    group_id: str
-    lens_id: str
-    """Empty for the base alone."""
 
 
 @dataclass(frozen=True, slots=True)

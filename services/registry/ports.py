@@ -21,11 +21,11 @@ from services.registry.domain import (
     Load,
     Model,
     Need,
-    Place,
     Residency,
     Source,
 )
 from services.registry.figures import Counted
+from services.registry.habits import Place
 from services.registry.listing import Listed, Page
 
 T = TypeVar("T")
@@ -167,11 +167,11 @@ class PlacementRows(Protocol):
     async def touch_lenses(self, host_id: str, lens_ids: Sequence[str]) -> None:
         """Lenses are used now."""
 
-    async def lenses_leave(self, host_id: str, lens_ids: Sequence[str], job_id: str | None) -> None:
-        """Lenses make room from now on: for a load, or for another lens when there is no job."""
+    async def lens_leaves(self, host_id: str, lens_id: str, job_id: str | None, *, parked: bool) -> None:
+        """A lens makes room from now on: for a load, or for another lens when there is no job."""
 
     async def lens_stays(self, host_id: str, lens_id: str, leases: int | None = None) -> None:
-        """A lens stays after all, because of so many leases when they are known."""
+        """A lens stays where it is after all, because of so many leases when they are known."""
 
     async def lenses_stay(self, job_id: str) -> None:
         """The lenses that were to make room for a load stay."""
@@ -249,8 +249,8 @@ class GroupRows(Protocol):
     async def displace_lens(self, lens_id: str, host_id: str) -> None:
         """A lens is off a device."""
 
-    async def lenses_on(self, model_id: str, host_id: str) -> dict[str, int]:
-        """Bytes by lens id."""
+    async def lens_parked(self, lens_id: str, host_id: str) -> None:
+        """A lens has left a device for host memory."""
 
     async def exclusive(self, model_id: str) -> bool:
         """Whether a group of a base wants the device alone."""
@@ -438,8 +438,8 @@ class ModelHosts(Protocol):
     ) -> int:
         """Bring a lens to a resident model, or to a parked one; its bytes there."""
 
-    async def detach_lens(self, address: str, model_id: str, lens_id: str) -> None:
-        """Take a lens off."""
+    async def detach_lens(self, address: str, model_id: str, lens_id: str, *, park: bool = False) -> None:
+        """Take a lens off, to park it or for good."""
 
     async def switch_lens(self, address: str, model_id: str, lens_id: str | None) -> Switched:
         """Make a lens the active one."""

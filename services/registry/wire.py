@@ -64,7 +64,8 @@ def hosted(message: devices_pb2.HostedModel) -> HostedModel:
     """A model as its host reports it."""
     fields = to_dict(message)
     fields["lenses"] = {
-        lens.lens_id: HostedLens(lens.memory_bytes, lens.leases, lens.idle_seconds) for lens in message.lenses
+        lens.lens_id: HostedLens(lens.memory_bytes, lens.leases, lens.idle_seconds, lens.parked)
+        for lens in message.lenses
     }
     fields["active_lens_id"] = message.active_lens_id or None
     return HostedModel(**fields)

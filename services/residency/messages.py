@@ -96,23 +96,25 @@ def memory_estimate(found: Estimate) -> residency_pb2.MemoryEstimate:
     )
 
 
-def hosted_lens(attached: Attached) -> devices_pb2.HostedLens:
+def hosted_lens(attached: Attached, *, parked: bool = False) -> devices_pb2.HostedLens:
     """A lens as its host sees it."""
     return devices_pb2.HostedLens(
         lens_id=attached.spec.lens_id,
         memory_bytes=attached.nbytes,
         leases=attached.leases,
         idle_seconds=time.monotonic() - attached.last_used,
+        parked=parked,
     )
 
 
 def hosted_model(resident: Resident) -> devices_pb2.HostedModel:
     """A model as its host sees it."""
+    lenses = [hosted_lens(attached) for attached in resident.lenses.values()]
     return devices_pb2.HostedModel(
         model_id=resident.model_id,
         quantization=_QUANTIZATION_VALUES[resident.quantization],
         memory_bytes=resident.nbytes,
-        lenses=[hosted_lens(attached) for attached in resident.lenses.values()],
+        lenses=[*lenses, *(hosted_lens(attached, parked=True) for attached in resident.parked.values())],
         active_lens_id=resident.active,
         fingerprint=resident.fingerprint,
         leases=resident.leases,
@@ -178,6 +180,7 @@ def lens_spec(message: types_pb2.LensSpec) -> Spec:
         base_digest=message.base_digest,
         layer=message.layer if message.HasField("layer") else None,
         source_model_id=message.activation_source_model_id,
+        artifact_uri=message.artifact_uri,
     )
 
 

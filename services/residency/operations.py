@@ -231,13 +231,17 @@ class Host:
 
     async def attach(self, model_id: str, spec: Spec, artifact_uri: str, *, parked: bool) -> None:
         """Bring a lens to a resident model, or to a parked one."""
-        async with self._files(artifact_uri) as folder:
-            await self.pool.attach(model_id, replace(spec, folder=folder), parked=parked)
+        await self._bring(model_id, spec, artifact_uri, parked=parked)
         self.guests.keep(model_id, spec.lens_id)
 
-    async def _bring(self, model_id: str, spec: Spec, artifact_uri: str) -> None:
+    async def _bring(self, model_id: str, spec: Spec, artifact_uri: str, *, parked: bool = False) -> None:
+        """From host memory where it is parked there, else from its files."""
+        stowed = self.pool.get(model_id).parked.get(spec.lens_id)
+        if stowed is not None and stowed.spec == replace(spec, folder=stowed.spec.folder):
+            await self.pool.attach(model_id, stowed.spec, parked=parked)
+            return
         async with self._files(artifact_uri) as folder:
-            await self.pool.attach(model_id, replace(spec, folder=folder))
+            await self.pool.attach(model_id, replace(spec, folder=folder), parked=parked)
 
     async def switch(self, model_id: str, lens_id: str | None) -> float:
         """Make a lens the active one, or the base alone; returns seconds."""
@@ -280,7 +284,7 @@ class Host:
             spec = Spec(lens_id="", kind="transcoder", folder=folder)
             lens = await self.pool.run(load_lens, spec, lease.record.base)
             ids = await self._ids(asked, lease)
-            found = await self._read(lease, [Attached(spec, lens, "")], ids, asked)
+            found = await self._read(lease, [Attached(spec, lens)], ids, asked)
         return Analysis(ids, [(spec, found[0])], time.perf_counter() - start)
 
     async def _ids(self, asked: Asked, lease: Lease) -> list[int]:

@@ -29,6 +29,26 @@ def move(model: nn.Module, lenses: Sequence[Lens], origin: str, target: str) -> 
         raise
 
 
+def stow(lens: Lens, origin: str) -> None:
+    """Take a lens off and bring it to host memory from a torch device; where that fails, it is attached as before."""
+    lens.detach()
+    try:
+        lens.move("cpu")
+    except BaseException:
+        fetch(lens, origin)
+        raise
+
+
+def fetch(lens: Lens, target: str) -> None:
+    """Bring a lens from host memory to a torch device and attach it; where that fails, it is as before."""
+    try:
+        lens.move(target)
+    except BaseException:
+        lens.move("cpu")
+        raise
+    lens.attach()
+
+
 def relocate(model: nn.Module, convert: Convert) -> None:
     """Replace the memory of every tensor by what `convert` makes of it; tensors that share memory still do afterwards.
 

@@ -9,21 +9,20 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
 
 from services.kit import errors
-from services.residency import estimate, loading, sources
+from services.residency import attachments, estimate, loading, sources
 from services.residency.disk_cache import DiskCache
 from services.residency.failures import insufficient_memory, translated
 from services.residency.fingerprint import fingerprint
 from services.residency.guests import Guests
 from services.residency.lease import Lease
-from services.residency.lenses import Spec, needed
-from services.residency.lenses import load as load_lens
+from services.residency.lenses import Spec
 from services.residency.memory import give_back
 from services.residency.park import move
 from services.residency.resident import Attached, Residency, Resident, finished
@@ -62,8 +61,9 @@ class Pool:
 
     @property
     def parked_bytes(self) -> int:
-        """Bytes of parked models and their lenses, in host memory."""
-        return self._bytes("parked")
+        """Bytes of parked models and their lenses, and of lenses that are parked alone, in host memory."""
+        alone = (attached.nbytes for resident in self._residents.values() for attached in resident.parked.values())
+        return self._bytes("parked") + sum(alone)
 
     @property
     def reserved_bytes(self) -> int:
@@ -197,9 +197,9 @@ class Pool:
         what = (prepared.model, prepared.entries, prepared.quantization, prepared.dtype)
         needed = await self.run(estimate.laid_out, *what, self.device)
         if parked:
-            self._coming_parked[model_id] = self._require_parking(needed.weights + needed.quantization_state)
+            self._coming_parked[model_id] = self.require_parking(needed.weights + needed.quantization_state)
         else:
-            self._loading[model_id] = self._require(needed.required)
+            self._loading[model_id] = self.require(needed.required)
         return await self._filled(model_id, prepared, digest, progress, parked=parked)
 
     async def _filled(
@@ -239,14 +239,14 @@ class Pool:
             )
         return resident
 
-    def _require(self, required: int) -> int:
+    def require(self, required: int) -> int:
         """Raises errors.Exhausted, `INSUFFICIENT_MEMORY`, when the budget has fewer bytes left; else these bytes."""
         available = self.budget_bytes - self.used_bytes - self.reserved_bytes
         if required > available:
             raise insufficient_memory(required, available)
         return required
 
-    def _require_parking(self, required: int) -> int:
+    def require_parking(self, required: int) -> int:
         """The same for bytes of host memory that may still be parked."""
         available = self.park_bytes - self.parked_bytes - sum(self._coming_parked.values())
         if required > available:
@@ -291,6 +291,7 @@ class Pool:
             freed = resident.total_bytes
             self._residents.pop(model_id, None)
             resident.lenses.clear()
+            resident.parked.clear()
         del resident
         await self.run(give_back, self.device)
         return freed
@@ -350,9 +351,9 @@ class Pool:
             async with self._leaving(resident, 0):
                 before = self.used_bytes
                 if state == "device":
-                    self._require(resident.total_bytes)
+                    self.require(resident.total_bytes)
                 else:
-                    self._require_parking(resident.total_bytes)
+                    self.require_parking(resident.total_bytes)
                 await self._bring(resident, state)
                 if state == "device":
                     await self._check_restored(resident)
@@ -373,13 +374,7 @@ class Pool:
     async def _check_restored(self, resident: Resident) -> None:
         """Where there is no memory to compute it, the model is parked again: it must not be used unchecked."""
         try:
-            await self._verify(resident)
-            for lens_id, attached in resident.lenses.items():
-                if attached.lens.altering:
-                    found = await self.run(_fingerprint, resident, lens_id)
-                    attached.fingerprint = attached.fingerprint or found  # it was attached while the base was parked
-                    if found != attached.fingerprint:
-                        raise mismatch()
+            await self.verify(resident, list(resident.lenses.values()))
         except errors.Failed:
             raise
         except BaseException:
@@ -389,67 +384,26 @@ class Pool:
     async def attach(self, model_id: str, spec: Spec, *, parked: bool = False) -> Attached:
         """Bring a lens to a resident model, or a parked one; one that is attached from the same files stays as it is.
 
-        Other files under the same id (an extension that was trained on) take the place of the old ones.
+        Other files under the same id (an extension that was trained on) take the place of the old ones. One that is
+        parked alone is moved back, its files unread; the model must then compute with it what it did.
 
         Raises:
             errors.Conflict: `LENS_INCOMPATIBLE` with both values, the model is not there, or `IN_USE`.
             errors.Failed: its files cannot be used, or attaching changed the base.
         """
-        async with self._standing(model_id, parked=parked) as resident:
-            require = self._require if resident.state == "device" else self._require_parking
-            if spec.lens_id in resident.lenses:
-                if resident.lenses[spec.lens_id].spec == spec:
-                    return resident.lenses[spec.lens_id]
-                await self._take_off(resident, spec.lens_id)
-            require(await self.run(needed, spec, resident.base))
-            if spec.source_model_id not in ("", model_id):
-                async with self.lease(spec.source_model_id) as source:
-                    lens = await self.run(load_lens, spec, resident.base, source.record.base)
-            else:
-                lens = await self.run(load_lens, spec, resident.base)
-            try:
-                require(lens.nbytes)
-                print_ = ""
-                if resident.state == "device" or self.device == "cpu":
-                    print_ = await self.run(_fingerprint, resident, spec.lens_id) if lens.altering else ""
-                    await self._verify(resident)
-            except BaseException:
-                await self.run(lens.detach)
-                raise
-            resident.lenses[spec.lens_id] = Attached(spec, lens, print_)
-            return resident.lenses[spec.lens_id]
+        return await attachments.attach(self, model_id, spec, parked=parked)
 
-    @asynccontextmanager
-    async def _standing(self, model_id: str, *, parked: bool) -> AsyncIterator[Resident]:
-        """The model stays where it is inside the block, and its lenses are ours to change."""
-        resident = self.get(model_id)
-        async with nullcontext() if parked and resident.state == "parked" else self.lease(model_id), resident.lock:
-            yield resident
-
-    async def detach(self, model_id: str, lens_id: str) -> int:
-        """Take a lens off; returns its bytes. Nothing to do is no error.
+    async def detach(self, model_id: str, lens_id: str, *, park: bool = False) -> int:
+        """Take a lens off, to `park` it in host memory or for good; returns its bytes. Nothing to do is no error.
 
         Raises:
             errors.Conflict: `IN_USE`: a call uses it.
+            errors.Exhausted: `INSUFFICIENT_MEMORY`: it is more than may be parked; it stays on the device.
+            errors.NotFound: it is to be parked, and is not there.
+            errors.Unsupported: it is to be parked, and shares weights with others or reads another model.
             errors.Failed: `FINGERPRINT_MISMATCH`: the base is not what it was.
         """
-        resident = self.get(model_id)
-        async with resident.lock:
-            return await self._take_off(resident, lens_id) if lens_id in resident.lenses else 0
-
-    async def _take_off(self, resident: Resident, lens_id: str) -> int:
-        if resident.lenses[lens_id].leases:
-            raise errors.Conflict(f"{resident.lenses[lens_id].leases} calls use the lens", reason="IN_USE")
-        before = resident.total_bytes
-        attached = resident.lenses.pop(lens_id)
-        if resident.active == lens_id:
-            resident.active = None
-        await self.run(attached.lens.detach)
-        if resident.state == "device":  # else its restore does
-            await self._verify(resident)
-        del attached
-        await self.run(give_back, self.device)
-        return before - resident.total_bytes
+        return await attachments.detach(self, model_id, lens_id, park=park)
 
     async def switch(self, model_id: str, lens_id: str | None) -> float:
         """Make an attached lens the active one, or none; returns the seconds it took.
@@ -467,11 +421,20 @@ class Pool:
                 resident.lenses[lens_id].last_used = time.monotonic()
         return time.perf_counter() - start
 
-    async def _verify(self, resident: Resident) -> None:
-        found = await self.run(_fingerprint, resident, None)
-        resident.fingerprint = resident.fingerprint or found  # it came parked, and is on the device for the first time
-        if found != resident.fingerprint:
-            raise mismatch()
+    async def verify(self, resident: Resident, lenses: Sequence[Attached] = ()) -> None:
+        """Compare fingerprints, of the base and with each of these lenses that alters it; the first ones are kept.
+
+        Raises:
+            errors.Failed: `FINGERPRINT_MISMATCH`.
+        """
+        altering = [attached for attached in lenses if attached.lens.altering]
+        checks: list[Resident | Attached] = [resident, *altering]
+        for checked in checks:
+            lens_id = checked.spec.lens_id if isinstance(checked, Attached) else None
+            found = await self.run(_fingerprint, resident, lens_id)
+            checked.fingerprint = checked.fingerprint or found  # what came parked has none at first
+            if found != checked.fingerprint:
+                raise mismatch()
 
     async def close(self) -> None:
         """Drop every model and end the threads; running work is waited for."""

@@ -28,7 +28,7 @@ class Attached:
 
     spec: Spec
     lens: Lens
-    fingerprint: str
+    fingerprint: str = ""
     """Of the model while this lens alters it; empty for reading lenses."""
     leases: int = 0
     """Calls that have it in force, or read through it."""
@@ -66,6 +66,8 @@ class Resident:
     """Of the base with no altering lens in force."""
     state: Residency = "device"
     lenses: dict[str, Attached] = field(default_factory=dict)
+    parked: dict[str, Attached] = field(default_factory=dict)
+    """Lenses that are in host memory alone, wherever the base is; nothing of them is left in it."""
     active: str | None = None
     """Lens that generate and analyze take when they name none."""
     leaving: bool = False
@@ -80,7 +82,7 @@ class Resident:
 
     @property
     def total_bytes(self) -> int:
-        """Base and lenses."""
+        """Base and lenses, without those that are parked alone."""
         return self.nbytes + sum(attached.nbytes for attached in self.lenses.values())
 
     def enter(self) -> None:

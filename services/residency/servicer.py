@@ -71,9 +71,10 @@ class ModelHostServicer(residency_pb2_grpc.ModelHostServiceServicer):
         return messages.hosted_lens(self._pool.get(request.model_id).lenses[request.lens.lens_id])
 
     async def DetachLens(self, request: residency_pb2.DetachLensRequest, context: Any) -> residency_pb2.Released:
-        """Take a lens off."""
+        """Take a lens off, to park it or for good."""
         with self._host.metrics.watching():
-            return residency_pb2.Released(freed_bytes=await self._pool.detach(request.model_id, request.lens_id))
+            freed = await self._pool.detach(request.model_id, request.lens_id, park=request.park)
+        return residency_pb2.Released(freed_bytes=freed)
 
     async def SwitchLens(self, request: residency_pb2.SwitchLensRequest, context: Any) -> residency_pb2.Switched:
         """Make a lens the active one."""

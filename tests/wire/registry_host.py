@@ -24,8 +24,8 @@ CONFIG = {"model_type": "gpt2", "hidden_size": 64, "num_hidden_layers": 4, "arch
 
 
 def weight(model: devices_pb2.HostedModel) -> int:
-    """Bytes with its lenses."""
-    return model.memory_bytes + sum(lens.memory_bytes for lens in model.lenses)
+    """Bytes with its lenses, without those that are parked alone."""
+    return model.memory_bytes + sum(lens.memory_bytes for lens in model.lenses if not lens.parked)
 
 
 async def _at_once(extension_id: str) -> None:
@@ -161,11 +161,19 @@ class FakeHost(
         if model.leases:
             raise errors.Conflict("leases are held", reason="IN_USE")
         await self.gate.wait()
-        taken = sum(weight(held) for held in self.held.values() if held.parked)
-        if self.refuses_to_park or weight(model) > self.park - taken:
-            raise errors.Exhausted("host memory is full", reason="INSUFFICIENT_MEMORY")
+        self.require_parking(weight(model))
         model.parked = True
         return host_pb.Released(freed_bytes=model.memory_bytes)
+
+    @property
+    def parked_bytes(self) -> int:
+        """Bytes of parked models, and of lenses that are parked alone."""
+        alone = (lens.memory_bytes for model in self.held.values() for lens in model.lenses if lens.parked)
+        return sum(weight(held) for held in self.held.values() if held.parked) + sum(alone)
+
+    def require_parking(self, size: int) -> None:
+        if self.refuses_to_park or size > self.park - self.parked_bytes:
+            raise errors.Exhausted("host memory is full", reason="INSUFFICIENT_MEMORY")
 
     async def Restore(self, request: Any, context: Any) -> Any:
         self.asked.append(("Restore", request))
@@ -181,6 +189,8 @@ class FakeHost(
         lenses = self.held[request.model_id].lenses
         if all(other.lens_id != lens.lens_id for other in lenses):
             lenses.append(lens)
+        for other in lenses:
+            other.parked = other.parked and other.lens_id != lens.lens_id
         return lens
 
     async def DetachLens(self, request: Any, context: Any) -> Any:
@@ -188,6 +198,10 @@ class FakeHost(
         model = self.held[request.model_id]
         if any(lens.lens_id == request.lens_id and lens.leases for lens in model.lenses):
             raise errors.Conflict("calls use the lens", reason="IN_USE")
+        if request.park:
+            self.require_parking(7 * MB)
+            next(lens for lens in model.lenses if lens.lens_id == request.lens_id).parked = True
+            return host_pb.Released(freed_bytes=7 * MB)
         kept = [lens for lens in model.lenses if lens.lens_id != request.lens_id]
         del model.lenses[:]
         model.lenses.extend(kept)
@@ -196,7 +210,7 @@ class FakeHost(
     async def SwitchLens(self, request: Any, context: Any) -> Any:
         self.asked.append(("SwitchLens", request))
         model = self.held[request.model_id]
-        if request.lens_id and all(lens.lens_id != request.lens_id for lens in model.lenses):
+        if request.lens_id and all(lens.lens_id != request.lens_id or lens.parked for lens in model.lenses):
             raise errors.NotFound("the lens is not attached")
         model.active_lens_id = request.lens_id
         return host_pb.Switched(seconds=0.002, memory_before_bytes=5, memory_after_bytes=6)

@@ -14,6 +14,7 @@ from lensmesh.training.v1 import training_pb2
 from services.kit.database import Database
 from services.kit.errors import Exhausted
 from tests.support import eventually
+from tests.wire.registry_host import weight
 from tests.wire.registry_support import MB, FakeHost, Mesh, refused, running
 
 
@@ -50,7 +51,16 @@ async def crowded(
 
 
 def here(host: FakeHost) -> set[str]:
-    return {lens.lens_id for model in host.held.values() if not model.parked for lens in model.lenses}
+    models = [model for model in host.held.values() if not model.parked]
+    return {lens.lens_id for model in models for lens in model.lenses if not lens.parked}
+
+
+def stowed(host: FakeHost) -> set[str]:
+    return {lens.lens_id for model in host.held.values() for lens in model.lenses if lens.parked}
+
+
+def leaving(plan: types.LoadPlan) -> list[tuple[str, str, bool]]:
+    return [(e.lens_id or e.model_id, e.cause, e.parked) for e in plan.placements[0].evictions]
 
 
 async def switch(mesh: Mesh, group_id: str, lens_id: str, **more: bool) -> pb.SwitchLensResponse:
@@ -59,8 +69,8 @@ async def switch(mesh: Mesh, group_id: str, lens_id: str, **more: bool) -> pb.Sw
 
 async def assert_the_ledger_is_the_truth(mesh: Mesh, host: FakeHost) -> None:
     device = await mesh.device()
-    models = [model for model in host.held.values() if not model.parked]
-    assert device.used_bytes == sum(m.memory_bytes + sum(lens.memory_bytes for lens in m.lenses) for m in models)
+    assert device.used_bytes == sum(weight(model) for model in host.held.values() if not model.parked)
+    assert device.parked_bytes == host.parked_bytes
     assert (device.reserved_bytes, device.used_bytes <= device.budget_bytes) == (0, True)
 
 
@@ -143,4 +153,92 @@ async def test_out_of_memory_despite_the_ledger_evicts_and_tries_once_more(mesh:
     else:
         late = await mesh.groups.AttachLens(request)
         assert here(host) == {late.id}
+    await assert_the_ledger_is_the_truth(mesh, host)
+
+
+async def lens_residency(mesh: Mesh, group_id: str, lens_id: str) -> int:
+    lenses = (await mesh.groups.GetGroup(pb.GetGroupRequest(id=group_id))).lenses
+    return next(lens.residency for lens in lenses if lens.id == lens_id)
+
+
+async def test_a_lens_is_parked_as_planned_and_comes_back_from_there(mesh: Mesh) -> None:
+    host, made, lenses = await crowded(mesh, park=14 * MB)
+    plan = (await switch(mesh, made, lenses[3], validate_only=True)).plan
+    assert leaving(plan) == [(lenses[0], "memory", True)]
+    await switch(mesh, made, lenses[3])
+    assert (here(host), stowed(host)) == (set(lenses[1:]), {lenses[0]})
+    assert await lens_residency(mesh, made, lenses[0]) == pb.RESIDENCY_PARKED
+    ((name, data),) = await mesh.events(lenses[0])
+    assert (name, data["freed_bytes"], data["parked"]) == ("lens:evicted", 7 * MB, True)
+    await assert_the_ledger_is_the_truth(mesh, host)
+    assert not await mesh.beat(host)
+    await assert_the_ledger_is_the_truth(mesh, host)  # the host agrees
+    back = (await switch(mesh, made, lenses[0], validate_only=True)).plan
+    assert (back.placements[0].restores, leaving(back)) == (True, [(lenses[1], "memory", True)])
+    await switch(mesh, made, lenses[0])
+    assert (here(host), stowed(host)) == ({lenses[0], *lenses[2:]}, {lenses[1]})
+    assert await lens_residency(mesh, made, lenses[0]) == pb.RESIDENCY_DEVICE
+    status = await mesh.groups.GetGroupStatus(pb.GetGroupStatusRequest(id=made))
+    assert (status.active_lens_id, set(status.resident_lens_ids)) == (lenses[0], here(host))
+    await assert_the_ledger_is_the_truth(mesh, host)
+
+
+async def test_beyond_the_limit_the_lens_that_was_parked_longest_ago_goes_to_disk(mesh: Mesh) -> None:
+    host, made, lenses = await crowded(mesh, 117 * MB, 2, park=14 * MB)
+    for lens, gone, parked in ((2, [], [0]), (3, [], [0, 1]), (0, [1], [2]), (1, [], [2, 3])):
+        plan = (await switch(mesh, made, lenses[lens], validate_only=True)).plan
+        left = {name for name, cause, _ in leaving(plan) if cause == "park_limit"}
+        await switch(mesh, made, lenses[lens])
+        assert (left, stowed(host)) == ({lenses[n] for n in gone}, {lenses[n] for n in parked})
+        await assert_the_ledger_is_the_truth(mesh, host)
+
+
+async def test_a_host_that_does_not_park_a_lens_sends_it_to_disk(mesh: Mesh) -> None:
+    host, made, lenses = await crowded(mesh, park=14 * MB)
+    host.refuses_to_park = True
+    await switch(mesh, made, lenses[3])
+    assert (here(host), stowed(host)) == (set(lenses[1:]), set())
+    ((_, data),) = await mesh.events(lenses[0])
+    assert data["parked"] is False
+    assert await lens_residency(mesh, made, lenses[0]) == pb.RESIDENCY_DISK
+    await assert_the_ledger_is_the_truth(mesh, host)
+
+
+async def test_parked_lenses_give_way_to_a_base_that_is_parked_by_a_load(mesh: Mesh) -> None:
+    host, made, lenses = await crowded(mesh, park=125 * MB)
+    await switch(mesh, made, lenses[3])
+    other = await mesh.create("b")
+    a = (await mesh.groups.GetGroup(pb.GetGroupRequest(id=made))).model_id
+    plan = (await mesh.load(other.id, validate_only=True)).plan
+    assert leaving(plan) == [(lenses[0], "park_limit", False), (a, "memory", True)]
+    await mesh.load(other.id)
+    await mesh.reaches(other.id, models_pb2.MODEL_STATUS_READY)
+    assert (host.held[a].parked, stowed(host)) == (True, set())
+    assert await lens_residency(mesh, made, lenses[0]) == pb.RESIDENCY_DISK
+    await assert_the_ledger_is_the_truth(mesh, host)
+
+
+async def test_rows_follow_what_the_host_has_parked_and_forget_it_with_its_base(mesh: Mesh) -> None:
+    host, made, lenses = await crowded(mesh, park=14 * MB)
+    await switch(mesh, made, lenses[3])
+    (model,) = host.held.values()
+    for lens in model.lenses:
+        lens.parked = lens.lens_id == lenses[1]
+    kept = [lens for lens in model.lenses if lens.lens_id != lenses[0]]
+    del model.lenses[:]
+    model.lenses.extend(kept)
+    await mesh.beat(host)
+    assert [await lens_residency(mesh, made, lens) for lens in lenses[:2]] == [pb.RESIDENCY_DISK, pb.RESIDENCY_PARKED]
+    await assert_the_ledger_is_the_truth(mesh, host)
+    await mesh.models.UnloadModel(models_pb2.UnloadModelRequest(id=model.model_id))
+    assert (await mesh.device()).parked_bytes == 0
+    assert await lens_residency(mesh, made, lenses[1]) == pb.RESIDENCY_DISK
+
+
+async def test_a_lens_that_cannot_come_back_stays_parked(mesh: Mesh) -> None:
+    host, made, lenses = await crowded(mesh, park=14 * MB)
+    await switch(mesh, made, lenses[3])
+    host.lens_error = Exhausted("no room", reason="INSUFFICIENT_MEMORY")
+    assert (await refused(switch(mesh, made, lenses[0]))).reason == "INSUFFICIENT_MEMORY"
+    assert lenses[0] in stowed(host)
     await assert_the_ledger_is_the_truth(mesh, host)

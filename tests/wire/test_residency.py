@@ -293,22 +293,6 @@ async def test_an_extension_that_computes_something_else_after_a_restore_is_foun
     assert host.pool.residents == []
 
 
-async def test_a_model_comes_parked_with_its_lens_and_is_whole_once_restored(host):
-    loaded = (await host.load("m", "gpt2"))[-1].model
-    await host.stub.Unload(residency_pb2.UnloadRequest(model_id="m"))
-    parked = (await host.load("m", "gpt2", parked=True))[-1].model
-    assert (parked.parked, parked.memory_bytes) == (True, loaded.memory_bytes)
-    lens = types_pb2.LensSpec(lens_id="l", kind=types_pb2.LENS_KIND_LOGIT_LENS)
-    request = residency_pb2.AttachLensRequest(model_id="m", lens=lens)
-    assert (await refused(host.stub.AttachLens(request)))[1] == "WRONG_STATE"  # unless it is said that it may be parked
-    request.parked = True
-    await host.stub.AttachLens(request)
-    assert (host.pool.used_bytes, host.pool.parked_bytes) == (0, loaded.memory_bytes)
-    restored = await host.stub.Restore(residency_pb2.RestoreRequest(model_id="m"))
-    assert (restored.parked, restored.fingerprint) == (False, loaded.fingerprint)
-    assert [each.lens_id for each in restored.lenses] == ["l"]
-
-
 async def test_an_extension_of_another_base_is_refused(host):
     await host.load("m", "gpt2")
     base = host.pool.get("m").base

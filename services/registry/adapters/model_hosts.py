@@ -127,12 +127,11 @@ class GrpcModelHosts:
         with translated():
             return (await self._stub(address).AttachLens(request, timeout=LENS_SECONDS)).memory_bytes
 
-    async def detach_lens(self, address: str, model_id: str, lens_id: str) -> None:
-        """Take a lens off."""
+    async def detach_lens(self, address: str, model_id: str, lens_id: str, *, park: bool = False) -> None:
+        """Take a lens off, to park it or for good."""
+        request = pb.DetachLensRequest(model_id=model_id, lens_id=lens_id, park=park)
         with translated():
-            await self._stub(address).DetachLens(
-                pb.DetachLensRequest(model_id=model_id, lens_id=lens_id), timeout=LENS_SECONDS
-            )
+            await self._stub(address).DetachLens(request, timeout=LENS_SECONDS)
 
     async def switch_lens(self, address: str, model_id: str, lens_id: str | None) -> Switched:
         """Make a lens the active one."""

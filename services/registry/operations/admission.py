@@ -140,7 +140,7 @@ async def _charge(tx: Transaction, model: Model, order: Order, plan: LoadPlan, j
     assert best is not None, "only a plan that fits is charged"
     for eviction in best.evictions:
         if eviction.lens_id:
-            await tx.placement.lenses_leave(eviction.host_id, [eviction.lens_id], job)
+            await tx.placement.lens_leaves(eviction.host_id, eviction.lens_id, job, parked=eviction.parked)
             continue
         if eviction.cause == "park_limit":  # nothing of the device's; the job's id alone says that it is leaving
             await tx.placement.change(eviction.model_id, eviction.host_id, job_id=job, cause=eviction.cause)

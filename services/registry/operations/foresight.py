@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from services.kit.errors import LensmeshError, NotFound
 from services.kit.ids import new_id
 from services.kit.logs import get_logger
-from services.registry.domain import Caller, Place
+from services.registry.domain import Caller
+from services.registry.habits import Place
 from services.registry.operations.turns import serving
 from services.registry.ports import Transaction
 

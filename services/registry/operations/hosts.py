@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from services.kit.errors import LensmeshError, NotFound, Unavailable
-from services.registry.domain import Host, HostedModel, Model, Residency
+from services.registry.domain import Host, HostedLens, HostedModel, Model, Residency
 from services.registry.operations.duplicating import duplicate
 from services.registry.operations.loading import restore
 from services.registry.operations.pressure import relieve
@@ -176,18 +176,27 @@ async def _update(registry: Registry, host: Host, row: Residency, hosted: Hosted
     async with registry.store.transaction() as tx:
         model = await tx.models.get(row.model_id, lock=True)
         await adopt(tx, host, hosted)
-        on_device = await tx.groups.lenses_on(row.model_id, host.host_id)
-        for lens_id in on_device.keys() - hosted.lenses.keys():
-            if lens_id in row.lens_ids:  # one that was attached meanwhile is not missing
+        copies = await tx.placement.of_model(row.model_id)
+        now = {lens.lens_id: lens.state for r in copies if r.host_id == host.host_id for lens in r.lenses}
+        known = {lens.lens_id: lens.state for lens in row.lenses}
+        moving = {lens.lens_id for lens in row.lenses if lens.moving}
+        for lens_id in (known.keys() | hosted.lenses.keys()) - moving:
+            if now.get(lens_id) != known.get(lens_id):
+                continue  # it has come, left or moved since the host was asked
+            if lens_id in hosted.lenses:
+                await _place_lens(tx, row.model_id, host, lens_id, hosted.lenses[lens_id])
+            else:
                 await tx.groups.displace_lens(lens_id, host.host_id)
-        moving = {lens.lens_id for lens in row.lenses if lens.state != "here"}
-        for lens_id in hosted.lenses.keys() - moving:
-            await tx.groups.place_lens(lens_id, row.model_id, host.host_id, hosted.lenses[lens_id].memory_bytes)
         if hosted.parked:
             await _not_on_a_device(tx, model)
         elif model.status not in ("ready", "loading"):
             await tx.models.update(row.model_id, status="ready", progress=100.0, memory_usage_bytes=hosted.memory_bytes)
             await tx.emit("model:ready", row.model_id, ready_facts(model, host, hosted))
+
+
+async def _place_lens(tx: Transaction, model_id: str, host: Host, lens_id: str, held: HostedLens) -> None:
+    state = "parked" if held.parked else "here"
+    await tx.groups.place_lens(lens_id, model_id, host.host_id, held.memory_bytes, state)
 
 
 async def _not_on_a_device(tx: Transaction, model: Model) -> None:
@@ -210,7 +219,7 @@ async def _adopt_or_unload(registry: Registry, host: Host, hosted: HostedModel) 
             if model.wanted and model.quantization == hosted.quantization and not hosted.parked:
                 await adopt(tx, host, hosted)
                 for lens_id, lens in hosted.lenses.items():
-                    await tx.groups.place_lens(lens_id, model.id, host.host_id, lens.memory_bytes)
+                    await _place_lens(tx, model.id, host, lens_id, lens)
                 ready = {"status": "ready", "progress": 100.0, "memory_usage_bytes": hosted.memory_bytes}
                 await tx.models.update(model.id, fingerprint=hosted.fingerprint or None, **ready)
                 await tx.emit("model:ready", model.id, ready_facts(model, host, hosted))
@@ -225,10 +234,12 @@ async def _adopt_or_unload(registry: Registry, host: Host, hosted: HostedModel) 
 
 def _differs(rows: Sequence[Residency], held: Sequence[HostedModel]) -> bool:
     still = [row for row in rows if row.state in ("resident", "parked") and not row.moving]
-    expected = {row.model_id: (row.quantization, row.state == "parked", set(row.lens_ids)) for row in still}
+    lenses = {r.model_id: {(x.lens_id, x.state == "parked") for x in r.lenses if not x.moving} for r in still}
+    expected = {row.model_id: (row.quantization, row.state == "parked", lenses[row.model_id]) for row in still}
     busy = {row.model_id for row in rows if row.moving}
-    moving = {lens.lens_id for row in rows for lens in row.lenses if lens.state != "here"}
-    found = {m.model_id: (m.quantization, m.parked, m.lenses.keys() - moving) for m in held if m.model_id not in busy}
+    moving = {lens.lens_id for row in rows for lens in row.lenses if lens.moving}
+    settled = {m.model_id: {(name, x.parked) for name, x in m.lenses.items() if name not in moving} for m in held}
+    found = {m.model_id: (m.quantization, m.parked, settled[m.model_id]) for m in held if m.model_id not in busy}
     if expected != found or any(row.state == "lost" for row in rows):
         return True
     measured = {m.model_id: m.memory_bytes for m in held}

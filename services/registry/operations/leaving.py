@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
-from services.kit.errors import Conflict, LensmeshError, NotFound
+from services.kit.errors import Conflict, Exhausted, LensmeshError, NotFound, Unsupported
 from services.kit.waiting import to_the_end
 from services.registry.domain import Eviction, Placement, Residency
 from services.registry.operations.registry import Registry
@@ -28,26 +30,40 @@ class Taker(Protocol):
         """It does not come: nothing is promised to it any more."""
 
 
-async def evict_lens(registry: Registry, copy: Residency, lens_id: str) -> bool:
-    """Ask the host to take a lens off; false when it is in use there."""
+async def evict_lens(registry: Registry, copy: Residency, lens_id: str, *, park: bool) -> bool:
+    """Ask the host to take a lens off, into its memory if it has room there and may; whether it is parked.
+
+    Raises:
+        Conflict: `IN_USE`.
+    """
+    detach = partial(registry.hosts.detach_lens, copy.address, copy.model_id, lens_id)
     try:
-        await registry.hosts.detach_lens(copy.address, copy.model_id, lens_id)
+        if park:
+            with suppress(Exhausted, Unsupported):
+                await detach(park=True)
+                return True
+        await detach()
     except NotFound:
-        return True
+        return False
     except Conflict as error:
-        return error.reason != "IN_USE"  # else its base is not there any more
-    return True
+        if error.reason == "IN_USE":
+            raise
+    return False  # its base may be gone, too
 
 
-async def lens_departed(tx: Transaction, copy: Residency, lens_id: str, size: int, cause: str) -> None:
-    """A lens is off its device alone: rows and the event say so."""
-    await tx.groups.displace_lens(lens_id, copy.host_id)
+async def lens_departed(tx: Transaction, copy: Residency, lens_id: str, size: int, cause: str, *, parked: bool) -> None:
+    """A lens is off its device alone, or out of host memory: rows and the event say so."""
+    if parked:
+        await tx.groups.lens_parked(lens_id, copy.host_id)
+    else:
+        await tx.groups.displace_lens(lens_id, copy.host_id)
     facts = {
         "lens_id": lens_id,
         "model_id": copy.model_id,
         "device": f"{copy.host_id}/{copy.device}",
         "freed_bytes": size,
         "cause": cause,
+        "parked": parked,
     }
     await tx.emit("lens:evicted", lens_id, facts)
 
@@ -56,14 +72,14 @@ async def mark(tx: Transaction, evictions: Sequence[Eviction]) -> None:
     """Nobody else plans with what is about to leave."""
     for each in evictions:
         if each.lens_id:
-            await tx.placement.lenses_leave(each.host_id, [each.lens_id], None)
+            await tx.placement.lens_leaves(each.host_id, each.lens_id, None, parked=each.parked)
         elif each.cause != "park_limit":
             state = "parking" if each.parked else "unloading"
             await tx.placement.change(each.model_id, each.host_id, state=state, job_id=None)
 
 
 async def leave(registry: Registry, placements: Sequence[Placement], taker: Taker) -> bool:
-    """What the placements name leaves, parked models first; false when something came into use, and all is undone.
+    """What the placements name leaves, what is parked first; false when something came into use, and all is undone.
 
     A caller who is cancelled leaves once everything is off, and `taker` does not come.
 
@@ -97,11 +113,14 @@ async def _leave(registry: Registry, placements: Sequence[Placement], taker: Tak
 
 
 async def _lens_leaves(registry: Registry, copy: Residency, each: Eviction, taker: Taker) -> bool:
-    if not await evict_lens(registry, copy, each.lens_id):
+    try:
+        parked = await evict_lens(registry, copy, each.lens_id, park=each.parked)
+    except Conflict:
         return False
     async with registry.store.transaction() as tx:
-        await lens_departed(tx, copy, each.lens_id, each.bytes, each.cause)
-        await taker.gain(tx, copy.host_id, each.bytes)
+        await lens_departed(tx, copy, each.lens_id, each.bytes, each.cause, parked=parked)
+        if each.cause != "park_limit":
+            await taker.gain(tx, copy.host_id, each.bytes)
     registry.endings.ended(each.lens_id)
     return True
 

@@ -277,7 +277,7 @@ async def _place(
 
     Out of memory, whatever the ledger says, everything idle leaves and it is tried once more.
     """
-    await charge(registry, lens_id, artifact, copy, evict=evict)
+    coming = await charge(registry, lens_id, artifact, copy, evict=evict)
     attach = partial(registry.hosts.attach_lens, copy.address, copy.model_id, lens_id, kind, artifact)
     try:
         try:
@@ -289,7 +289,7 @@ async def _place(
             size = await _attach_or_refuse(attach, artifact, copy)
     except BaseException:
         async with registry.store.transaction() as tx:
-            await tx.groups.displace_lens(lens_id, copy.host_id)
+            await coming.withdraw(tx)
         raise
     async with registry.store.transaction() as tx:
         await tx.groups.place_lens(lens_id, copy.model_id, copy.host_id, size)

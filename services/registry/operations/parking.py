@@ -151,7 +151,9 @@ async def park_lens(registry: Registry, lens: Lens, copy: Residency) -> int:
 
 def park_room(host: Host) -> int:
     """Bytes of host memory that nobody parks in, or is about to."""
-    return host.park_bytes - host.parked_bytes - sum(r.bytes for r in host.residents if r.state == "parking")
+    models = sum(r.bytes for r in host.residents if r.state == "parking")
+    lenses = sum(lens.bytes for r in host.residents for lens in r.lenses if lens.state == "parking")
+    return host.park_bytes - host.parked_bytes - models - lenses
 
 
 async def forget(tx: Transaction, job_id: str) -> None:

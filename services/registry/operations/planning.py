@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from heapq import merge
 
 from services.registry.domain import ALONE, Beside, Eviction, HeldLens, Host, LoadPlan, Need, Placement, Residency
@@ -128,7 +129,7 @@ def place(
     cause = "memory" if lack.most > 0 else "resident_limit"
     alone = _fewest(lack.after(chosen), lenses) if fits else []
     causes = [(r, "exclusive" if r in forced else cause) for r in chosen]
-    evictions = (*_evictions(causes, host, parked), *_of_lenses(alone))
+    evictions = _evictions(causes, alone, host, parked)
     return Placement(
         host,
         fits,
@@ -153,7 +154,9 @@ def place_lens(size: int, host: Host, keep: Collection[str], lens_id: str) -> Pl
         keep: models that stay: its base, and what it reads.
         lens_id: the lens.
     """
-    mine = sum(lens.bytes for r in host.residents for lens in r.lenses if lens.lens_id == lens_id)
+    there = [lens for r in host.residents for lens in r.lenses if lens.lens_id == lens_id]
+    returning = next((lens for lens in there if lens.stowed), None)
+    mine = sum(lens.bytes for lens in there if not lens.stowed)
     lack = _Lack.of(size - mine, host)
     models = idle_on_device(host, keep)
     lenses = idle_lenses(host.shared_residents, {lens_id})
@@ -165,11 +168,10 @@ def place_lens(size: int, host: Host, keep: Collection[str], lens_id: str) -> Pl
             gone.append(model)
         rest = [pair for pair in lenses if pair[0] not in gone]
         if lack.after(gone, rest).most <= 0:
-            evictions = (
-                *_evictions([(r, "memory") for r in gone], host, None),
-                *_of_lenses(_fewest(lack.after(gone), rest)),
-            )
-            return Placement(host, True, available, obtainable, evictions, size)
+            causes = [(r, "memory") for r in gone]
+            evictions = _evictions(causes, _fewest(lack.after(gone), rest), host, returning)
+            restores = returning is not None
+            return Placement(host, True, available, obtainable, evictions, size, restores=restores)
     return Placement(host, False, available, obtainable, (), size)
 
 
@@ -199,10 +201,6 @@ def _fewest(lack: _Lack, lenses: Sequence[tuple[Residency, HeldLens]]) -> list[t
         if lack.after((), rest).most <= 0:
             chosen = rest
     return chosen
-
-
-def _of_lenses(lenses: Sequence[tuple[Residency, HeldLens]]) -> tuple[Eviction, ...]:
-    return tuple(Eviction(r.model_id, r.host_id, lens.bytes, "memory", lens_id=lens.lens_id) for r, lens in lenses)
 
 
 def idle_on_device(
@@ -269,30 +267,68 @@ def _chosen(lack: _Lack, surplus: int, idle: Sequence[Residency], forced: Sequen
     return chosen
 
 
+_Part = tuple[Residency, HeldLens | None]
+"""A model with its lenses, or one of its lenses alone."""
+
+
 def _evictions(
-    causes: Sequence[tuple[Residency, str]], host: Host, returning: Residency | None
+    models: Sequence[tuple[Residency, str]],
+    lenses: Sequence[tuple[Residency, HeldLens]],
+    host: Host,
+    returning: Residency | HeldLens | None,
 ) -> tuple[Eviction, ...]:
     """Who leaves, and why; each process parks its own while its host memory has room.
 
-    There, too, the least recently used give way.
+    There, too, the least recently used give way, lenses that are parked alone before models. A lens that reads another
+    model is not parked without it.
     """
-    dropped: list[Residency] = []
-    kept: list[Residency] = []
+    leaving: list[_Part] = [*((r, None) for r, _ in models), *lenses]
+    dropped: list[_Part] = []
+    kept: list[_Part] = []
     for process in (host, *host.siblings):
-        leaving = [r for r, _ in causes if r.host_id == process.host_id]
-        parked = [r for r in process.residents if leaving and _is_parked(r) and r is not returning]
-        # A model that is to come back takes its room until those that leave for it have left.
-        busy = [r for r in process.residents if r is returning or (r.moving and r.state in ("parking", "parked"))]
-        room = process.park_bytes - sum(r.bytes for r in busy)
-        for residency in sorted((*parked, *leaving), key=lambda r: r.last_used_at, reverse=True):
-            if residency.bytes <= room:
-                room -= residency.bytes
-                kept.append(residency)
-        dropped += [r for r in parked if r not in kept]
+        own = [(r, lens) for r, lens in leaving if r.host_id == process.host_id and not (lens and lens.source)]
+        if not own:
+            continue
+        there = list(_in_host_memory(process))
+        # What is to come back takes its room until those that leave for it have left.
+        parked = [(r, lens) for r, lens in there if _is_settled(r, lens) and (lens or r) is not returning]
+        room = process.park_bytes - sum((lens or r).bytes for r, lens in there if (r, lens) not in parked)
+        for r, lens in sorted((*parked, *own), key=_staying, reverse=True):
+            if (lens or r).bytes <= room:
+                room -= (lens or r).bytes
+                kept.append((r, lens))
+        gone = [part for part in parked if part not in kept]
+        dropped += [(r, lens) for r, lens in gone if lens is None or (r, None) not in gone]
     return (
-        *(Eviction(r.model_id, r.host_id, r.bytes, "park_limit") for r in dropped),
-        *(Eviction(r.model_id, r.host_id, r.bytes, cause, parked=r in kept) for r, cause in causes),
+        *(_eviction(r, lens, "park_limit") for r, lens in dropped),
+        *(_eviction(r, None, cause, parked=(r, None) in kept) for r, cause in models),
+        *(_eviction(r, lens, "memory", parked=(r, lens) in kept) for r, lens in lenses),
     )
+
+
+def _eviction(residency: Residency, lens: HeldLens | None, cause: str, *, parked: bool = False) -> Eviction:
+    lens_id = lens.lens_id if lens is not None else ""
+    return Eviction(residency.model_id, residency.host_id, (lens or residency).bytes, cause, parked, lens_id)
+
+
+def _in_host_memory(process: Host) -> Iterator[_Part]:
+    """What is parked there, and what is about to be."""
+    for residency in process.residents:
+        if residency.state in ("parking", "parked"):
+            yield residency, None
+        for lens in residency.lenses:
+            if lens.stowed or lens.state == "parking":
+                yield residency, lens
+
+
+def _is_settled(residency: Residency, lens: HeldLens | None) -> bool:
+    """Whether it is parked, and neither comes nor goes."""
+    return not residency.moving and lens.state == "parked" if lens is not None else _is_parked(residency)
+
+
+def _staying(part: _Part) -> tuple[bool, datetime]:
+    residency, lens = part
+    return lens is None, (lens or residency).last_used_at
 
 
 def _is_parked(residency: Residency) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.registry.domain import Host, Lens, LensArtifact, LoadPlan, Need, Placement, Residency
+from services.registry.domain import HeldLens, Host, Lens, LensArtifact, LoadPlan, Need, Placement, Residency
 from services.registry.failures import insufficient_memory
-from services.registry.operations.leaving import leave, mark
+from services.registry.operations.leaving import Taker, leave, mark
 from services.registry.operations.planning import place_lens
 from services.registry.operations.registry import Registry
 from services.registry.ports import Transaction
@@ -17,18 +17,25 @@ class _Coming:
     """A lens that comes to a host: what is made room for, see `leaving.Taker`."""
 
     id: str
-    host_id: str
+    copy: Residency
+    """The copy of its base that it comes to."""
     size: int
+    stowed: HeldLens | None = None
+    """It where it is parked, and stays when it does not come."""
 
     async def gain(self, tx: Transaction, host_id: str, size: int) -> None:
-        if host_id == self.host_id:
+        if host_id == self.copy.host_id:
             await tx.groups.charge_lens(self.id, host_id, size, self.size)
 
     async def withdraw(self, tx: Transaction) -> None:
-        await tx.groups.displace_lens(self.id, self.host_id)
+        model_id, host_id = self.copy.model_id, self.copy.host_id
+        if self.stowed is None:
+            await tx.groups.displace_lens(self.id, host_id)
+        else:
+            await tx.groups.place_lens(self.id, model_id, host_id, self.stowed.bytes, "parked")
 
 
-async def charge(registry: Registry, lens_id: str, artifact: LensArtifact, copy: Residency, *, evict: bool) -> None:
+async def charge(registry: Registry, lens_id: str, artifact: LensArtifact, copy: Residency, *, evict: bool) -> Taker:
     """Charge the ledger for a lens that comes to a copy of its base, once what the plan names has left.
 
     Args:
@@ -38,20 +45,24 @@ async def charge(registry: Registry, lens_id: str, artifact: LensArtifact, copy:
         copy: where it goes.
         evict: whether anything may leave for it.
 
+    Returns:
+        It as it comes, which is withdrawn if it does not.
+
     Raises:
         Exhausted: `INSUFFICIENT_MEMORY`; nothing changed.
     """
     while True:
         async with registry.store.transaction() as tx:
             host = await tx.placement.lock_host(copy.host_id)
-            if any(lens.lens_id == lens_id and lens.state == "leaving" for r in host.residents for lens in r.lenses):
-                placement = None
-            else:
-                placement = await _charged(tx, lens_id, artifact, copy, host, evict=evict)
+            there = next((lens for r in host.residents for lens in r.lenses if lens.lens_id == lens_id), None)
+            leaves = there is not None and there.moving and there.state != "coming"
+            placement = None if leaves else await _charged(tx, lens_id, artifact, copy, host, evict=evict)
         if placement is None:  # it is gone in a moment, and its bytes are promised to another
             await registry.endings.wait(lens_id, 0.2)
-        elif await leave(registry, [placement], _Coming(lens_id, copy.host_id, placement.required_bytes)):
-            return
+            continue
+        coming = _Coming(lens_id, copy, placement.required_bytes, there if there and there.stowed else None)
+        if await leave(registry, [placement], coming):
+            return coming
 
 
 async def _charged(
@@ -86,4 +97,4 @@ async def make_all_room(registry: Registry, lens_id: str, artifact: LensArtifact
         most = place_lens(1 << 62, host, keep, lens_id).obtainable_bytes
         placement = place_lens(most, host, keep, lens_id)
         await mark(tx, placement.evictions)
-    await leave(registry, [placement], _Coming(lens_id, copy.host_id, placement.required_bytes))
+    await leave(registry, [placement], _Coming(lens_id, copy, placement.required_bytes))

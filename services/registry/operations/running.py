@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from datetime import datetime
 from functools import partial
 from typing import Any
 
 from services.kit.errors import Conflict, Exhausted, Failed, LensmeshError, Unavailable
-from services.registry.domain import Host, HostedModel, Load, Model, Residency
+from services.registry.domain import HeldLens, Host, HostedModel, Load, Model, Residency
 from services.registry.failures import insufficient_memory
 from services.registry.job_ports import LoadLease
 from services.registry.operations.admission import Order, accept
@@ -97,7 +98,14 @@ async def _prepare(registry: Registry, lease: LoadLease) -> tuple[Model, Residen
                 live = {host.host_id: host for host in await tx.placement.hosts()}
         victims = [each for each in held if each.moving and each.state != "loading"]
         host = live[mine.host_id]
-        if await _evict(registry, lease, victims) and await _evict_lenses(registry, lease, host):
+        leaving = [(copy, lens) for copy in host.shared_residents for lens in copy.lenses if lens.job_id == lease.id]
+        dropped = [(copy, lens) for copy, lens in leaving if lens.stowed]
+        rest = [pair for pair in leaving if pair not in dropped]
+        if (
+            await _evict_lenses(registry, lease, dropped)
+            and await _evict(registry, lease, victims)
+            and await _evict_lenses(registry, lease, rest)
+        ):
             return model, mine, host
 
 
@@ -144,22 +152,25 @@ async def _evict(registry: Registry, lease: LoadLease, victims: list[Residency])
     return True
 
 
-async def _evict_lenses(registry: Registry, lease: LoadLease, host: Host) -> bool:
+async def _evict_lenses(registry: Registry, lease: LoadLease, leaving: Sequence[tuple[Residency, HeldLens]]) -> bool:
     """The same for lenses that leave alone, of models that stay."""
-    leaving = [(copy, lens) for copy in host.shared_residents for lens in copy.lenses if lens.job_id == lease.id]
     for copy, lens in leaving:
-        if not await evict_lens(registry, copy, lens.lens_id):
+        try:
+            parked = await evict_lens(registry, copy, lens.lens_id, park=lens.state == "parking")
+        except Conflict:
             async with lease.commit() as tx:
                 await tx.placement.lens_stays(copy.host_id, lens.lens_id, leases=1)
                 for residency in await tx.placement.of_job(lease.id):
                     if residency.state == "loading":
                         await tx.placement.remove(residency.model_id, residency.host_id)
             return False
+        cause = "park_limit" if lens.stowed else "memory"
         async with lease.commit() as tx:
-            await lens_departed(tx, copy, lens.lens_id, lens.bytes, "memory")
-            await tx.placement.charge(lease.id, copy.host_id, lens.bytes)
+            await lens_departed(tx, copy, lens.lens_id, lens.bytes, cause, parked=parked)
+            if not lens.stowed:
+                await tx.placement.charge(lease.id, copy.host_id, lens.bytes)
         registry.endings.ended(lens.lens_id)
-        registry.gauges.evicted("memory")
+        registry.gauges.evicted(cause)
     return True
 
 
@@ -226,7 +237,7 @@ async def _restore(registry: Registry, host: Host, hosted: HostedModel) -> tuple
     """Move a parked model back; its lenses come with it."""
     start = time.perf_counter()
     model = await registry.hosts.restore(host.address, hosted.model_id)
-    size = model.memory_bytes + sum(lens.memory_bytes for lens in model.lenses.values())
+    size = model.memory_bytes + sum(lens.memory_bytes for lens in model.lenses.values() if not lens.parked)
     return model, LoadStep(100.0, size, size, "Restored from host memory", model, time.perf_counter() - start)
 
 

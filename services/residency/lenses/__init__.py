@@ -63,6 +63,8 @@ class Spec:
     layer: int | None = None
     source_model_id: str = ""
     """Model whose activations it reads; its own base when empty."""
+    artifact_uri: str = ""
+    """Handle of the files; the same one names the same files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +133,15 @@ class Lens(Protocol):
     def move(self, device: str) -> None:
         """Bring its own weights to a torch device."""
 
+    @property
+    def shared(self) -> bool:
+        """Whether another lens has some of its weights, too, so that they cannot leave alone."""
+
     def detach(self) -> None:
         """Take back what `load` left in the base, if anything."""
+
+    def attach(self) -> None:
+        """Put it there again."""
 
 
 Load = Callable[[Spec, Base], Lens]

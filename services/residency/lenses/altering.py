@@ -18,7 +18,7 @@ from services.residency.lenses import (
     TokenReading,
     extension_files,
 )
-from services.residency.lenses.extension import ExtensionRefused
+from services.residency.lenses.extension import Extension, ExtensionRefused
 from services.residency.lenses.logit_lens import most_probable
 from services.residency.splice import Splice, logits, spliced
 
@@ -31,11 +31,14 @@ class ExtensionLens:
     def __init__(self, lens_id: str, base: Base) -> None:
         self._lens_id = lens_id
         self._base = base
+        self._away: Extension | None = None
+        """The extension while it is detached."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the extension's own weights; layers that an extension before it holds are not among them."""
-        return self._base.extensions.bytes_of(self._lens_id)
+        away = self._away
+        return self._base.extensions.bytes_of(self._lens_id) if away is None else away.nbytes
 
     @property
     def hook_points(self) -> Sequence[str]:
@@ -66,11 +69,23 @@ class ExtensionLens:
 
     def move(self, device: str) -> None:
         """Bring the extension's weights to a device."""
-        self._base.extensions[self._lens_id].move(device)
+        (self._away or self._base.extensions[self._lens_id]).move(device)
+
+    @property
+    def shared(self) -> bool:
+        """Whether another attached extension has some of its layers."""
+        return self._base.extensions.shares(self._lens_id)
 
     def detach(self) -> None:
-        """Forget the extension; the base never held it while it was inactive."""
+        """Take the extension from those of the base, which never held it while it was inactive."""
+        self._away = self._base.extensions[self._lens_id]  # before it is gone: others may be counting its bytes
         self._base.extensions.detach(self._lens_id)
+
+    def attach(self) -> None:
+        """Put it among them again, inactive."""
+        if self._away is not None:
+            self._base.extensions.attach(self._lens_id, self._away)
+            self._away = None
 
 
 def needed(spec: Spec, base: Base) -> int:

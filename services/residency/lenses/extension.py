@@ -195,6 +195,16 @@ class Extensions:
             seen.update(own)
         raise KeyError(key)
 
+    def shares(self, key: str) -> bool:
+        """Whether parameters of an attached extension are another's, too.
+
+        Raises:
+            KeyError: it is not attached.
+        """
+        own = {id(parameter) for parameter in self[key].parameters.values()}
+        others = (extension for other, extension in list(self._attached.items()) if other != key)
+        return any(id(parameter) in own for extension in others for parameter in extension.parameters.values())
+
     def layers(self, digest: str) -> Extension | None:
         """Inserted layers with this content that an attached extension holds."""
         held = (extension.layers for extension in self._attached.values())

@@ -70,8 +70,16 @@ class FeatureLens:
         """Bring the transcoder to a device."""
         self._transcoder.to(device)
 
+    @property
+    def shared(self) -> bool:
+        """Its weights are its own."""
+        return False
+
     def detach(self) -> None:
         """Nothing to take back."""
+
+    def attach(self) -> None:
+        """Nothing to put back."""
 
 
 def _ratio(error: float, variance: float) -> float | None:

@@ -75,8 +75,16 @@ class LogitLens:
     def move(self, device: str) -> None:
         """Nothing to move: it reads through the base's own weights."""
 
+    @property
+    def shared(self) -> bool:
+        """Its weights are its own."""
+        return False
+
     def detach(self) -> None:
         """Nothing to take back."""
+
+    def attach(self) -> None:
+        """Nothing to put back."""
 
 
 def load(spec: Spec, base: Base) -> LogitLens:

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from services.kit import errors
 from services.residency.disk_cache import DiskCache
 from services.residency.kernels import BITSANDBYTES, kernel_of
-from services.residency.lenses import Spec
+from services.residency.lenses import Spec, tuned_lens
 from services.residency.loading import skeleton
 from services.residency.memory import held, survey
 from services.residency.pool import Pool
@@ -101,6 +101,20 @@ async def test_park_and_restore_keep_every_bit_and_give_the_device_back(pool: Po
         assert restored.fingerprint == print_
     await pool.unload("m")
     assert (torch.cuda.memory_allocated(), held(DEVICE)) == (0, 0)
+
+
+async def test_a_lens_that_is_parked_alone_gives_the_device_its_bytes_back(pool: Pool, tmp_path: Path) -> None:
+    resident = await pool.load("m", models.saved("llama"), "bf16")
+    tuned_lens.save(tmp_path, {0: (torch.eye(models.WIDTH), torch.zeros(models.WIDTH))})
+    before = torch.cuda.memory_allocated(DEVICE)
+    spec = Spec("l", "tuned_lens", tmp_path)
+    size = (await pool.attach("m", spec)).nbytes
+    assert torch.cuda.memory_allocated(DEVICE) >= before + size
+    assert await pool.detach("m", "l", park=True) == size
+    assert torch.cuda.memory_allocated(DEVICE) == before
+    assert (pool.used_bytes, pool.parked_bytes) == (resident.nbytes, size)
+    await pool.attach("m", spec)
+    assert torch.cuda.memory_allocated(DEVICE) >= before + size
 
 
 async def test_a_model_that_comes_parked_touches_the_device_only_when_it_is_restored(pool: Pool) -> None:

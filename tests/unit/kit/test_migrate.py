@@ -76,9 +76,10 @@ VALUES ('m_1', 'h_1', 'resident', 'none', 10, 10), ('m_2', 'h_1', 'parked', 'non
 INSERT INTO groups (id, name, model_id, active_lens_id, created_by, exclusive)
 VALUES ('g_1', 'g', 'm_1', 'l_1', 'u', true);
 INSERT INTO lenses (id, group_id, kind, created_by)
-VALUES ('l_1', 'g_1', 'text_lens', 'u'), ('l_2', 'g_1', 'tuned_lens', 'u');
+VALUES ('l_1', 'g_1', 'text_lens', 'u'), ('l_2', 'g_1', 'tuned_lens', 'u'), ('l_3', 'g_1', 'tuned_lens', 'u');
 INSERT INTO lens_residencies (lens_id, model_id, host_id, charge_bytes, state)
-VALUES ('l_1', 'm_1', 'h_1', 2, 'here'), ('l_2', 'm_1', 'h_1', 0, 'leaving');
+VALUES ('l_1', 'm_1', 'h_1', 2, 'here'), ('l_2', 'm_1', 'h_1', 0, 'leaving'),
+    ('l_3', 'm_1', 'h_1', 3, 'parked');
 """
 
 

@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from services.registry.domain import Caller, Place
+from services.registry.domain import Caller
+from services.registry.habits import Place
 from services.registry.operations import foresight
 from services.registry.operations.foresight import Foresight
 

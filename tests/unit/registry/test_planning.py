@@ -421,3 +421,49 @@ def test_a_lens_sends_lenses_and_models_of_other_processes_away_too() -> None:
     assert [(e.host_id, e.model_id, e.lens_id) for e in found] == [("y", "other", "")]
     small, _ = shared(host("x", 50, base), host("y", 100, resident("other", 50, 5)))
     assert not place_lens(20, small, ("base",), "new").fits
+
+
+def left(size: int, on: Host) -> list[tuple[str, str, bool]]:
+    return [(e.lens_id or e.model_id, e.cause, e.parked) for e in place_lens(size, on, ("base",), "new").evictions]
+
+
+@pytest.mark.parametrize(("park", "parked"), [(0, False), (19, False), (20, True)])
+def test_a_lens_that_makes_room_is_parked_while_host_memory_has_room_for_it(park: int, parked: bool) -> None:
+    base = resident("base", 40, 9, lenses=(held("a", 20, 9), held("b", 20, 5)))
+    assert left(20, host("h", 80, base, park_bytes=park)) == [("a", "memory", parked)]
+
+
+def test_a_lens_that_reads_another_model_is_not_parked_without_it() -> None:
+    base = resident("base", 40, 9, lenses=(held("a", 20, 9, source="m"),))
+    assert left(20, host("h", 60, base, park_bytes=100)) == [("a", "memory", False)]
+
+
+def test_lenses_that_are_parked_give_way_to_others_and_to_models_but_models_to_no_lens() -> None:
+    lenses = (held("here", 20, 5), held("old", 20, 30, state="parked"), held("new", 20, 9, state="parked"))
+    base = resident("base", 40, 9, lenses=lenses)
+    assert base.bytes == 60
+    asleep = resident("asleep", 50, 99, state="parked")
+    on = host("h", 60, base, asleep, park_bytes=90, used_bytes=60)
+    assert left(20, on) == [("old", "park_limit", False), ("here", "memory", True)]
+    alone = replace(base, lenses=lenses[:1])
+    assert left(20, host("h", 60, alone, asleep, park_bytes=69, used_bytes=60)) == [("here", "memory", False)]
+    on = host("h", 100, base, resident("idle", 40, 50), park_bytes=70, used_bytes=100)
+    plan = place(30, on, 10)
+    assert [(e.lens_id or e.model_id, e.cause, e.parked) for e in plan.evictions] == [
+        ("old", "park_limit", False),
+        ("idle", "memory", True),
+    ]
+
+
+def test_what_is_about_to_be_parked_has_its_host_memory_already() -> None:
+    lenses = (held("here", 20, 5), held("parking", 20, 9, state="parking"), held("old", 20, 30, state="dropping"))
+    base = resident("base", 40, 9, lenses=lenses)
+    assert left(20, host("h", 80, base, park_bytes=40)) == [("here", "memory", False)]
+
+
+def test_a_parked_lens_costs_the_device_all_its_bytes_and_keeps_its_place_until_it_is_back() -> None:
+    base = resident("base", 40, 9, lenses=(held("here", 20, 5), held("new", 20, 9, state="parked")))
+    on = host("h", 60, base, park_bytes=39)
+    assert left(20, on) == [("here", "memory", False)]
+    assert left(20, replace(on, park_bytes=40)) == [("here", "memory", True)]
+    assert place_lens(20, on, ("base",), "new").restores

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from services.kit import errors
-from services.residency import loading
-from services.residency import pool as pools
+from services.residency import attachments, loading
 from services.residency.fingerprint import fingerprint
 from services.residency.lenses import Spec
 from services.residency.pool import Pool
@@ -282,8 +281,8 @@ async def test_a_lens_that_leaves_a_trace_in_the_base_is_found(pool, monkeypatch
     resident = await pool.load("m", models.saved("gpt2"), "none")
     gain = resident.base.model.transformer.ln_f.weight.data
     await pool.attach("m", Spec("kept", "logit_lens"))
-    clean, load = gain.clone(), pools.load_lens
-    monkeypatch.setattr(pools, "load_lens", lambda *arguments: (load(*arguments), gain.add_(1e-3))[0])
+    clean, load = gain.clone(), attachments.load_lens
+    monkeypatch.setattr(attachments, "load_lens", lambda *arguments: (load(*arguments), gain.add_(1e-3))[0])
     for call in (pool.attach("m", Spec("l", "logit_lens")), pool.detach("m", "kept")):
         with pytest.raises(errors.Failed) as caught:
             await call

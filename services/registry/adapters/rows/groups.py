@@ -84,10 +84,9 @@ class PostgresGroups:
         """A lens is off a device."""
         await self._conn.execute(_QUERIES["displace_lens"], lens_id, host_id)
 
-    async def lenses_on(self, model_id: str, host_id: str) -> dict[str, int]:
-        """Bytes by lens id."""
-        rows = await self._conn.fetch(_QUERIES["lenses_on"], model_id, host_id)
-        return {row["lens_id"]: row["charge_bytes"] for row in rows}
+    async def lens_parked(self, lens_id: str, host_id: str) -> None:
+        """A lens is in host memory alone."""
+        await self._conn.execute(_QUERIES["lens_parked"], lens_id, host_id)
 
     async def exclusive(self, model_id: str) -> bool:
         """Whether a group of a base wants the device alone."""

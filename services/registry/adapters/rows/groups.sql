@@ -28,7 +28,7 @@ FROM lenses l
 JOIN groups g ON g.id = l.group_id
 JOIN models_placed m ON m.id = g.model_id
 LEFT JOIN LATERAL (
-    SELECT c.charge_bytes, b.state = 'parked' AS parked
+    SELECT c.charge_bytes, 'parked' IN (b.state, c.state) AS parked
     FROM lens_residencies c JOIN residencies b USING (model_id, host_id)
     WHERE c.lens_id = l.id AND (c.host_id = m.host_id OR m.host_id IS NULL AND b.state = 'parked')
     ORDER BY b.last_used_at DESC LIMIT 1
@@ -54,8 +54,8 @@ WHERE lens_id = $1 AND host_id = $2
 -- displace_lens --
 DELETE FROM lens_residencies WHERE lens_id = $1 AND host_id = $2
 
--- lenses_on --
-SELECT lens_id, charge_bytes FROM lens_residencies WHERE model_id = $1 AND host_id = $2
+-- lens_parked --
+UPDATE lens_residencies SET state = 'parked', job_id = NULL, leases = 0 WHERE lens_id = $1 AND host_id = $2
 
 -- exclusive --
 SELECT EXISTS (SELECT FROM groups WHERE model_id = $1 AND exclusive)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import asyncpg
 
 from services.kit.database import load_queries
-from services.registry.domain import Place
+from services.registry.habits import Place
 
 _QUERIES = load_queries(__file__, "habits.sql")
 

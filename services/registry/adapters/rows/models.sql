@@ -83,8 +83,9 @@ SELECT
     (SELECT count(*) FROM models WHERE pinned) AS pinned,
     (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(last_used_at)), 0)::float8
      FROM residencies WHERE state = 'resident') AS lru_age_seconds,
-    (SELECT count(*) FROM lens_residencies) AS lenses,
+    (SELECT count(*) FROM lens_residencies WHERE state NOT IN ('parked', 'dropping')) AS lenses,
     (SELECT coalesce(sum(r.charge_bytes * greatest(l.lenses - 1, 0)), 0)::bigint
      FROM residencies r
-     JOIN (SELECT model_id, host_id, count(*) AS lenses FROM lens_residencies GROUP BY model_id, host_id) l
+     JOIN (SELECT model_id, host_id, count(*) AS lenses FROM lens_residencies
+           WHERE state NOT IN ('parked', 'dropping') GROUP BY model_id, host_id) l
      USING (model_id, host_id) WHERE r.state = 'resident') AS saved_bytes

@@ -128,9 +128,9 @@ class PostgresPlacement:
         """Lenses are used now."""
         await self._conn.execute(_QUERIES["touch_lenses"], host_id, list(lens_ids))
 
-    async def lenses_leave(self, host_id: str, lens_ids: Sequence[str], job_id: str | None) -> None:
-        """Lenses make room from now on."""
-        await self._conn.execute(_QUERIES["lenses_leave"], host_id, list(lens_ids), job_id)
+    async def lens_leaves(self, host_id: str, lens_id: str, job_id: str | None, *, parked: bool) -> None:
+        """A lens makes room from now on."""
+        await self._conn.execute(_QUERIES["lens_leaves"], host_id, lens_id, job_id, parked)
 
     async def lens_stays(self, host_id: str, lens_id: str, leases: int | None = None) -> None:
         """A lens stays after all."""

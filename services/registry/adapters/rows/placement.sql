@@ -50,8 +50,10 @@ FROM residencies r
 JOIN hosts h USING (host_id)
 JOIN models m ON m.id = r.model_id
 LEFT JOIN LATERAL (
-    SELECT array_agg((lens_id::text, charge_bytes, last_used_at, leases, state, job_id) ORDER BY lens_id) AS held
-    FROM lens_residencies WHERE model_id = r.model_id AND host_id = r.host_id
+    SELECT array_agg((c.lens_id::text, c.charge_bytes, c.last_used_at, c.leases, c.state, c.job_id,
+                      coalesce(i.activation_source_model_id::text, '')) ORDER BY c.lens_id) AS held
+    FROM lens_residencies c LEFT JOIN lenses i ON i.id = c.lens_id
+    WHERE c.model_id = r.model_id AND c.host_id = r.host_id
 ) l ON true
 LEFT JOIN LATERAL (
     SELECT array_agg(DISTINCT p.model_id::text) AS ids FROM lens_residencies p JOIN lenses ON lenses.id = p.lens_id
@@ -73,7 +75,10 @@ WHERE r.state = 'parked' AND j.id = r.job_id AND j.kind = 'group_preload'
   AND j.state IN ('completed', 'failed', 'cancelled')
 
 -- revert_unloads --
-WITH lenses AS (UPDATE lens_residencies SET state = 'here' WHERE state <> 'here' AND job_id IS NULL)
+WITH lenses AS (
+    UPDATE lens_residencies SET state = CASE state WHEN 'dropping' THEN 'parked' ELSE 'here' END
+    WHERE state NOT IN ('here', 'parked') AND job_id IS NULL
+)
 UPDATE residencies SET state = 'resident' WHERE state IN ('unloading', 'parking') AND job_id IS NULL
 
 -- arrived --
@@ -100,17 +105,21 @@ WHERE l.host_id = $1 AND l.lens_id = s.lens_id
 -- touch_lenses --
 UPDATE lens_residencies SET last_used_at = clock_timestamp() WHERE host_id = $1 AND lens_id = ANY ($2::text[])
 
--- lenses_leave --
--- For a load, or with a null job for another lens.
-UPDATE lens_residencies SET state = 'leaving', job_id = $3 WHERE host_id = $1 AND lens_id = ANY ($2::text[])
+-- lens_leaves --
+-- For a load, or with a null job for another lens. One that is parked already leaves host memory, too.
+UPDATE lens_residencies SET job_id = $3,
+    state = CASE WHEN state = 'parked' THEN 'dropping' WHEN $4 THEN 'parking' ELSE 'leaving' END
+WHERE host_id = $1 AND lens_id = $2
 
 -- lens_stays --
 -- $3 is the number of leases that keep it there, null when it is not known that any does.
-UPDATE lens_residencies SET state = 'here', job_id = NULL, leases = coalesce($3, leases)
+UPDATE lens_residencies SET state = CASE state WHEN 'dropping' THEN 'parked' ELSE 'here' END, job_id = NULL,
+    leases = coalesce($3, leases)
 WHERE host_id = $1 AND lens_id = $2
 
 -- lenses_stay --
-UPDATE lens_residencies SET state = 'here', job_id = NULL WHERE job_id = $1
+UPDATE lens_residencies SET state = CASE state WHEN 'dropping' THEN 'parked' ELSE 'here' END, job_id = NULL
+WHERE job_id = $1
 
 -- remove --
 DELETE FROM residencies WHERE model_id = $1 AND host_id = $2 RETURNING model_id

@@ -144,16 +144,18 @@ class HostedModel(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., quantization: _Optional[_Union[_types_pb2.Quantization, str]] = ..., memory_bytes: _Optional[int] = ..., lenses: _Optional[_Iterable[_Union[HostedLens, _Mapping]]] = ..., active_lens_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., leases: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., parked: _Optional[bool] = ...) -> None: ...
 
 class HostedLens(_message.Message):
-    __slots__ = ("lens_id", "memory_bytes", "leases", "idle_seconds")
+    __slots__ = ("lens_id", "memory_bytes", "leases", "idle_seconds", "parked")
     LENS_ID_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FIELD_NUMBER: _ClassVar[int]
     lens_id: str
     memory_bytes: int
     leases: int
     idle_seconds: float
-    def __init__(self, lens_id: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., leases: _Optional[int] = ..., idle_seconds: _Optional[float] = ...) -> None: ...
+    parked: bool
+    def __init__(self, lens_id: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., leases: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., parked: _Optional[bool] = ...) -> None: ...
 
 class RegisterHostResponse(_message.Message):
     __slots__ = ("heartbeat_seconds",)

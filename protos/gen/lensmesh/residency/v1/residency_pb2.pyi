@@ -156,12 +156,14 @@ class AttachLensRequest(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., lens: _Optional[_Union[_types_pb2.LensSpec, _Mapping]] = ..., parked: _Optional[bool] = ...) -> None: ...
 
 class DetachLensRequest(_message.Message):
-    __slots__ = ("model_id", "lens_id")
+    __slots__ = ("model_id", "lens_id", "park")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     LENS_ID_FIELD_NUMBER: _ClassVar[int]
+    PARK_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     lens_id: str
-    def __init__(self, model_id: _Optional[str] = ..., lens_id: _Optional[str] = ...) -> None: ...
+    park: bool
+    def __init__(self, model_id: _Optional[str] = ..., lens_id: _Optional[str] = ..., park: _Optional[bool] = ...) -> None: ...
 
 class SwitchLensRequest(_message.Message):
     __slots__ = ("model_id", "lens_id")

@@ -176,14 +176,14 @@ class ModelHostServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AttachLens(self, request, context):
-        """Brings a lens to a resident model.
+        """Brings a lens to a resident model, from its files or from host memory where it is parked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DetachLens(self, request, context):
-        """Takes a lens off.
+        """Takes a lens off, or out of host memory where it is parked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
