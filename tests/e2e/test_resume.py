@@ -1,4 +1,7 @@
-"""kill -9 of the device process in the middle of a job: the job goes on where it stood, and watchers miss nothing."""
+"""kill -9 of the device process in the middle of a job: the job goes on where it stood, and watchers miss nothing.
+
+`pytest -m demo`; what each kind of job does after a kill is checked by tests/wire in CI.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,7 @@ def train(journey: Journey, up: Up, api: HttpApi, cache_id: str) -> dict[str, ob
     return api.call("GetTrainingJob", id=job["id"])
 
 
+@pytest.mark.demo
 @pytest.mark.timeout(400)
 def test_jobs_survive_the_death_of_their_process(start: Callable[..., Up]):
     up = start(environment={"LENSMESH_JOB_LEASE_SECONDS": "5"})
