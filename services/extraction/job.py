@@ -28,7 +28,7 @@ from services.extraction.requests import row_bytes
 from services.kit import errors
 from services.kit.waiting import cancel_all, wait_for
 from services.residency.shards import DTYPES, FileEntry, Manifest, ShardEntry
-from services.residency.texts import tokenizer_digest
+from services.residency.tokens import tokenizer_digest
 
 POLL_SECONDS = 0.5
 EVENT_STEP = 5.0

@@ -98,10 +98,10 @@ def _taps(attention: Tap, mlp: str, norm: str, contribution: str, down: str) -> 
     }
 
 
-def _projections(attention: str, out: str, inner: str = "") -> dict[str, Tap]:
+def _projections(attention: str, out: str, inner: str = "", suffix: str = "_proj") -> dict[str, Tap]:
     """Sites of an attention module with a matrix each for queries, keys and values."""
     within = f"{attention}.{inner}" if inner else attention
-    heads = {name: Tap(f"{within}.{name}_proj", "output") for name in ("q", "k", "v")}
+    heads = {name: Tap(f"{within}.{name}{suffix}", "output") for name in ("q", "k", "v")}
     return {**heads, "z": Tap(f"{within}.{out}", "input"), "pattern": Tap(attention, "pattern")}
 
 
@@ -204,8 +204,7 @@ T5 = Family(
     taps=_taps(
         Tap(_T5_ATTENTION, "output"), "layer.1.DenseReluDense", "layer.1.layer_norm", "layer.1.DenseReluDense", "wo"
     )
-    | {part: Tap(f"{_T5_ATTENTION}.{part}", "output") for part in ("q", "k", "v")}
-    | {"z": Tap(f"{_T5_ATTENTION}.o", "input")},
+    | _without(_projections(_T5_ATTENTION, "o", suffix=""), "pattern"),
 )
 """Its encoder: a forward pass stops there, before the decoder would need a target."""
 FAMILIES: Mapping[str, Family] = {

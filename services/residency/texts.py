@@ -10,7 +10,6 @@ Nothing here needs torch: `torch.from_numpy` makes tensors of the arrays.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -294,9 +293,17 @@ class Sequences:
             mask[row, : len(sequence)] = 1
         return ids, mask
 
+    def counted(self, uncounted_ids: Sequence[int]) -> np.ndarray:
+        """Whether each token is none of these, bool [tokens]."""
+        return ~np.isin(self.ids, np.asarray(uncounted_ids, dtype=np.int32))
+
+    def totals(self, counted: np.ndarray) -> np.ndarray:
+        """How many tokens of each sequence are `counted`, bool [tokens]; int64 [n]."""
+        return np.add.reduceat(counted, self.offsets[:-1], dtype=np.int64)
+
     def limited(self, max_tokens: int, uncounted_ids: Sequence[int] = ()) -> Sequences:
         """The beginning that holds `max_tokens` tokens, not counting `uncounted_ids`; it may end within a sequence."""
-        counted = np.cumsum(~np.isin(self.ids, np.asarray(uncounted_ids, dtype=np.int32)))
+        counted = np.cumsum(self.counted(uncounted_ids))
         if max_tokens >= counted[-1]:
             return self
         max_tokens = int(np.searchsorted(counted, max_tokens)) + 1
@@ -487,13 +494,3 @@ def special_ids(tokenizer: Any) -> tuple[int, ...]:
     marked = {getattr(tokenizer, f"{name}_id") for name in names} - {None}
     unknown = {tokenizer.unk_token_id} - marked
     return tuple(sorted((set(tokenizer.all_special_ids) | marked) - unknown))
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """blake3 of what decides a tokenizer's output, hexadecimal; truncation and padding, which calls set, left out."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else dict(tokenizer.get_vocab())
-    for name in ("truncation", "padding"):
-        state.pop(name, None)
-    content = {"backend": state, "special": special_ids(tokenizer)}
-    return blake3(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -14,7 +15,7 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from services.residency.texts import Sequences
+from services.residency.texts import Sequences, special_ids
 
 ARRAYS = ("ids", "offsets", "rows", "starts", "firsts", "spans")
 COUNTS = ("rows_read", "bad_rows", "truncated_rows", "truncated_tokens")
@@ -55,7 +56,7 @@ class TokenStore:
         """Keep sequences, and how many tokens are not special; a full disk only means that they are not kept."""
         arrays = {key: np.ascontiguousarray(array) for key in ARRAYS if (array := getattr(sequences, key)) is not None}
         told = {key: getattr(sequences, key) for key in COUNTS} | {"digest": _digest(arrays)}
-        told["counted"] = int((~np.isin(sequences.ids, np.asarray(special_ids, dtype=np.int32))).sum())
+        told["counted"] = int(sequences.counted(special_ids).sum())
         path = self._path(name)
         staged = path.with_name(f".{name}.{uuid4().hex}")
         try:
@@ -91,3 +92,13 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
         digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape}".encode())
         digest.update(arrays[key].tobytes())
     return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """blake3 of what decides a tokenizer's output, hexadecimal; truncation and padding, which calls set, left out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else dict(tokenizer.get_vocab())
+    for name in ("truncation", "padding"):
+        state.pop(name, None)
+    content = {"backend": state, "special": special_ids(tokenizer)}
+    return blake3(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

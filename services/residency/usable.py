@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from services.residency.texts import DatasetError, Encoding, Rows, tokenize
 
 LOOKED_AT = (1, 100, 10_000)
@@ -44,7 +42,7 @@ def require_usable(
             if count == stop or error.field != "dataset_id":
                 raise
             continue
-        if not np.isin(found.ids, np.asarray(uncounted_ids, dtype=np.int32)).all():
+        if found.counted(uncounted_ids).any():
             return
         if count == stop:
             raise DatasetError("dataset_id", "every token of the dataset is a special token")

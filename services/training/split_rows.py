@@ -55,8 +55,7 @@ class SplitRows:
         if sequences is None:
             raise ValueError("the dataset's tokens are gone")
         self._sequences, self._uncounted = sequences, torch.tensor(split.uncounted, dtype=torch.int64)
-        counts = ~np.isin(sequences.ids, split.uncounted)
-        self._counted = np.add.reduceat(counts, sequences.offsets[:-1], dtype=np.int64)
+        self._counted = sequences.totals(sequences.counted(split.uncounted))
         self._first, self._device, self._pairs = split.devices[0], device, pairs
         with for_callers():
             self._model = load_split(Path(split.directory), split.quantization, split.spread, split.devices)

@@ -27,7 +27,8 @@ from services.residency import sources
 from services.residency.hooks import Capture
 from services.residency.lenses.extension_files import ADAPTER_FILE, LORA_FOLDER
 from services.residency.shards import ShardReader
-from services.residency.texts import special_ids, tokenizer_digest
+from services.residency.texts import special_ids
+from services.residency.tokens import tokenizer_digest
 from tests import models
 from tests.wire.extraction_support import DATASET, MODEL, Mesh, meshing
 

@@ -25,9 +25,8 @@ from services.residency.texts import (
     open_rows,
     special_ids,
     tokenize,
-    tokenizer_digest,
 )
-from services.residency.tokens import TokenStore
+from services.residency.tokens import TokenStore, tokenizer_digest
 from services.residency.usable import require_usable
 
 GROUPS_PAGE = 500

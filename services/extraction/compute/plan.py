@@ -110,16 +110,16 @@ def make_plan(
     Raises:
         NothingCounted: no token would be a row.
     """
-    counted = _counted(sequences, uncounted_ids)
+    counted = sequences.counted(uncounted_ids)
     if not counted.any():
         raise NothingCounted("every token of the dataset is a special token")
-    rows = _rows(sequences, counted)
+    rows = sequences.totals(counted)
     cuts = _cut_rows if layout == "rows" else _cut_sequences
     limits = _Limits(min(unit_bytes // row_bytes, UNIT_ROWS), most_unit_bytes // row_bytes, unit_share)
     parts = cuts(sequences.lengths, rows, seed, (batch_size, batch_tokens), limits)
     made_with: dict[str, Any] = {"layout": layout, "seed": seed, "batch_size": batch_size, "batch_tokens": batch_tokens}
     made_with |= {"uncounted_ids": tuple(uncounted_ids), "shuffled": shuffled}
-    return _plan(sequences, counted, parts, made_with)
+    return _plan(sequences, counted, rows, parts, made_with)
 
 
 def plan_arrays(plan: Plan) -> dict[str, np.ndarray]:
@@ -148,8 +148,8 @@ def plan_again(arrays: Mapping[str, np.ndarray], sequences: Sequences, digest: s
     batches = [Batch(indices, int(length)) for indices, length in zip(members, arrays["lengths"], strict=True)]
     ends = np.cumsum(arrays["batches"])
     parts = [batches[end - count : end] for end, count in zip(ends, arrays["batches"], strict=True)]
-    counted = _counted(sequences, made_with["uncounted_ids"])
-    found = _plan(sequences, counted, parts, made_with)
+    counted = sequences.counted(made_with["uncounted_ids"])
+    found = _plan(sequences, counted, sequences.totals(counted), parts, made_with)
     return found if found.digest == digest else None
 
 
@@ -165,19 +165,14 @@ def _fitting(arrays: Mapping[str, np.ndarray], sequences: int) -> bool:
     return bool(whole and inside and batches.min() > 0 and sizes.min() > 0)
 
 
-def _counted(sequences: Sequences, uncounted_ids: Sequence[int]) -> np.ndarray:
-    """Whether each token is a row, bool [tokens]."""
-    return ~np.isin(sequences.ids, np.asarray(uncounted_ids, dtype=np.int32))
-
-
-def _rows(sequences: Sequences, counted: np.ndarray) -> np.ndarray:
-    """Rows of each sequence, int64 [n]."""
-    return np.add.reduceat(counted, sequences.offsets[:-1], dtype=np.int64)
-
-
-def _plan(sequences: Sequences, counted: np.ndarray, parts: Sequence[list[Batch]], made_with: dict[str, Any]) -> Plan:
-    """A unit of each list of batches."""
-    rows = _rows(sequences, counted)
+def _plan(
+    sequences: Sequences,
+    counted: np.ndarray,
+    rows: np.ndarray,
+    parts: Sequence[list[Batch]],
+    made_with: dict[str, Any],
+) -> Plan:
+    """A unit of each list of batches, with `rows` int64 [n] of each sequence."""
     units: list[Unit] = []
     first_batch = 0
     for batches in parts:

@@ -12,7 +12,7 @@ from services.kit.errors import Conflict, Exhausted, LensmeshError, NotFound, Un
 from services.kit.waiting import to_the_end
 from services.registry.domain import Eviction, Placement, Residency
 from services.registry.operations.registry import Registry
-from services.registry.operations.unloading import departed, park, take_off
+from services.registry.operations.unloading import departed, send_away
 from services.registry.ports import Transaction
 
 
@@ -127,9 +127,7 @@ async def _lens_leaves(registry: Registry, copy: Residency, each: Eviction, take
 
 async def _model_leaves(registry: Registry, copy: Residency, each: Eviction, taker: Taker) -> bool:
     try:
-        parked = each.parked and await park(registry, copy)
-        if not parked:
-            await take_off(registry, copy, 0.0)
+        parked = await send_away(registry, copy, parks=each.parked)
     except Conflict:
         return False
     async with registry.store.transaction() as tx:

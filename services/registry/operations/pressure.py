@@ -6,7 +6,7 @@ from services.kit.errors import Conflict, LensmeshError
 from services.registry.domain import Host, Residency
 from services.registry.operations.planning import idle_on_device, in_order_of_leaving
 from services.registry.operations.registry import Registry
-from services.registry.operations.unloading import departed, park, take_off
+from services.registry.operations.unloading import departed, send_away
 
 CAUSE = "pressure"
 
@@ -42,9 +42,7 @@ async def _leave(registry: Registry, host: Host, copy: Residency) -> bool:
             return False  # it came into use meanwhile
         await tx.placement.change(copy.model_id, host.host_id, state="parking" if parks else "unloading", job_id=None)
     try:
-        parked = parks and await park(registry, copy)
-        if not parked:
-            await take_off(registry, copy, 0.0)
+        parked = await send_away(registry, copy, parks=parks)
     except LensmeshError as error:
         more = {"leases": 1} if isinstance(error, Conflict) else {}
         async with registry.store.transaction() as tx:

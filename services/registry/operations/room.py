@@ -56,7 +56,8 @@ async def charge(registry: Registry, lens_id: str, artifact: LensArtifact, copy:
             host = await tx.placement.lock_host(copy.host_id)
             there = next((lens for r in host.residents for lens in r.lenses if lens.lens_id == lens_id), None)
             leaves = there is not None and there.moving and there.state != "coming"
-            placement = None if leaves else await _charged(tx, lens_id, artifact, copy, host, evict=evict)
+            here = there is not None and there.state == "here"
+            placement = None if leaves else await _charged(tx, lens_id, artifact, copy, host, here=here, evict=evict)
         if placement is None:  # it is gone in a moment, and its bytes are promised to another
             await registry.endings.wait(lens_id, 0.2)
             continue
@@ -66,14 +67,13 @@ async def charge(registry: Registry, lens_id: str, artifact: LensArtifact, copy:
 
 
 async def _charged(
-    tx: Transaction, lens_id: str, artifact: LensArtifact, copy: Residency, host: Host, *, evict: bool
+    tx: Transaction, lens_id: str, artifact: LensArtifact, copy: Residency, host: Host, *, here: bool, evict: bool
 ) -> Placement:
     size = artifact.size_bytes
     placement = place_lens(size, host, {copy.model_id, artifact.activation_source_model_id}, lens_id)
     if not placement.fits or (placement.evictions and not evict):
         room = placement.obtainable_bytes if evict else placement.available_bytes
         raise insufficient_memory(size, room, host.name)
-    here = any(lens.lens_id == lens_id and lens.state == "here" for r in host.residents for lens in r.lenses)
     state = "here" if here else "coming"  # one with other files than before serves until they are there
     await tx.groups.place_lens(lens_id, copy.model_id, copy.host_id, max(0, size - placement.own_freed_bytes), state)
     await mark(tx, placement.evictions)

@@ -17,7 +17,7 @@ from services.registry.operations.admission import Order, accept
 from services.registry.operations.leaving import evict_lens, lens_departed
 from services.registry.operations.lenses import restore_lenses
 from services.registry.operations.registry import Registry
-from services.registry.operations.unloading import clear_processes, departed, park, take_off, unload_copies
+from services.registry.operations.unloading import clear_processes, departed, send_away, take_off, unload_copies
 from services.registry.ports import LoadStep, Transaction
 
 STEP_PERCENT = 5.0
@@ -133,9 +133,7 @@ async def _evict(registry: Registry, lease: LoadLease, victims: list[Residency])
     """Take the victims off, parked ones first; false when one came into use, and the load has to be placed anew."""
     for victim in sorted(victims, key=lambda victim: victim.state != "parked"):
         try:
-            parked = victim.state == "parking" and await park(registry, victim)
-            if not parked:
-                await take_off(registry, victim, 0.0)
+            parked = await send_away(registry, victim, parks=victim.state == "parking")
         except Conflict:
             async with lease.commit() as tx:
                 await tx.placement.change(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from typing import TypeVar
 
 from services.kit.errors import Conflict, Exhausted, LensmeshError, NotFound
@@ -76,20 +77,6 @@ async def _keep(registry: Registry, copies: list[Residency]) -> None:
                 await tx.placement.change(copy.model_id, copy.host_id, state="resident")
 
 
-async def park(registry: Registry, copy: Residency) -> bool:
-    """Ask the host to keep it in its memory; a host without room for it unloads it. Whether it is parked.
-
-    Raises:
-        Conflict: `IN_USE`.
-    """
-    try:
-        await registry.hosts.park(copy.address, copy.model_id)
-    except Exhausted:
-        await take_off(registry, copy, 0.0)
-        return False
-    return True
-
-
 async def take_off(registry: Registry, copy: Residency, wait_seconds: float) -> None:
     """Ask the host; one that has it no longer is as good.
 
@@ -100,6 +87,20 @@ async def take_off(registry: Registry, copy: Residency, wait_seconds: float) -> 
         await registry.hosts.unload(copy.address, copy.model_id, wait_seconds)
     except NotFound:
         return
+
+
+async def send_away(registry: Registry, copy: Residency, *, parks: bool) -> bool:
+    """Take a copy off its device at once, to host memory where it `parks` and there is room; whether it is parked.
+
+    Raises:
+        Conflict: `IN_USE`.
+    """
+    if parks:
+        with suppress(Exhausted):
+            await registry.hosts.park(copy.address, copy.model_id)
+            return True
+    await take_off(registry, copy, 0.0)
+    return False
 
 
 async def departed(

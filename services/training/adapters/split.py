@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from lensmesh.common.v1 import types_pb2
 from lensmesh.registry.v1 import models_pb2
 from lensmesh.residency.v1 import residency_pb2
@@ -89,7 +88,7 @@ class SplitModels:
             known = facts(prepared.model.config.to_dict())
         sequences = await self._texts.sequences(dataset_id, tokenizer, known)
         uncounted = special_ids(tokenizer) if tokenizer is not None else ()
-        tokens = int((~np.isin(sequences.ids, uncounted)).sum())
+        tokens = int(sequences.counted(uncounted).sum())
         await asyncio.to_thread(TokenStore(folder).save, TOKENS, sequences)
         widths = dict.fromkeys(plan.hook_points, known.hidden_size)
         cache = Cache("", model_id, found, "", tokens, widths)

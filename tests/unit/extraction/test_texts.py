@@ -21,9 +21,8 @@ from services.residency.texts import (
     plan_batches,
     special_ids,
     tokenize,
-    tokenizer_digest,
 )
-from services.residency.tokens import TokenStore
+from services.residency.tokens import TokenStore, tokenizer_digest
 from services.residency.usable import LOOKED_AT, require_usable
 from tests import models
 
