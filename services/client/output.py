@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from services.client.api import ApiError
 from services.client.connection import connect
@@ -33,7 +33,7 @@ class Session:
         if self._as_json:
             print_json(value)
             return
-        table = Table(show_header=False, box=None)
+        table = Table(Column(no_wrap=True), Column(overflow="fold"), show_header=False, box=None)
         for name, item in value.items():
             table.add_row(f"[bold]{name}[/bold]", _cell(item))
         Console().print(table)
@@ -43,7 +43,8 @@ class Session:
         if self._as_json:
             print_json(reply)
             return
-        table = Table(*columns)
+        # Folded, never cut off: an id is there to be copied.
+        table = Table(*(Column(name, overflow="fold", no_wrap=name == "id") for name in columns))
         for row in reply[key]:
             table.add_row(*(_cell(row.get(column, "")) for column in columns))
         Console().print(table)

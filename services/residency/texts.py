@@ -192,6 +192,8 @@ def _load(record: DatasetRecord, roots: Sequence[Path], cache_dir: Path | None) 
         raise DatasetError("identifier", "a hub identifier may not name a local path")
     if path is not None and path.is_file() and path.suffix.lower() not in _READERS:
         raise DatasetError("identifier", f"unknown kind of file; known: {', '.join(_READERS)}")
+    if path is not None and path.is_file() and not path.stat().st_size:
+        raise DatasetError("dataset_id", "the dataset has no rows")  # `datasets` calls it unreadable
     try:
         return _read(record, path, None if cache_dir is None else str(cache_dir))
     except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:

@@ -55,7 +55,7 @@ async def refused(call: Any) -> tuple[grpc.StatusCode, str, list[str]]:
         ("layers", {"layers": [4]}),
         ("layers", {"layers": []}),
         ("source", {"source": None}),
-        ("source.from", {"source": {}}),
+        ("source", {"source": {}}),
         ("group_sizes", {"group_sizes": [128, 64]}),
         ("prefix_widths", {"prefix_widths": [128, 64, 256]}),
         ("prefix_widths", {"prefix_widths": [128, 256], "group_sizes": [128, 128]}),

@@ -91,6 +91,13 @@ def test_lists_are_tables_or_the_whole_reply(api: FakeApi, lensmesh: Callable[..
     assert "tiny" in lensmesh("models", "list").stdout
 
 
+def test_a_list_in_a_narrow_window_has_whole_ids(api: FakeApi, lensmesh: Callable[..., Any], monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    row = {"id": "m_tiny_gpt2_8968b69704a3e1ba", "name": "a name of words", "model_type": "gpt2", "status": "ready"}
+    api.replies = {"ListModels": {"models": [row], "total": 1}}
+    assert row["id"] in lensmesh("models", "list").stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "call"),
     [

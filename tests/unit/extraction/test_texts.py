@@ -124,8 +124,10 @@ def test_a_dataset_without_one_good_row_is_refused(root, tmp_path):
     rows = open_rows(local("none.jsonl", text_field="text"), [root], tmp_path / "cache")
     with pytest.raises(DatasetError, match="none of the dataset's 2 rows"):
         tokenize(rows, models.tokenizer(), 64)
-    with pytest.raises(DatasetError, match="no rows"):
-        open_rows(DatasetRecord("ds_1", "inline"))
+    (root / "empty.txt").touch()
+    for empty in (DatasetRecord("ds_1", "inline"), local("empty.txt", text_field="text")):
+        with pytest.raises(DatasetError, match="no rows"):
+            open_rows(empty, [root], tmp_path / "cache")
 
 
 def test_long_rows_are_cut_and_the_cut_is_recorded():
