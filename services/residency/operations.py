@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
@@ -50,6 +51,7 @@ class Loading:
 
     done: int
     total: int
+    """Bytes, those of a download and those that are then read from the disk."""
     resident: Resident | None = None
     seconds: float = 0.0
 
@@ -173,18 +175,27 @@ class Host:
         start = time.perf_counter()
         steps: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        ended = threading.Event()
+        fetched = 0
 
         def tell(done: int, total: int) -> None:
-            loop.call_soon_threadsafe(steps.put_nowait, (done, total))
+            loop.call_soon_threadsafe(steps.put_nowait, (fetched + done, fetched + total))
+
+        def tell_download(done: int, total: int) -> None:
+            nonlocal fetched
+            if ended.is_set():
+                raise errors.Conflict("the load was given up", reason="CANCELLED")
+            loop.call_soon_threadsafe(steps.put_nowait, (done, 2 * total))  # what is downloaded is then read
+            fetched = done
 
         async def work() -> Resident:
             try:
-                directory = await self.pool.read(sources.fetch, source, self.model_roots, self.hub_dir)
+                found = await self.pool.read(sources.fetch, source, self.model_roots, self.hub_dir, tell_download)
                 if source.kind == "huggingface":
                     await self.pool.read(self.disk_cache.trim)
                 return await self.pool.load(
                     model_id,
-                    directory,
+                    found,
                     quantization,
                     expected_digest=digest,
                     expected_fingerprint=fingerprint,
@@ -205,6 +216,7 @@ class Host:
             self.metrics.load_failed(error.reason)
             raise
         finally:
+            ended.set()
             task.cancel()
             await asyncio.wait([task])
         seconds = time.perf_counter() - start

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch
 from blake3 import blake3
 
-from services.residency.checkpoint import DTYPES, CheckpointError, Entry, read_headers, weight_files
+from services.residency.checkpoint import DTYPES, CheckpointError, Entry, PickleRefused, read_headers, weight_files
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 """What is downloaded of a hub model: no pickles, no code."""
@@ -67,8 +69,17 @@ def find_local(identifier: str, roots: Sequence[Path]) -> Path:
     raise SourceNotFound("no such directory below the model roots")
 
 
-def fetch(source: Source, roots: Sequence[Path], cache_dir: Path) -> Path:
+def fetch(
+    source: Source, roots: Sequence[Path], cache_dir: Path, tell: Callable[[int, int], None] = lambda *_: None
+) -> Path:
     """A directory on this machine with the model's files; a hub model is downloaded unless it is cached.
+
+    Args:
+        source: the model.
+        roots: where local models lie.
+        cache_dir: where hub models are kept.
+        tell: takes bytes downloaded and bytes to download, of all files, on any thread; what it raises ends the
+            download, which the next one goes on with.
 
     Raises:
         SourceNotFound: there is no such model, or the token may not read it.
@@ -76,17 +87,47 @@ def fetch(source: Source, roots: Sequence[Path], cache_dir: Path) -> Path:
     """
     if source.kind != "huggingface":
         return find_local(source.identifier, roots)
+    download = _download(source, cache_dir)
+    missing = 0
+    with suppress(SourceUnavailable):  # it may be in the cache
+        missing = sum(file.file_size for file in download(dry_run=True) if file.will_download)
+    return Path(download(tqdm_class=_watched(tell, missing)))
+
+
+def _download(source: Source, cache_dir: Path) -> Callable[..., Any]:
+    """Takes more arguments of `snapshot_download`; raises as `_asking_hub`."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - only hub models need it
 
-    return Path(
-        _asking_hub(
-            snapshot_download,
-            source.identifier,
-            revision=source.revision or None,
-            cache_dir=cache_dir,
-            allow_patterns=list(MODEL_FILES),
-        )
+    return functools.partial(
+        _asking_hub,
+        snapshot_download,
+        source.identifier,
+        revision=source.revision or None,
+        cache_dir=cache_dir,
+        allow_patterns=list(MODEL_FILES),
     )
+
+
+def _watched(tell: Callable[[int, int], None], total: int) -> type:
+    """A progress bar as the hub wants it, which shows nothing; of those that it makes the furthest of bytes is told."""
+    from huggingface_hub.utils import tqdm  # noqa: PLC0415
+
+    furthest = 0
+
+    class Watched(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._counts, self._bytes = kwargs.get("unit") == "B", 0
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal furthest
+            if self._counts:
+                self._bytes += int(n or 0)
+                furthest = max(furthest, self._bytes)
+                tell(furthest, max(furthest, total))
+            return None
+
+    return Watched
 
 
 def fetch_folder(source: Source, subfolder: str, roots: Sequence[Path], cache_dir: Path) -> Path:
@@ -116,11 +157,12 @@ def _asking_hub(call: Any, identifier: str, **arguments: Any) -> Any:
     """Call a hub function.
 
     Raises:
-        SourceNotFound, SourceUnavailable: what its many errors mean.
+        SourceNotFound, SourceUnavailable, CheckpointError: what its many errors mean.
     """
-    import httpx  # noqa: PLC0415
     from huggingface_hub import errors as hub  # noqa: PLC0415
 
+    # The hub's HTTP library changes with its versions; what it raises is the first base of the hub's own error.
+    broken = cast(type[Exception], hub.HfHubHTTPError.__bases__[0])
     try:
         return call(identifier, **arguments)
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
@@ -129,7 +171,14 @@ def _asking_hub(call: Any, identifier: str, **arguments: Any) -> Any:
         if isinstance(error, hub.LocalEntryNotFoundError):
             raise SourceUnavailable("the hub does not answer, and the model is not in the cache") from error
         raise SourceNotFound("the hub's model lacks a file that is needed") from error
-    except (hub.HfHubHTTPError, hub.OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+    except hub.NotASafetensorsRepoError as error:
+        raise PickleRefused(
+            "the hub's model has no safetensors, and pickles can run code when they are read; use a revision that has "
+            "them, or save the model again with model.save_pretrained(directory), which writes safetensors"
+        ) from error
+    except hub.SafetensorsParsingError as error:
+        raise CheckpointError("a safetensors header of the hub's model is not valid") from error
+    except (broken, hub.OfflineModeIsEnabled, OSError) as error:
         raise SourceUnavailable("the hub does not answer") from error
 
 
@@ -141,8 +190,21 @@ def inspect(source: Source, roots: Sequence[Path], cache_dir: Path) -> Contents:
         CheckpointError: the files are not right.
     """
     if source.kind != "huggingface":
-        directory = find_local(source.identifier, roots)
-        return Contents(_read_json(directory / "config.json"), read_headers(directory), digest(directory))
+        return _contents(find_local(source.identifier, roots))
+    try:
+        return _inspect_on_hub(source, cache_dir)
+    except SourceUnavailable as away:
+        try:  # what was downloaded whole can be used without it
+            return _contents(Path(_download(source, cache_dir)(local_files_only=True)))
+        except (SourceUnavailable, CheckpointError):
+            raise away from None
+
+
+def _contents(directory: Path) -> Contents:
+    return Contents(_read_json(directory / "config.json"), read_headers(directory), digest(directory))
+
+
+def _inspect_on_hub(source: Source, cache_dir: Path) -> Contents:
     from huggingface_hub import get_safetensors_metadata, hf_hub_download  # noqa: PLC0415
 
     revision = source.revision or None
@@ -154,7 +216,7 @@ def inspect(source: Source, roots: Sequence[Path], cache_dir: Path) -> Contents:
         Entry(
             name=name,
             file=file,
-            dtype=DTYPES[tensor.dtype],
+            dtype=_dtype(name, tensor.dtype),
             shape=tuple(tensor.shape),
             start=tensor.data_offsets[0],
             nbytes=tensor.data_offsets[1] - tensor.data_offsets[0],
@@ -163,6 +225,12 @@ def inspect(source: Source, roots: Sequence[Path], cache_dir: Path) -> Contents:
         for name, tensor in header.tensors.items()
     ]
     return Contents(_read_json(Path(config)), entries, "")
+
+
+def _dtype(name: str, stored: str) -> torch.dtype:
+    if stored not in DTYPES:
+        raise CheckpointError(f"{name[:100]!r} is stored as {stored[:20]}, which cannot be read")
+    return DTYPES[stored]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.residency.checkpoint import CheckpointError, read_headers
+from services.residency.checkpoint import CheckpointError, PickleRefused, read_headers
 from services.residency.loading import load_model
 from services.residency.sources import Source, SourceNotFound, SourceUnavailable, digest, fetch, find_local, inspect
 from services.residency.splice import logits
@@ -83,6 +83,8 @@ class Hub(BaseHTTPRequestHandler):
 
     files: Path
     asked: list[str]
+    breaks_off: bool = False
+    """Whether the connection ends in the middle of what a client reads of a file's beginning."""
 
     def do_HEAD(self) -> None:
         self.do_GET(body=False)
@@ -125,7 +127,7 @@ class Hub(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(end - start))
         self.end_headers()
         if body:
-            self.wfile.write(content[start:end])
+            self.wfile.write(content[start : (start + end) // 2 if wanted and self.breaks_off else end])
 
     def log_message(self, *args: object) -> None:
         pass
@@ -157,6 +159,27 @@ def test_a_hub_model_is_downloaded_without_its_pickles_and_loads(hub, tmp_path):
     assert torch.equal(logits(load_model(path, "none"), models.batch()), expected)
 
 
+def test_a_download_tells_its_bytes_and_ends_when_nobody_wants_it_any_more(hub, tmp_path):
+    class GivenUp(Exception):
+        pass
+
+    def give_up(done: int, total: int) -> None:
+        raise GivenUp
+
+    with pytest.raises(GivenUp):
+        fetch(Source("huggingface", "org/tiny"), [], tmp_path / "cache", give_up)
+    assert not list((tmp_path / "cache").rglob("snapshots/*/model.safetensors"))
+    told: list[tuple[int, int]] = []
+    fetch(Source("huggingface", "org/tiny"), [], tmp_path / "cache", lambda *step: told.append(step))
+    assert told == sorted(told)
+    size = sum(file.stat().st_size for file in hub.files.iterdir())
+    assert told[-1][0] == told[-1][1] <= size
+    assert told[-1][1] >= (hub.files / "model.safetensors").stat().st_size
+    told.clear()
+    fetch(Source("huggingface", "org/tiny"), [], tmp_path / "cache", lambda *step: told.append(step))
+    assert told == []
+
+
 def test_a_hub_model_is_inspected_without_downloading_its_weights(hub, tmp_path):
     found = inspect(Source("huggingface", "org/tiny"), [], tmp_path / "cache")
     assert found.config["model_type"] == "gpt2"
@@ -170,6 +193,36 @@ def test_a_hub_model_is_inspected_without_downloading_its_weights(hub, tmp_path)
 def test_a_model_that_the_hub_does_not_have(hub, tmp_path):
     with pytest.raises(SourceNotFound):
         fetch(Source("huggingface", "org/other"), [], tmp_path / "cache")
+
+
+def test_a_downloaded_model_needs_no_hub(hub, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    path = fetch(Source("huggingface", "org/tiny"), [], tmp_path / "cache")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch(Source("huggingface", "org/tiny"), [], tmp_path / "cache") == path
+    found = inspect(Source("huggingface", "org/tiny"), [], tmp_path / "cache")
+    assert (found.entries, found.digest) == (read_headers(path), digest(path))
+
+
+def test_a_hub_model_of_pickles_is_refused_with_the_way_out(hub, tmp_path):
+    (hub.files / "model.safetensors").rename(hub.files / "pytorch_model.bin")
+    with pytest.raises(PickleRefused, match=r"safetensors.*save_pretrained"):
+        inspect(Source("huggingface", "org/tiny"), [], tmp_path / "cache")
+    assert not any("pytorch_model.bin" in asked for asked in hub.asked)
+
+
+def test_a_hub_model_of_a_dtype_that_nobody_reads_is_refused_by_its_tensor(hub, tmp_path):
+    header = json.dumps({"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    (hub.files / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    with pytest.raises(CheckpointError, match="'w' is stored as F4"):
+        inspect(Source("huggingface", "org/tiny"), [], tmp_path / "cache")
+
+
+def test_a_hub_that_breaks_off_is_a_passing_failure(hub, tmp_path):
+    hub.breaks_off = True
+    with pytest.raises(SourceUnavailable):
+        inspect(Source("huggingface", "org/tiny"), [], tmp_path / "cache")
 
 
 def test_a_hub_that_does_not_answer_is_a_passing_failure(hub, tmp_path, monkeypatch):
