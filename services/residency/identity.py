@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from services.residency.families import Family, Layer, blocks, hook_points, submodule
+from services.residency.families import Family, Layer, UnsupportedModel, blocks, hook_points, submodule
+from services.residency.fingerprint import fixed_input
 from services.residency.hooks import capture_hooks
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -47,10 +48,13 @@ def relative_error(model: nn.Module, family: Family, layer: Layer, mlp_in: Tenso
     `mlp_in` and `mlp_out` are [..., d], the same rows of the two sites of these names.
     """
     with torch.no_grad():
-        again = contribution(model, family, layer, mlp_in).float()
-    wrong = (again - mlp_out.float()).norm(dim=-1)
-    scale = mlp_out.float().norm(dim=-1).square().mean().sqrt()
-    error = (wrong.max() / scale).item() if scale > 0 else float(wrong.max())
+        return _relative(contribution(model, family, layer, mlp_in) - mlp_out, mlp_out)
+
+
+def _relative(wrong: Tensor, right: Tensor) -> float:
+    """Largest norm of a token over the root mean square norm of what is right."""
+    largest, scale = wrong.float().norm(dim=-1).max(), right.float().norm(dim=-1).square().mean().sqrt()
+    error = (largest / scale).item() if scale > 0 else float(largest)
     return float("inf") if math.isnan(error) else error
 
 
@@ -91,3 +95,31 @@ def check_identity(
         if errors[layer] > tolerance:
             raise IdentityFailed(layer, errors[layer], tolerance)
     return errors
+
+
+def check_layout(model: nn.Module, family: Family) -> None:
+    """Whether a layout that was borrowed from another family says what this model computes.
+
+    In its first and last layer the MLP, recomputed from its captured input, must give what was captured behind it, and
+    the residual stream before it plus that must be the stream after it.
+
+    Raises:
+        UnsupportedModel: says what does not hold, and that a layout is missing.
+    """
+    layers = list(blocks(model, family))
+    ids = fixed_input(model.config.vocab_size, 16).to(next(model.parameters()).device)
+    try:
+        for layer in {layers[0], layers[-1]}:
+            check_identity(model, family, [layer], ids)
+            points = hook_points(["resid_mid", "mlp_out", "resid_post"], [layer])
+            with capture_hooks(model, family, points) as capture:
+                found = capture.run(ids)
+            before, added, after = (found[point] for point in points)
+            if (error := _relative(before + added - after, added)) > TOLERANCE[added.dtype]:
+                raise IdentityFailed(layer, error, TOLERANCE[added.dtype])
+    except IdentityFailed as error:
+        raise UnsupportedModel(
+            f"models of type {family.name!r} are built like a known family but compute something else, and have no "
+            f"layout of their own here: what the MLP of layer {error.layer} adds to the residual stream is missed by "
+            f"{error.error:.3g} (relative)"
+        ) from error

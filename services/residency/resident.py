@@ -12,8 +12,9 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from services.residency.families import facts, family_of
+from services.residency.families import FAMILIES, facts, family_of
 from services.residency.fingerprint import fingerprint
+from services.residency.identity import check_layout
 from services.residency.lenses import Base, Lens, Spec
 from services.residency.lenses.extension import Extensions
 from services.residency.loading import Prepared, load_tokenizer
@@ -109,10 +110,12 @@ def finished(model_id: str, prepared: Prepared, digest: str, parked_off: str | N
         parked_off: the device that it came parked beside; None where it is on it.
 
     Raises:
-        UnsupportedModel: a decoder-only model whose hook points are unknown.
+        UnsupportedModel: a decoder-only model whose hook points are unknown, or are not where its modules let expect.
     """
     model = prepared.model
     family = None if model.config.is_encoder_decoder else family_of(model)
+    if family is not None and family.name not in FAMILIES:
+        check_layout(model, family)
     base = Base(model, family, facts(model.config.to_dict()), digest, Extensions())
     tokenizer = load_tokenizer(prepared.directory)
     return Resident(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, Olmo2Config, PretrainedConfig, Qwen2Config
 
 from services.kit import errors
 from services.residency import disk_cache, estimate, loading, resident, sources
@@ -74,6 +76,37 @@ async def test_a_disk_without_room_costs_the_cache_and_not_the_load(
     await pool.load("m", models.saved("gpt2"), "int8", expected_digest=sources.digest(models.saved("gpt2")))
     assert list((tmp_path / "quantized").iterdir()) == []
     await pool.close()
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+async def test_another_family_is_loaded_where_a_known_layout_is_its_own(tmp_path: Path, quantization: str) -> None:
+    pool = Pool("cpu", 1 << 30)
+    resident = await pool.load("m", unknown(tmp_path, Qwen2Config), quantization)
+    family = resident.base.family
+    assert family is not None
+    assert (family.name, family.experimental) == ("qwen2", True)
+    await pool.close()
+
+
+async def test_another_family_that_only_looks_like_a_known_one_is_refused_by_what_is_missing(tmp_path: Path) -> None:
+    pool = Pool("cpu", 1 << 30)  # OLMo 2 norms what its MLP gives, under a name that is the norm before it in Llama
+    with pytest.raises(errors.LensmeshError, match=r"'olmo2'.*no layout of their own.*layer 0 adds") as caught:
+        await pool.load("m", unknown(tmp_path, Olmo2Config), "none")
+    assert (caught.value.reason, caught.value.transient) == ("MODEL_LOAD_FAILED", False)
+    assert (pool.used_bytes, pool.reserved_bytes, pool.residents) == (0, 0, [])
+    await pool.close()
+
+
+def unknown(folder: Path, config: type[PretrainedConfig]) -> Path:
+    """A tiny model of a family that has no layout here."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config(**sizes, num_attention_heads=2, num_key_value_heads=2)).save_pretrained(
+            folder
+        )
+    models.tokenizer().save_pretrained(folder)
+    return folder
 
 
 def failing(error: Exception) -> Callable[..., Any]:
