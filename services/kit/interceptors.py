@@ -18,6 +18,7 @@ from grpc_status import rpc_status
 
 from services.kit import auth, errors, status, trace
 from services.kit.logs import get_logger
+from services.kit.masks import check_mask, masked
 from services.kit.methods import Method
 from services.kit.metrics import RpcMetrics
 
@@ -63,7 +64,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _unary(self, method: Method, behavior: Any, metadata: dict[str, Any]) -> Any:
         async def call(request: Message, context: grpc.aio.ServicerContext) -> Message:
             async with self._rules(method, request, context, metadata):
-                return await behavior(request, context)
+                return masked(request, await behavior(request, context))
             raise AssertionError("a failed call is aborted")
 
         return call
@@ -85,6 +86,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             try:
                 self._admit(method, metadata.get("authorization"))
                 self._validate(request)
+                check_mask(request, method.reply)
                 yield
                 await self._record(method, request, "OK")
             except (asyncio.CancelledError, GeneratorExit):

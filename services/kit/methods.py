@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from google.protobuf import descriptor_pb2, descriptor_pool
-from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.descriptor import Descriptor, ServiceDescriptor
 from lensmesh.http.v1 import http_pb2
 
 _LEVELS = descriptor_pb2.MethodOptions
@@ -26,6 +26,8 @@ class Method:
     """Whether a lost call may simply be made again."""
     writes: bool
     """Whether a user's call changes something, so that it is audited."""
+    reply: Descriptor
+    """What it answers, of a stream each message."""
 
 
 def methods_of(service_name: str) -> list[Method]:
@@ -51,6 +53,7 @@ def methods_of(service_name: str) -> list[Method]:
                 streams=method.server_streaming,
                 idempotent=level in (_LEVELS.NO_SIDE_EFFECTS, _LEVELS.IDEMPOTENT),
                 writes=not policy.internal and level != _LEVELS.NO_SIDE_EFFECTS,
+                reply=method.output_type,
             )
         )
     return found

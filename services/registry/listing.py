@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -21,13 +22,15 @@ class Page:
 class Listed:
     """A page of rows."""
 
-    rows: list[Any]
+    rows: Sequence[Any]
     total: int
     page: Page
+    next: tuple[datetime, str] | None
+    """Where the next page starts; None at the end."""
 
-    @property
-    def next(self) -> tuple[datetime, str] | None:
-        """Where the next page starts; None at the end."""
-        if len(self.rows) < self.page.limit:
-            return None
-        return (self.rows[-1].created_at, self.rows[-1].id)
+    @classmethod
+    def of(cls, rows: Sequence[Any], total: int, page: Page) -> Listed:
+        """The page of rows of which one more was read than it holds, if there is one."""
+        shown = rows[: page.limit]
+        last = shown[-1] if len(rows) > page.limit else None
+        return cls(shown, total, page, None if last is None else (last.created_at, last.id))

@@ -13,8 +13,9 @@ from lensmesh.residency.v1 import residency_pb2
 
 from services.kit import errors
 from services.residency.estimate import Estimate, parameter_count
-from services.residency.families import Facts, facts
+from services.residency.families import SITES, Facts, facts
 from services.residency.intervention import Intervention, Op
+from services.residency.layouts import Family, family_of_config
 from services.residency.lenses import KINDS, Probability, Reading, Spec, TokenReading
 from services.residency.lenses.transcoder import Transcoder
 from services.residency.loading import config_of, skeleton, stored_dtype
@@ -69,17 +70,20 @@ def model_facts(found: Contents) -> residency_pb2.ModelFacts:
         context_length=known.context_length,
         file_bytes=sum(entry.nbytes for entry in found.entries),
         digest=found.digest,
-        defaults=_defaults(known),
+        defaults=_defaults(known, family_of_config(found.config)),
     )
 
 
-def _defaults(known: Facts) -> types_pb2.ModelDefaults:
+def _defaults(known: Facts, family: Family | None) -> types_pb2.ModelDefaults:
+    points = {} if family is None else {site: f"blocks.{{layer}}.{SITES[site]}" for site in family.taps}
     return types_pb2.ModelDefaults(
         dict_size=known.dict_size,
         group_sizes=known.group_sizes,
         top_k=known.top_k,
         model_batch_size=known.model_batch_size,
         dtype=_DTYPES.get(known.dtype or "", types_pb2.DTYPE_UNSPECIFIED),
+        hook_points=[types_pb2.HookPoint(site=site, name=name) for site, name in points.items()],
+        experimental=family is None or family.experimental,
     )
 
 

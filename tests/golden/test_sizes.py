@@ -39,6 +39,16 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
          "num_key_value_heads": 8},
         7_241_732_096,
     ),
+    "mistral-nemo-12b": (
+        {**LLAMA, "model_type": "mistral", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 14336,
+         "num_hidden_layers": 40, "num_key_value_heads": 8, "head_dim": 128},
+        12_247_782_400,
+    ),
+    "qwen2.5-14b": (
+        {**LLAMA, "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 5120, "intermediate_size": 13824,
+         "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8},
+        14_770_033_664,
+    ),
     "gemma-2-2b": (
         {**GEMMA, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
          "num_key_value_heads": 4, "head_dim": 256},
@@ -62,7 +72,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         6_921_720_704,
     ),
 }  # fmt: skip
-"""Of spec/003's appendix A, one config of each family at least, with the parameters that its publisher counts."""
+"""Of spec/003's appendix A, one config of each family at least, with the parameters that its publisher counts; and the
+sizes that the system behind spec/000 guessed from names (1.1B, 12B, 14B, 27B)."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

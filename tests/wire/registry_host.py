@@ -103,7 +103,14 @@ class FakeHost(
             context_length=128,
             file_bytes=size,
             digest="digest-" + request.source.identifier,
-            defaults=types.ModelDefaults(dict_size=1024, group_sizes=[512, 512], top_k=32, dtype=types.DTYPE_FLOAT32),
+            defaults=types.ModelDefaults(
+                dict_size=1024,
+                group_sizes=[512, 512],
+                top_k=32,
+                dtype=types.DTYPE_FLOAT32,
+                hook_points=[types.HookPoint(site="mlp_in", name="blocks.{layer}.mlp.hook_in")],
+                experimental=True,
+            ),
         )
 
     def bytes_of(self, identifier: str, quantization: int) -> int:

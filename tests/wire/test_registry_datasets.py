@@ -87,6 +87,18 @@ async def test_hub_datasets_are_named_and_not_fetched(mesh: Mesh) -> None:
     assert (made.size_bytes, made.HasField("digest"), made.HasField("rows")) == (0, False, False)
 
 
+async def test_datasets_show_the_fields_that_are_asked_for(mesh: Mesh) -> None:
+    made = await mesh.datasets.CreateDataset(
+        pb.CreateDatasetRequest(name="d", source=pb.DATASET_SOURCE_INLINE, texts=["a"])
+    )
+    mask = {"paths": ["id", "prompt_field"]}  # the latter is unset, and stays so
+    page = await mesh.datasets.ListDatasets(pb.ListDatasetsRequest(read_mask=mask))
+    assert (list(page.datasets), page.total) == ([pb.Dataset(id=made.id)], 1)
+    assert await mesh.datasets.GetDataset(pb.GetDatasetRequest(id=made.id, read_mask=mask)) == pb.Dataset(id=made.id)
+    wrong = mesh.datasets.GetDataset(pb.GetDatasetRequest(id=made.id, read_mask={"paths": ["secret"]}))
+    assert (await refused(wrong)).fields == ["read_mask"]
+
+
 async def test_datasets_are_listed_repeated_and_deleted(mesh: Mesh) -> None:
     first = await create(mesh, source=INLINE, texts=["a"], request_id="r")
     assert (await create(mesh, source=INLINE, texts=["a"], request_id="r")).id == first.id

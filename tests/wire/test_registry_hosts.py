@@ -98,6 +98,17 @@ async def test_a_process_that_died_gets_its_wanted_models_loaded_again(mesh: Mes
     assert names[-1] == "model:ready"
 
 
+async def test_a_refused_unload_changes_nothing_of_what_is_wanted(mesh: Mesh, host: FakeHost) -> None:
+    model = await mesh.ready()
+    host.held[model.id].leases = 1
+    assert (await refused(mesh.models.UnloadModel(pb.UnloadModelRequest(id=model.id)))).reason == "IN_USE"
+    host.held.clear()
+    host.incarnation = "life-2"
+    await mesh.announce(host)
+    await mesh.reaches(model.id, READY)
+    assert len(host.names("Load")) == 2
+
+
 async def test_a_host_that_dies_in_the_middle_of_a_load_gets_it_again(mesh: Mesh, host: FakeHost) -> None:
     model = await mesh.create()
     host.gate.clear()

@@ -38,6 +38,8 @@ async def test_creation_reads_config_sizes_defaults_and_digest_from_a_host(mesh:
     assert model.config["hidden_size"] == 64
     assert model.architecture == "GPT2LMHeadModel"
     assert list(model.defaults.group_sizes) == [512, 512]
+    assert {point.site: point.name for point in model.defaults.hook_points} == {"mlp_in": "blocks.{layer}.mlp.hook_in"}
+    assert model.defaults.experimental
     assert model.defaults.dtype == types.DTYPE_FLOAT32
     assert model.estimated_memory_bytes == 110 * MB
     assert model.estimated_load_seconds == pytest.approx(0.5)  # 100 MB at the assumed 200 MB/s
@@ -81,13 +83,25 @@ async def test_a_hub_that_does_not_answer_leaves_the_model_pending_and_its_load_
     mesh: Mesh, host: FakeHost
 ) -> None:
     host.hub_down = True
-    model = await mesh.create("tiny", source=types.MODEL_SOURCE_HUGGINGFACE, auto_load=True)
+    model = await mesh.create("tiny", source=types.MODEL_SOURCE_HUGGINGFACE)
     assert (model.status, model.HasField("hidden_size")) == (pb.MODEL_STATUS_PENDING, False)
     assert (await refused(mesh.load(model.id))).code == "UNAVAILABLE"
     host.hub_down = False
     await mesh.load(model.id)
     loaded = await mesh.reaches(model.id, pb.MODEL_STATUS_READY)
     assert (loaded.hidden_size, loaded.model_type, loaded.digest) == (64, "gpt2", "digest-tiny")
+
+
+async def test_what_is_to_be_loaded_at_creation_is_loaded_once_the_hub_answers_unless_it_is_taken_back(
+    mesh: Mesh, host: FakeHost
+) -> None:
+    host.hub_down = True
+    waits = {"source": types.MODEL_SOURCE_HUGGINGFACE, "auto_load": True}
+    wanted, taken_back = await mesh.create("tiny", **waits), await mesh.create("tiny", **waits)
+    assert (await mesh.models.UnloadModel(pb.UnloadModelRequest(id=taken_back.id))).status == pb.MODEL_STATUS_PENDING
+    host.hub_down = False
+    await mesh.reaches(wanted.id, pb.MODEL_STATUS_READY)
+    assert [request.model_id for request in host.names("Load")] == [wanted.id]
 
 
 async def test_the_same_request_id_gives_the_same_model_and_another_body_is_refused(mesh: Mesh, host: FakeHost) -> None:
@@ -122,6 +136,8 @@ async def test_lists_filter_page_by_offset_and_by_token_and_mask_fields(mesh: Me
     assert third.next_page_token == ""
     by_offset = await mesh.models.ListModels(pb.ListModelsRequest(limit=2, offset=5))
     assert [m.id for m in by_offset.models] == ids[4:]
+    full = await mesh.models.ListModels(pb.ListModelsRequest(limit=6))
+    assert (len(full.models), full.next_page_token) == (6, "")
     assert (await mesh.models.ListModels(pb.ListModelsRequest(status=pb.MODEL_STATUS_READY))).total == 0
     assert (await mesh.models.ListModels(pb.ListModelsRequest(model_type="llama"))).total == 0
     masked = await mesh.models.ListModels(pb.ListModelsRequest(limit=1, read_mask={"paths": ["id", "name"]}))
@@ -146,7 +162,8 @@ async def test_updates_need_the_current_etag_and_a_ready_models_quantization_sta
     request = pb.UpdateModelRequest(id=model.id, quantization=types.QUANTIZATION_INT8)
     assert (await refused(mesh.models.UpdateModel(request))).reason == "WRONG_STATE"
     await mesh.models.UnloadModel(pb.UnloadModelRequest(id=model.id))
-    assert (await mesh.models.UpdateModel(request)).quantization == types.QUANTIZATION_INT8
+    changed = await mesh.models.UpdateModel(request)
+    assert (changed.quantization, changed.estimated_memory_bytes) == (types.QUANTIZATION_INT8, 60 * MB)
 
 
 async def test_a_model_in_use_is_deleted_with_its_users_only_by_an_admin(mesh: Mesh, host: FakeHost) -> None:

@@ -141,8 +141,8 @@ async def test_switches_between_groups_take_turns_between_users_and_can_be_cance
     assert [row["id"] for row in order if row["id"] != second.job_id] == [running_now.job_id, bob.job_id, third.job_id]
     told = [data for name, data in await mesh.events(c[0].id) if name == "group:switching"]
     # The third is overtaken by bob's; the second leaves the queue, and every end brings the others forward.
-    assert [x["position"] for x in told if x["task_id"] == third.job_id] == [3, 4, 2]
-    assert [x["position"] for x in told if x["task_id"] == bob.job_id] == [3]
+    assert [x["position"] for x in told if x["task_id"] == third.job_id] == [3, 4, 3, 2]
+    assert [x["position"] for x in told if x["task_id"] == bob.job_id] == [3, 2]
 
 
 async def test_a_switch_that_fits_nowhere_is_refused_and_nothing_moves(mesh: Mesh) -> None:

@@ -14,6 +14,7 @@ from prometheus_client import generate_latest
 
 from services.extensions.adapters.residency import PooledBases
 from services.extraction.adapters.residency import PooledModels
+from services.residency.families import SITES
 from services.residency.lenses import tuned_lens
 from services.residency.lenses.transcoder import Transcoder, TranscoderShape
 from services.residency.splice import logits
@@ -57,6 +58,9 @@ async def test_inspect_reads_config_headers_and_digest_and_no_path_leaves(host):
     assert (facts.context_length, facts.vocab_size, facts.architecture) == (128, models.VOCAB, "GPT2LMHeadModel")
     assert list(facts.defaults.group_sizes) == [64, 128, 256, 576]
     assert (facts.defaults.dict_size, facts.defaults.top_k, facts.defaults.model_batch_size) == (1024, 32, 32)
+    points = {point.site: point.name for point in facts.defaults.hook_points}
+    assert (points.keys(), points["mlp_in"]) == (SITES.keys(), "blocks.{layer}.mlp.hook_in")
+    assert not facts.defaults.experimental
     assert len(facts.digest) == 64
     again = await host.stub.Inspect(residency_pb2.InspectRequest(source=local("gemma2")))
     assert again.digest != facts.digest

@@ -16,6 +16,7 @@ from services.registry.ports import Store
 
 REFRESH_SECONDS = 5.0
 STATUSES = ("pending", "loading", "ready", "failed", "unloaded")
+CAUSES = ("memory", "resident_limit", "exclusive", "park_limit", "device_cleared", "out_of_memory", "pressure")
 LOAD_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 SWITCH_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5, 30)
 ERROR_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
@@ -79,7 +80,7 @@ class RegistryMetrics:
             self._loads.labels(result)
         for status in STATUSES:
             self._models.labels(status)
-        for cause in ("memory", "resident_limit", "exclusive", "park_limit", "device_cleared", "out_of_memory"):
+        for cause in CAUSES:
             self._evictions.labels(cause)
         for result in ("hit", "miss"):
             self._foreseen.labels(result)

@@ -81,6 +81,22 @@ async def need_of(registry: Registry, source: Source, quantization: str, *, mode
     return need, seconds or (need.weights + need.quantization_state) / float(speed or ASSUMED_BYTES_PER_SECOND)
 
 
+async def expected(registry: Registry, model_id: str, quantization: str) -> dict[str, Any]:
+    """The columns that say what a load of a model is expected to take; None in them while nobody can tell.
+
+    Raises:
+        NotFound: no such model.
+    """
+    async with registry.store.transaction() as tx:
+        model = await tx.models.get(model_id)
+    found: tuple[Need | None, float | None] = (None, None)
+    if model.inspected:
+        with suppress(Unavailable):
+            found = await need_of(registry, model.files, quantization, model_id=model_id)
+    need, seconds = found
+    return {"estimated_memory_bytes": need and need.total, "estimated_load_seconds": seconds}
+
+
 async def hear_of_leases(registry: Registry) -> None:
     """A lease of a moment may have been caught by a heartbeat; it shall not keep a model for the next 5 s."""
     async with registry.store.transaction() as tx:

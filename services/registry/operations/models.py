@@ -12,7 +12,7 @@ from services.registry.domain import Caller, Facts, LoadPlan, Model, Source
 from services.registry.identifiers import check_identifier
 from services.registry.listing import Listed, Page
 from services.registry.operations import admission
-from services.registry.operations.estimating import columns_of, inspect_if_reachable, need_of, plan
+from services.registry.operations.estimating import columns_of, expected, inspect_if_reachable, need_of, plan
 from services.registry.operations.registry import Registry
 from services.registry.operations.unloading import unload_copies
 
@@ -65,7 +65,8 @@ async def create_model(
 ) -> Model:
     """Register a model, and start to load it when asked; both or neither. The answer is the model as it was registered.
 
-    A hub that does not answer leaves the model pending, with its sizes to be filled at its load.
+    A hub that does not answer leaves the model pending, with its sizes to be filled at its load, which begins by itself
+    with auto_load once the hub answers.
 
     Raises:
         Invalid: see `draft_model`.
@@ -75,12 +76,13 @@ async def create_model(
     draft = await draft_model(registry, new)
     async with registry.store.transaction() as tx, tx.once(request) as once:
         if once.answer is None:
-            model = await tx.models.insert(_row(caller, draft))
+            model = await tx.models.insert({**_row(caller, draft), "wanted": auto_load})
             once.answer = {"id": model.id}
+            if auto_load:
+                await admission.count_load(registry, tx, caller)
             if auto_load and draft.plan is not None:
                 need, seconds = draft.plan.need, draft.plan.estimated_seconds
                 order = admission.Order(model.quantization, caller.subject, need, seconds)
-                await admission.count_load(registry, tx, caller)
                 await admission.accept(registry, tx, model, order)
             return model
         return await tx.models.get(once.answer["id"])
@@ -118,8 +120,10 @@ async def update_model(
         Stale: the etag is of an earlier version.
         Conflict: another quantization while it is on a device, or on its way there.
     """
-    changes = {"name": name, "quantization": quantization, "pinned": pinned, "preload": preload}
+    changes: dict[str, object] = {"name": name, "quantization": quantization, "pinned": pinned, "preload": preload}
     changes = {column: value for column, value in changes.items() if value is not None}
+    if quantization is not None:
+        changes |= await expected(registry, model_id, quantization)
     async with registry.store.transaction() as tx:
         model = await tx.models.get(model_id, lock=True)
         if etag and etag != model.etag:

@@ -112,6 +112,12 @@ async def run_switch(registry: Registry, lease: LoadLease) -> dict[str, Any]:
     return {"group_id": group_id, "lens_id": lens_id, "device": copy.device, "seconds": switched.seconds}
 
 
+async def tell_places(registry: Registry, host_id: str) -> None:
+    """Tell everybody the places of the switches that wait behind the next one: one of them has left or come."""
+    async with registry.store.transaction() as tx:
+        await _announce(tx, (await tx.switch_turns(host_id))[1:])
+
+
 async def _from(tx: Transaction, host_id: str, job_id: str) -> Sequence[Turn]:
     """A switch and those that take their turns behind it."""
     turns = await tx.switch_turns(host_id)

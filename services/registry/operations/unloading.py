@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 async def unload_model(registry: Registry, model_id: str, wait_seconds: float) -> Model:
-    """Take a model off every device; answers when the memory is back.
+    """Take a model off every device, or take back that it is to be loaded; answers when the memory is back.
 
     Raises:
         Conflict: it is loading or was never loaded; `IN_USE` when leases are held after the wait.
@@ -24,12 +24,14 @@ async def unload_model(registry: Registry, model_id: str, wait_seconds: float) -
     async with registry.store.transaction() as tx:
         model = await tx.models.get(model_id, lock=True)
         copies = await tx.placement.of_model(model_id)
-        await tx.models.update(model_id, wanted=False)
-    if not copies and model.status != "unloaded":
-        raise Conflict(
-            f"Model {model_id} is {model.status}, not on a device",
-            metadata={"model_id": model_id, "status": model.status},
-        )
+        waits = model.status == "unloaded" or (model.status == "pending" and model.wanted)
+        if not copies and not waits:
+            raise Conflict(
+                f"Model {model_id} is {model.status}, not on a device",
+                metadata={"model_id": model_id, "status": model.status},
+            )
+        if not copies:  # else it is wanted until the last one has left: an unload may be refused
+            await tx.models.update(model_id, wanted=False)
     await unload_copies(registry, model_id, wait_seconds=wait_seconds, cause="user")
     async with registry.store.transaction() as tx:
         return await tx.models.get(model_id)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
-
-from google.protobuf.field_mask_pb2 import FieldMask
-from google.protobuf.message import Message
+from typing import Any
 
 from services.kit import paging
 from services.kit.auth import current_caller
 from services.kit.errors import Invalid
 from services.registry.domain import Caller
 from services.registry.listing import Listed, Page
-
-M = TypeVar("M", bound=Message)
 
 
 def caller() -> Caller:
@@ -55,18 +50,3 @@ def page_fields(listed: Listed) -> dict[str, Any]:
         "offset": listed.page.offset,
         "next_page_token": "" if listed.next is None else paging.token_after(*listed.next),
     }
-
-
-def masked(message: M, mask: FieldMask) -> M:
-    """Only the fields that the mask names; everything when it is empty.
-
-    Raises:
-        Invalid: a path that the message does not have.
-    """
-    if not mask.paths:
-        return message
-    if not mask.IsValidForDescriptor(message.DESCRIPTOR):
-        raise Invalid.of("read_mask", f"names a field that {message.DESCRIPTOR.name} does not have")
-    chosen = type(message)()
-    mask.MergeMessage(message, chosen)
-    return chosen

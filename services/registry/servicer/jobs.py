@@ -13,6 +13,7 @@ from services.kit.jobs import Job, JobStore
 from services.registry.listing import Listed
 from services.registry.operations.registry import Registry
 from services.registry.operations.running import settle_abandoned
+from services.registry.operations.switching import tell_places
 from services.registry.servicer.calls import page, page_fields
 from services.registry.servicer.events import Feeds
 from services.registry.wire import to_dict, to_message
@@ -38,21 +39,26 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             states=[status] if status else None,
             resource_id=request.resource_id or None,
             after=wanted.after,
-            limit=wanted.limit,
+            limit=wanted.limit + 1,
             offset=wanted.offset,
         )
-        listed = Listed(rows, total, wanted)
-        return pb.ListJobsResponse(jobs=[job_message(job) for job in rows], **page_fields(listed))
+        listed = Listed.of(rows, total, wanted)
+        return pb.ListJobsResponse(jobs=[job_message(job) for job in listed.rows], **page_fields(listed))
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Any) -> pb.Job:
-        """Stop a job; a load that had not begun gives its place back at once."""
+        """Stop a job; what had not begun gives its place back at once."""
         job = await self._jobs.request_cancel(request.id)
         await settle_abandoned(self._registry)
-        return job_message(job)
+        return await self._placed(job)
 
     async def RetryJob(self, request: pb.RetryJobRequest, context: Any) -> pb.Job:
         """Queue a job again."""
-        return job_message(await self._jobs.retry(request.id))
+        return await self._placed(await self._jobs.retry(request.id))
+
+    async def _placed(self, job: Job) -> pb.Job:
+        if job.event_prefix == "switch":
+            await tell_places(self._registry, job.payload["host_id"])
+        return job_message(job)
 
     async def WatchJob(self, request: pb.WatchJobRequest, context: Any) -> AsyncIterator[events_pb2.Event]:
         """A snapshot, then the job's events up to its end."""

@@ -15,7 +15,7 @@ from services.kit.idempotency import request_key
 from services.registry.domain import LoadPlan, Model
 from services.registry.operations import estimating, loading, models, serving, unloading
 from services.registry.operations.registry import Registry
-from services.registry.servicer.calls import caller, masked, page, page_fields
+from services.registry.servicer.calls import caller, page, page_fields
 from services.registry.servicer.events import Feeds
 from services.registry.wire import to_dict, to_message
 
@@ -41,14 +41,14 @@ class ModelServicer(models_pb2_grpc.ModelServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.Model:
         """One model."""
-        return masked(model_message(await models.get_model(self._registry, request.id)), request.read_mask)
+        return model_message(await models.get_model(self._registry, request.id))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         """Models, newest first."""
         wanted = page(request)
         status, model_type = to_dict(request)["status"] or None, request.model_type or None
         listed = await models.list_models(self._registry, wanted, status, model_type)
-        rows = [masked(model_message(model), request.read_mask) for model in listed.rows]
+        rows = [model_message(model) for model in listed.rows]
         return pb.ListModelsResponse(models=rows, **page_fields(listed))
 
     async def UpdateModel(self, request: pb.UpdateModelRequest, context: Any) -> pb.Model:

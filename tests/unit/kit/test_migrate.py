@@ -100,6 +100,43 @@ async def test_the_way_back_and_forth_keeps_what_the_registry_knows(empty_databa
     await conn.close()
 
 
+_SPEC_003 = """
+id name model_type architecture source config quantization status progress memory_usage_bytes load_time_seconds
+parameter_count hidden_size num_layers vocab_size cache_dir model_path error_message error_code created_at loaded_at
+last_used_at updated_at
+"""
+"""Columns of its section 4."""
+_INDEXED = {
+    "idx_models_status": "(status)",
+    "idx_models_model_type": "(model_type)",
+    "idx_models_source": "(source)",
+    "idx_models_created_at": "(created_at DESC, id DESC)",
+    "idx_models_last_used_at": "(last_used_at DESC)",
+    "idx_models_ready": "(status, model_type) WHERE ((status)::text = 'ready'::text)",
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE models SET status = 'gone'",
+        "UPDATE models SET source = 'ftp'",
+        "UPDATE models SET quantization = 'int3'",
+        "UPDATE models SET progress = 101",
+    ],
+)
+async def test_models_have_the_columns_checks_and_indexes_of_spec_003(database: Database, change: str) -> None:
+    async with database.connection() as conn:
+        columns = await conn.fetch("SELECT column_name FROM information_schema.columns WHERE table_name = 'models'")
+        assert set(_SPEC_003.split()) <= {row["column_name"] for row in columns}
+        indexes = await conn.fetch("SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'models'")
+        found = {row["indexname"]: row["indexdef"].partition(" USING btree ")[2] for row in indexes}
+        assert found == {**_INDEXED, "models_pkey": "(id)"}
+        await conn.execute(_ROWS)
+        with pytest.raises(asyncpg.CheckViolationError):
+            await conn.execute(change)
+
+
 async def test_two_processes_that_migrate_at_once_take_turns(empty_database_url: str) -> None:
     code = f"import asyncio; from services.kit import migrate; asyncio.run(migrate.upgrade({empty_database_url!r}))"
     processes = [await asyncio.create_subprocess_exec(sys.executable, "-c", code) for _ in range(2)]

@@ -38,8 +38,9 @@ class PostgresDatasets:
 
     async def page(self, page: Page) -> Listed:
         """Datasets, newest first."""
-        rows = await self._conn.fetch(_QUERIES["page"], *(page.after or (None, None)), page.limit, page.offset)
-        return Listed([columns.build(Dataset, row) for row in rows], await self._conn.fetchval(_QUERIES["count"]), page)
+        rows = await self._conn.fetch(_QUERIES["page"], *(page.after or (None, None)), page.limit + 1, page.offset)
+        total = await self._conn.fetchval(_QUERIES["count"])
+        return Listed.of([columns.build(Dataset, row) for row in rows], total, page)
 
     async def delete(self, dataset_id: str) -> None:
         """Remove it."""

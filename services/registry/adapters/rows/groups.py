@@ -39,9 +39,9 @@ class PostgresGroups:
     async def page(self, page: Page, *, model_id: str | None) -> Listed:
         """Groups, newest first."""
         rows = await self._conn.fetch(
-            _QUERIES["page"], model_id, *(page.after or (None, None)), page.limit, page.offset
+            _QUERIES["page"], model_id, *(page.after or (None, None)), page.limit + 1, page.offset
         )
-        return Listed(await self._filled(rows), await self._conn.fetchval(_QUERIES["count"], model_id), page)
+        return Listed.of(await self._filled(rows), await self._conn.fetchval(_QUERIES["count"], model_id), page)
 
     async def delete(self, group_id: str) -> None:
         """Remove a group and its lenses."""

@@ -38,9 +38,9 @@ class PostgresModels:
     async def page(self, page: Page, *, status: str | None, model_type: str | None) -> Listed:
         """Models, newest first."""
         after = page.after or (None, None)
-        rows = await self._conn.fetch(_QUERIES["page"], status, model_type, *after, page.limit, page.offset)
+        rows = await self._conn.fetch(_QUERIES["page"], status, model_type, *after, page.limit + 1, page.offset)
         total = await self._conn.fetchval(_QUERIES["count"], status, model_type)
-        return Listed([_model(row) for row in rows], total, page)
+        return Listed.of([_model(row) for row in rows], total, page)
 
     async def update(self, model_id: str, **values: Any) -> Model:
         """Set columns."""

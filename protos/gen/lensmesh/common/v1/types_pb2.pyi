@@ -151,18 +151,30 @@ class PerplexityResult(_message.Message):
     def __init__(self, perplexity: _Optional[float] = ..., loss: _Optional[float] = ..., tokens: _Optional[int] = ..., samples: _Optional[int] = ..., quantization: _Optional[_Union[Quantization, str]] = ..., seconds: _Optional[float] = ..., dataset_id: _Optional[str] = ..., over_unquantized: _Optional[float] = ...) -> None: ...
 
 class ModelDefaults(_message.Message):
-    __slots__ = ("dict_size", "group_sizes", "top_k", "model_batch_size", "dtype")
+    __slots__ = ("dict_size", "group_sizes", "top_k", "model_batch_size", "dtype", "hook_points", "experimental")
     DICT_SIZE_FIELD_NUMBER: _ClassVar[int]
     GROUP_SIZES_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     MODEL_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    HOOK_POINTS_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENTAL_FIELD_NUMBER: _ClassVar[int]
     dict_size: int
     group_sizes: _containers.RepeatedScalarFieldContainer[int]
     top_k: int
     model_batch_size: int
     dtype: Dtype
-    def __init__(self, dict_size: _Optional[int] = ..., group_sizes: _Optional[_Iterable[int]] = ..., top_k: _Optional[int] = ..., model_batch_size: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ...) -> None: ...
+    hook_points: _containers.RepeatedCompositeFieldContainer[HookPoint]
+    experimental: bool
+    def __init__(self, dict_size: _Optional[int] = ..., group_sizes: _Optional[_Iterable[int]] = ..., top_k: _Optional[int] = ..., model_batch_size: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., hook_points: _Optional[_Iterable[_Union[HookPoint, _Mapping]]] = ..., experimental: _Optional[bool] = ...) -> None: ...
+
+class HookPoint(_message.Message):
+    __slots__ = ("site", "name")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    name: str
+    def __init__(self, site: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class TokenReading(_message.Message):
     __slots__ = ("position", "token_id", "token", "features", "fvu", "layers", "base_predictions", "predictions")

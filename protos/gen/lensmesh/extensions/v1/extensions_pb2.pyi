@@ -5,6 +5,7 @@ from google.api import annotations_pb2 as _annotations_pb2
 from google.api import field_behavior_pb2 as _field_behavior_pb2
 from google.api import httpbody_pb2 as _httpbody_pb2
 from google.protobuf import empty_pb2 as _empty_pb2
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from lensmesh.common.v1 import types_pb2 as _types_pb2
 from lensmesh.http.v1 import http_pb2 as _http_pb2
@@ -222,18 +223,20 @@ class GetExtensionRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class ListExtensionsRequest(_message.Message):
-    __slots__ = ("model_id", "task_name", "limit", "offset", "page_token")
+    __slots__ = ("model_id", "task_name", "limit", "offset", "page_token", "read_mask")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_NAME_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    READ_MASK_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     task_name: str
     limit: int
     offset: int
     page_token: str
-    def __init__(self, model_id: _Optional[str] = ..., task_name: _Optional[str] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    read_mask: _field_mask_pb2.FieldMask
+    def __init__(self, model_id: _Optional[str] = ..., task_name: _Optional[str] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., page_token: _Optional[str] = ..., read_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
 
 class ListExtensionsResponse(_message.Message):
     __slots__ = ("extensions", "total", "limit", "offset", "next_page_token")

@@ -5,6 +5,7 @@ from google.api import annotations_pb2 as _annotations_pb2
 from google.api import field_behavior_pb2 as _field_behavior_pb2
 from google.api import httpbody_pb2 as _httpbody_pb2
 from google.protobuf import empty_pb2 as _empty_pb2
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from lensmesh.common.v1 import types_pb2 as _types_pb2
 from lensmesh.http.v1 import http_pb2 as _http_pb2
@@ -222,18 +223,20 @@ class GetExtractionRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class ListExtractionsRequest(_message.Message):
-    __slots__ = ("model_id", "status", "limit", "offset", "page_token")
+    __slots__ = ("model_id", "status", "limit", "offset", "page_token", "read_mask")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    READ_MASK_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     status: ExtractionStatus
     limit: int
     offset: int
     page_token: str
-    def __init__(self, model_id: _Optional[str] = ..., status: _Optional[_Union[ExtractionStatus, str]] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    read_mask: _field_mask_pb2.FieldMask
+    def __init__(self, model_id: _Optional[str] = ..., status: _Optional[_Union[ExtractionStatus, str]] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., page_token: _Optional[str] = ..., read_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
 
 class ListExtractionsResponse(_message.Message):
     __slots__ = ("extractions", "total", "limit", "offset", "next_page_token")
@@ -354,16 +357,18 @@ class GetActivationCacheRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class ListActivationCachesRequest(_message.Message):
-    __slots__ = ("model_id", "limit", "offset", "page_token")
+    __slots__ = ("model_id", "limit", "offset", "page_token", "read_mask")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    READ_MASK_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     limit: int
     offset: int
     page_token: str
-    def __init__(self, model_id: _Optional[str] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    read_mask: _field_mask_pb2.FieldMask
+    def __init__(self, model_id: _Optional[str] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., page_token: _Optional[str] = ..., read_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
 
 class ListActivationCachesResponse(_message.Message):
     __slots__ = ("activation_caches", "total", "limit", "offset", "next_page_token")

@@ -26,11 +26,12 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from lensmesh.http.v1 import http_pb2 as lensmesh_dot_http_dot_v1_dot_http__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#lensmesh/registry/v1/datasets.proto\x12\x14lensmesh.registry.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1blensmesh/http/v1/http.proto\"\x81\x03\n\x07\x44\x61taset\x12\x10\n\x02id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x33\n\x06source\x18\x03 \x01(\x0e\x32#.lensmesh.registry.v1.DatasetSource\x12\x12\n\nidentifier\x18\x04 \x01(\t\x12\r\n\x05split\x18\x05 \x01(\t\x12\x12\n\ntext_field\x18\x06 \x01(\t\x12\x19\n\x0cprompt_field\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\x19\n\x0ctarget_field\x18\x08 \x01(\tH\x01\x88\x01\x01\x12\x12\n\nsize_bytes\x18\t \x01(\x03\x12\x11\n\x04rows\x18\n \x01(\x03H\x02\x88\x01\x01\x12\x13\n\x06\x64igest\x18\x0b \x01(\tH\x03\x88\x01\x01\x12\x12\n\ncreated_by\x18\x0c \x01(\t\x12.\n\ncreated_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x0f\n\r_prompt_fieldB\x0f\n\r_target_fieldB\x07\n\x05_rowsB\t\n\x07_digest\"\xe3\x02\n\x14\x43reateDatasetRequest\x12\x1c\n\x04name\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xf4\x03\x12\x43\n\x06source\x18\x02 \x01(\x0e\x32#.lensmesh.registry.v1.DatasetSourceB\x0e\xe2\x41\x01\x02\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x31\n\nidentifier\x18\x03 \x01(\tB\x1d\xbaH\x1ar\x18\x18\xf4\x03\x32\x13^[A-Za-z0-9_\\-./]*$\x12\"\n\x05texts\x18\x04 \x03(\tB\x13\xbaH\x10\x92\x01\r\x10\x90N\"\x08r\x06\x10\x01\x18\xc0\x84=\x12\x16\n\x05split\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18\x64\x12\x1c\n\ntext_field\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1e\n\x0cprompt_field\x18\x07 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1e\n\x0ctarget_field\x18\x08 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1b\n\nrequest_id\x18\t \x01(\tB\x07\xbaH\x04r\x02\x18\x64\"/\n\x11GetDatasetRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\"g\n\x13ListDatasetsRequest\x12\x19\n\x05limit\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xf4\x03(\x00\x12\x17\n\x06offset\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\"\x8e\x01\n\x14ListDatasetsResponse\x12/\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x1d.lensmesh.registry.v1.Dataset\x12\r\n\x05total\x18\x02 \x01(\x03\x12\r\n\x05limit\x18\x03 \x01(\x05\x12\x0e\n\x06offset\x18\x04 \x01(\x05\x12\x17\n\x0fnext_page_token\x18\x05 \x01(\t\"2\n\x14\x44\x65leteDatasetRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\"4\n\x16ReadInlineTextsRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\"\x1c\n\x0bInlineTexts\x12\r\n\x05texts\x18\x01 \x03(\t*\x84\x01\n\rDatasetSource\x12\x1e\n\x1a\x44\x41TASET_SOURCE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x44\x41TASET_SOURCE_HUGGINGFACE\x10\x01\x12\x18\n\x14\x44\x41TASET_SOURCE_LOCAL\x10\x02\x12\x19\n\x15\x44\x41TASET_SOURCE_INLINE\x10\x03\x32\xad\x05\n\x0e\x44\x61tasetService\x12\x88\x01\n\rCreateDataset\x12*.lensmesh.registry.v1.CreateDatasetRequest\x1a\x1d.lensmesh.registry.v1.Dataset\",\x8a\xb5\x18\x10\n\x0bmodel:write\x18\xc9\x01\x82\xd3\xe4\x93\x02\x12\"\r/api/datasets:\x01*\x12\x83\x01\n\nGetDataset\x12\'.lensmesh.registry.v1.GetDatasetRequest\x1a\x1d.lensmesh.registry.v1.Dataset\"-\x90\x02\x01\x8a\xb5\x18\x0c\n\nmodel:read\x82\xd3\xe4\x93\x02\x14\x12\x12/api/datasets/{id}\x12\x8f\x01\n\x0cListDatasets\x12).lensmesh.registry.v1.ListDatasetsRequest\x1a*.lensmesh.registry.v1.ListDatasetsResponse\"(\x90\x02\x01\x8a\xb5\x18\x0c\n\nmodel:read\x82\xd3\xe4\x93\x02\x0f\x12\r/api/datasets\x12\x86\x01\n\rDeleteDataset\x12*.lensmesh.registry.v1.DeleteDatasetRequest\x1a\x16.google.protobuf.Empty\"1\x90\x02\x02\x8a\xb5\x18\x10\n\x0bmodel:write\x18\xcc\x01\x82\xd3\xe4\x93\x02\x14*\x12/api/datasets/{id}\x12o\n\x0fReadInlineTexts\x12,.lensmesh.registry.v1.ReadInlineTextsRequest\x1a!.lensmesh.registry.v1.InlineTexts\"\t\x90\x02\x01\x8a\xb5\x18\x02 \x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#lensmesh/registry/v1/datasets.proto\x12\x14lensmesh.registry.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1blensmesh/http/v1/http.proto\"\x81\x03\n\x07\x44\x61taset\x12\x10\n\x02id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x33\n\x06source\x18\x03 \x01(\x0e\x32#.lensmesh.registry.v1.DatasetSource\x12\x12\n\nidentifier\x18\x04 \x01(\t\x12\r\n\x05split\x18\x05 \x01(\t\x12\x12\n\ntext_field\x18\x06 \x01(\t\x12\x19\n\x0cprompt_field\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\x19\n\x0ctarget_field\x18\x08 \x01(\tH\x01\x88\x01\x01\x12\x12\n\nsize_bytes\x18\t \x01(\x03\x12\x11\n\x04rows\x18\n \x01(\x03H\x02\x88\x01\x01\x12\x13\n\x06\x64igest\x18\x0b \x01(\tH\x03\x88\x01\x01\x12\x12\n\ncreated_by\x18\x0c \x01(\t\x12.\n\ncreated_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x0f\n\r_prompt_fieldB\x0f\n\r_target_fieldB\x07\n\x05_rowsB\t\n\x07_digest\"\xe3\x02\n\x14\x43reateDatasetRequest\x12\x1c\n\x04name\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xf4\x03\x12\x43\n\x06source\x18\x02 \x01(\x0e\x32#.lensmesh.registry.v1.DatasetSourceB\x0e\xe2\x41\x01\x02\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x31\n\nidentifier\x18\x03 \x01(\tB\x1d\xbaH\x1ar\x18\x18\xf4\x03\x32\x13^[A-Za-z0-9_\\-./]*$\x12\"\n\x05texts\x18\x04 \x03(\tB\x13\xbaH\x10\x92\x01\r\x10\x90N\"\x08r\x06\x10\x01\x18\xc0\x84=\x12\x16\n\x05split\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18\x64\x12\x1c\n\ntext_field\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1e\n\x0cprompt_field\x18\x07 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1e\n\x0ctarget_field\x18\x08 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1b\n\nrequest_id\x18\t \x01(\tB\x07\xbaH\x04r\x02\x18\x64\"^\n\x11GetDatasetRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12-\n\tread_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"\x96\x01\n\x13ListDatasetsRequest\x12\x19\n\x05limit\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xf4\x03(\x00\x12\x17\n\x06offset\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\x12-\n\tread_mask\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"\x8e\x01\n\x14ListDatasetsResponse\x12/\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x1d.lensmesh.registry.v1.Dataset\x12\r\n\x05total\x18\x02 \x01(\x03\x12\r\n\x05limit\x18\x03 \x01(\x05\x12\x0e\n\x06offset\x18\x04 \x01(\x05\x12\x17\n\x0fnext_page_token\x18\x05 \x01(\t\"2\n\x14\x44\x65leteDatasetRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\"4\n\x16ReadInlineTextsRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\"\x1c\n\x0bInlineTexts\x12\r\n\x05texts\x18\x01 \x03(\t*\x84\x01\n\rDatasetSource\x12\x1e\n\x1a\x44\x41TASET_SOURCE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x44\x41TASET_SOURCE_HUGGINGFACE\x10\x01\x12\x18\n\x14\x44\x41TASET_SOURCE_LOCAL\x10\x02\x12\x19\n\x15\x44\x41TASET_SOURCE_INLINE\x10\x03\x32\xad\x05\n\x0e\x44\x61tasetService\x12\x88\x01\n\rCreateDataset\x12*.lensmesh.registry.v1.CreateDatasetRequest\x1a\x1d.lensmesh.registry.v1.Dataset\",\x8a\xb5\x18\x10\n\x0bmodel:write\x18\xc9\x01\x82\xd3\xe4\x93\x02\x12\"\r/api/datasets:\x01*\x12\x83\x01\n\nGetDataset\x12\'.lensmesh.registry.v1.GetDatasetRequest\x1a\x1d.lensmesh.registry.v1.Dataset\"-\x90\x02\x01\x8a\xb5\x18\x0c\n\nmodel:read\x82\xd3\xe4\x93\x02\x14\x12\x12/api/datasets/{id}\x12\x8f\x01\n\x0cListDatasets\x12).lensmesh.registry.v1.ListDatasetsRequest\x1a*.lensmesh.registry.v1.ListDatasetsResponse\"(\x90\x02\x01\x8a\xb5\x18\x0c\n\nmodel:read\x82\xd3\xe4\x93\x02\x0f\x12\r/api/datasets\x12\x86\x01\n\rDeleteDataset\x12*.lensmesh.registry.v1.DeleteDatasetRequest\x1a\x16.google.protobuf.Empty\"1\x90\x02\x02\x8a\xb5\x18\x10\n\x0bmodel:write\x18\xcc\x01\x82\xd3\xe4\x93\x02\x14*\x12/api/datasets/{id}\x12o\n\x0fReadInlineTexts\x12,.lensmesh.registry.v1.ReadInlineTextsRequest\x1a!.lensmesh.registry.v1.InlineTexts\"\t\x90\x02\x01\x8a\xb5\x18\x02 \x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -79,24 +80,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DATASETSERVICE'].methods_by_name['DeleteDataset']._serialized_options = b'\220\002\002\212\265\030\020\n\013model:write\030\314\001\202\323\344\223\002\024*\022/api/datasets/{id}'
   _globals['_DATASETSERVICE'].methods_by_name['ReadInlineTexts']._loaded_options = None
   _globals['_DATASETSERVICE'].methods_by_name['ReadInlineTexts']._serialized_options = b'\220\002\001\212\265\030\002 \001'
-  _globals['_DATASETSOURCE']._serialized_start=1426
-  _globals['_DATASETSOURCE']._serialized_end=1558
-  _globals['_DATASET']._serialized_start=245
-  _globals['_DATASET']._serialized_end=630
-  _globals['_CREATEDATASETREQUEST']._serialized_start=633
-  _globals['_CREATEDATASETREQUEST']._serialized_end=988
-  _globals['_GETDATASETREQUEST']._serialized_start=990
-  _globals['_GETDATASETREQUEST']._serialized_end=1037
-  _globals['_LISTDATASETSREQUEST']._serialized_start=1039
-  _globals['_LISTDATASETSREQUEST']._serialized_end=1142
-  _globals['_LISTDATASETSRESPONSE']._serialized_start=1145
-  _globals['_LISTDATASETSRESPONSE']._serialized_end=1287
-  _globals['_DELETEDATASETREQUEST']._serialized_start=1289
-  _globals['_DELETEDATASETREQUEST']._serialized_end=1339
-  _globals['_READINLINETEXTSREQUEST']._serialized_start=1341
-  _globals['_READINLINETEXTSREQUEST']._serialized_end=1393
-  _globals['_INLINETEXTS']._serialized_start=1395
-  _globals['_INLINETEXTS']._serialized_end=1423
-  _globals['_DATASETSERVICE']._serialized_start=1561
-  _globals['_DATASETSERVICE']._serialized_end=2246
+  _globals['_DATASETSOURCE']._serialized_start=1555
+  _globals['_DATASETSOURCE']._serialized_end=1687
+  _globals['_DATASET']._serialized_start=279
+  _globals['_DATASET']._serialized_end=664
+  _globals['_CREATEDATASETREQUEST']._serialized_start=667
+  _globals['_CREATEDATASETREQUEST']._serialized_end=1022
+  _globals['_GETDATASETREQUEST']._serialized_start=1024
+  _globals['_GETDATASETREQUEST']._serialized_end=1118
+  _globals['_LISTDATASETSREQUEST']._serialized_start=1121
+  _globals['_LISTDATASETSREQUEST']._serialized_end=1271
+  _globals['_LISTDATASETSRESPONSE']._serialized_start=1274
+  _globals['_LISTDATASETSRESPONSE']._serialized_end=1416
+  _globals['_DELETEDATASETREQUEST']._serialized_start=1418
+  _globals['_DELETEDATASETREQUEST']._serialized_end=1468
+  _globals['_READINLINETEXTSREQUEST']._serialized_start=1470
+  _globals['_READINLINETEXTSREQUEST']._serialized_end=1522
+  _globals['_INLINETEXTS']._serialized_start=1524
+  _globals['_INLINETEXTS']._serialized_end=1552
+  _globals['_DATASETSERVICE']._serialized_start=1690
+  _globals['_DATASETSERVICE']._serialized_end=2375
 # @@protoc_insertion_point(module_scope)

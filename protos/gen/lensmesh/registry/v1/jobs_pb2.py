@@ -25,13 +25,14 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from lensmesh.events.v1 import events_pb2 as lensmesh_dot_events_dot_v1_dot_events__pb2
 from lensmesh.http.v1 import http_pb2 as lensmesh_dot_http_dot_v1_dot_http__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1flensmesh/registry/v1/jobs.proto\x12\x14lensmesh.registry.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1flensmesh/events/v1/events.proto\x1a\x1blensmesh/http/v1/http.proto\"\xb8\x04\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12.\n\x06status\x18\x03 \x01(\x0e\x32\x1e.lensmesh.registry.v1.JobState\x12\x10\n\x08progress\x18\x04 \x01(\x01\x12\x13\n\x0bresource_id\x18\x05 \x01(\t\x12\x18\n\x0bwaiting_for\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x0f\n\x07\x61ttempt\x18\x07 \x01(\x05\x12\'\n\x06\x64\x65tail\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\'\n\x06result\x18\t \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x17\n\nerror_code\x18\n \x01(\tH\x01\x88\x01\x01\x12\x1a\n\rerror_message\x18\x0b \x01(\tH\x02\x88\x01\x01\x12\x13\n\x06\x64\x65vice\x18\x0c \x01(\tH\x03\x88\x01\x01\x12\x12\n\ncreated_by\x18\r \x01(\t\x12.\n\ncreated_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstarted_at\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10\x63\x61ncel_requested\x18\x11 \x01(\x08\x42\x0e\n\x0c_waiting_forB\r\n\x0b_error_codeB\x10\n\x0e_error_messageB\t\n\x07_device\"+\n\rGetJobRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\"\xd3\x01\n\x0fListJobsRequest\x12\x15\n\x04kind\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18\x64\x12\x38\n\x06status\x18\x02 \x01(\x0e\x32\x1e.lensmesh.registry.v1.JobStateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1d\n\x0bresource_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12\x19\n\x05limit\x18\x04 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xf4\x03(\x00\x12\x17\n\x06offset\x18\x05 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\"\x82\x01\n\x10ListJobsResponse\x12\'\n\x04jobs\x18\x01 \x03(\x0b\x32\x19.lensmesh.registry.v1.Job\x12\r\n\x05total\x18\x02 \x01(\x03\x12\r\n\x05limit\x18\x03 \x01(\x05\x12\x0e\n\x06offset\x18\x04 \x01(\x05\x12\x17\n\x0fnext_page_token\x18\x05 \x01(\t\".\n\x10\x43\x61ncelJobRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\"-\n\x0fRetryJobRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\"N\n\x0fWatchJobRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x1f\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"\xce\x01\n\x0cWatchRequest\x12G\n\x06topics\x18\x01 \x03(\tB7\xe2\x41\x01\x02\xbaH0\x92\x01-\x08\x01\x10\x64\"\'r%\x10\x03\x18\xac\x02\x32\x1e^[a-z_]+:(\\*|[A-Za-z0-9_\\-]+)$\x12G\n\x05\x61\x66ter\x18\x02 \x03(\x0b\x32-.lensmesh.registry.v1.WatchRequest.AfterEntryB\t\xbaH\x06\x9a\x01\x03\x10\xe8\x07\x1a,\n\nAfterEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01*\xca\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x14\n\x10JOB_STATE_PAUSED\x10\x03\x12\x17\n\x13JOB_STATE_COMPLETED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x12\x18\n\x14JOB_STATE_FINALIZING\x10\x07\x32\x8c\x05\n\nJobService\x12s\n\x06GetJob\x12#.lensmesh.registry.v1.GetJobRequest\x1a\x19.lensmesh.registry.v1.Job\")\x90\x02\x01\x8a\xb5\x18\x0c\n\nmodel:read\x82\xd3\xe4\x93\x02\x10\x12\x0e/api/jobs/{id}\x12\x7f\n\x08ListJobs\x12%.lensmesh.registry.v1.ListJobsRequest\x1a&.lensmesh.registry.v1.ListJobsResponse\"$\x90\x02\x01\x8a\xb5\x18\x0c\n\nmodel:read\x82\xd3\xe4\x93\x02\x0b\x12\t/api/jobs\x12\x84\x01\n\tCancelJob\x12&.lensmesh.registry.v1.CancelJobRequest\x1a\x19.lensmesh.registry.v1.Job\"4\x90\x02\x02\x8a\xb5\x18\r\n\x0bmodel:write\x82\xd3\xe4\x93\x02\x1a\"\x15/api/jobs/{id}/cancel:\x01*\x12~\n\x08RetryJob\x12%.lensmesh.registry.v1.RetryJobRequest\x1a\x19.lensmesh.registry.v1.Job\"0\x8a\xb5\x18\r\n\x0bmodel:write\x82\xd3\xe4\x93\x02\x19\"\x14/api/jobs/{id}/retry:\x01*\x12\x80\x01\n\x08WatchJob\x12%.lensmesh.registry.v1.WatchJobRequest\x1a\x19.lensmesh.events.v1.Event\"0\x90\x02\x01\x8a\xb5\x18\x0c\n\nmodel:read\x82\xd3\xe4\x93\x02\x17\x12\x15/api/jobs/{id}/events0\x01\x32o\n\x0c\x45ventService\x12_\n\x05Watch\x12\".lensmesh.registry.v1.WatchRequest\x1a\x19.lensmesh.events.v1.Event\"\x15\x90\x02\x01\x8a\xb5\x18\x0e\n\nmodel:read0\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1flensmesh/registry/v1/jobs.proto\x12\x14lensmesh.registry.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1flensmesh/events/v1/events.proto\x1a\x1blensmesh/http/v1/http.proto\"\xb8\x04\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12.\n\x06status\x18\x03 \x01(\x0e\x32\x1e.lensmesh.registry.v1.JobState\x12\x10\n\x08progress\x18\x04 \x01(\x01\x12\x13\n\x0bresource_id\x18\x05 \x01(\t\x12\x18\n\x0bwaiting_for\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x0f\n\x07\x61ttempt\x18\x07 \x01(\x05\x12\'\n\x06\x64\x65tail\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\'\n\x06result\x18\t \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x17\n\nerror_code\x18\n \x01(\tH\x01\x88\x01\x01\x12\x1a\n\rerror_message\x18\x0b \x01(\tH\x02\x88\x01\x01\x12\x13\n\x06\x64\x65vice\x18\x0c \x01(\tH\x03\x88\x01\x01\x12\x12\n\ncreated_by\x18\r \x01(\t\x12.\n\ncreated_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstarted_at\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10\x63\x61ncel_requested\x18\x11 \x01(\x08\x42\x0e\n\x0c_waiting_forB\r\n\x0b_error_codeB\x10\n\x0e_error_messageB\t\n\x07_device\"Z\n\rGetJobRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12-\n\tread_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"\x82\x02\n\x0fListJobsRequest\x12\x15\n\x04kind\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18\x64\x12\x38\n\x06status\x18\x02 \x01(\x0e\x32\x1e.lensmesh.registry.v1.JobStateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1d\n\x0bresource_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12\x19\n\x05limit\x18\x04 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xf4\x03(\x00\x12\x17\n\x06offset\x18\x05 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\x12-\n\tread_mask\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"\x82\x01\n\x10ListJobsResponse\x12\'\n\x04jobs\x18\x01 \x03(\x0b\x32\x19.lensmesh.registry.v1.Job\x12\r\n\x05total\x18\x02 \x01(\x03\x12\r\n\x05limit\x18\x03 \x01(\x05\x12\x0e\n\x06offset\x18\x04 \x01(\x05\x12\x17\n\x0fnext_page_token\x18\x05 \x01(\t\".\n\x10\x43\x61ncelJobRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\"-\n\x0fRetryJobRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\"N\n\x0fWatchJobRequest\x12\x1a\n\x02id\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x1f\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"\xce\x01\n\x0cWatchRequest\x12G\n\x06topics\x18\x01 \x03(\tB7\xe2\x41\x01\x02\xbaH0\x92\x01-\x08\x01\x10\x64\"\'r%\x10\x03\x18\xac\x02\x32\x1e^[a-z_]+:(\\*|[A-Za-z0-9_\\-]+)$\x12G\n\x05\x61\x66ter\x18\x02 \x03(\x0b\x32-.lensmesh.registry.v1.WatchRequest.AfterEntryB\t\xbaH\x06\x9a\x01\x03\x10\xe8\x07\x1a,\n\nAfterEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01*\xca\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x14\n\x10JOB_STATE_PAUSED\x10\x03\x12\x17\n\x13JOB_STATE_COMPLETED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x12\x18\n\x14JOB_STATE_FINALIZING\x10\x07\x32\x8c\x05\n\nJobService\x12s\n\x06GetJob\x12#.lensmesh.registry.v1.GetJobRequest\x1a\x19.lensmesh.registry.v1.Job\")\x90\x02\x01\x8a\xb5\x18\x0c\n\nmodel:read\x82\xd3\xe4\x93\x02\x10\x12\x0e/api/jobs/{id}\x12\x7f\n\x08ListJobs\x12%.lensmesh.registry.v1.ListJobsRequest\x1a&.lensmesh.registry.v1.ListJobsResponse\"$\x90\x02\x01\x8a\xb5\x18\x0c\n\nmodel:read\x82\xd3\xe4\x93\x02\x0b\x12\t/api/jobs\x12\x84\x01\n\tCancelJob\x12&.lensmesh.registry.v1.CancelJobRequest\x1a\x19.lensmesh.registry.v1.Job\"4\x90\x02\x02\x8a\xb5\x18\r\n\x0bmodel:write\x82\xd3\xe4\x93\x02\x1a\"\x15/api/jobs/{id}/cancel:\x01*\x12~\n\x08RetryJob\x12%.lensmesh.registry.v1.RetryJobRequest\x1a\x19.lensmesh.registry.v1.Job\"0\x8a\xb5\x18\r\n\x0bmodel:write\x82\xd3\xe4\x93\x02\x19\"\x14/api/jobs/{id}/retry:\x01*\x12\x80\x01\n\x08WatchJob\x12%.lensmesh.registry.v1.WatchJobRequest\x1a\x19.lensmesh.events.v1.Event\"0\x90\x02\x01\x8a\xb5\x18\x0c\n\nmodel:read\x82\xd3\xe4\x93\x02\x17\x12\x15/api/jobs/{id}/events0\x01\x32o\n\x0c\x45ventService\x12_\n\x05Watch\x12\".lensmesh.registry.v1.WatchRequest\x1a\x19.lensmesh.events.v1.Event\"\x15\x90\x02\x01\x8a\xb5\x18\x0e\n\nmodel:read0\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -78,28 +79,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOBSERVICE'].methods_by_name['WatchJob']._serialized_options = b'\220\002\001\212\265\030\014\n\nmodel:read\202\323\344\223\002\027\022\025/api/jobs/{id}/events'
   _globals['_EVENTSERVICE'].methods_by_name['Watch']._loaded_options = None
   _globals['_EVENTSERVICE'].methods_by_name['Watch']._serialized_options = b'\220\002\001\212\265\030\016\n\nmodel:read0\001'
-  _globals['_JOBSTATE']._serialized_start=1622
-  _globals['_JOBSTATE']._serialized_end=1824
-  _globals['_JOB']._serialized_start=275
-  _globals['_JOB']._serialized_end=843
-  _globals['_GETJOBREQUEST']._serialized_start=845
-  _globals['_GETJOBREQUEST']._serialized_end=888
-  _globals['_LISTJOBSREQUEST']._serialized_start=891
-  _globals['_LISTJOBSREQUEST']._serialized_end=1102
-  _globals['_LISTJOBSRESPONSE']._serialized_start=1105
-  _globals['_LISTJOBSRESPONSE']._serialized_end=1235
-  _globals['_CANCELJOBREQUEST']._serialized_start=1237
-  _globals['_CANCELJOBREQUEST']._serialized_end=1283
-  _globals['_RETRYJOBREQUEST']._serialized_start=1285
-  _globals['_RETRYJOBREQUEST']._serialized_end=1330
-  _globals['_WATCHJOBREQUEST']._serialized_start=1332
-  _globals['_WATCHJOBREQUEST']._serialized_end=1410
-  _globals['_WATCHREQUEST']._serialized_start=1413
-  _globals['_WATCHREQUEST']._serialized_end=1619
-  _globals['_WATCHREQUEST_AFTERENTRY']._serialized_start=1575
-  _globals['_WATCHREQUEST_AFTERENTRY']._serialized_end=1619
-  _globals['_JOBSERVICE']._serialized_start=1827
-  _globals['_JOBSERVICE']._serialized_end=2479
-  _globals['_EVENTSERVICE']._serialized_start=2481
-  _globals['_EVENTSERVICE']._serialized_end=2592
+  _globals['_JOBSTATE']._serialized_start=1750
+  _globals['_JOBSTATE']._serialized_end=1952
+  _globals['_JOB']._serialized_start=309
+  _globals['_JOB']._serialized_end=877
+  _globals['_GETJOBREQUEST']._serialized_start=879
+  _globals['_GETJOBREQUEST']._serialized_end=969
+  _globals['_LISTJOBSREQUEST']._serialized_start=972
+  _globals['_LISTJOBSREQUEST']._serialized_end=1230
+  _globals['_LISTJOBSRESPONSE']._serialized_start=1233
+  _globals['_LISTJOBSRESPONSE']._serialized_end=1363
+  _globals['_CANCELJOBREQUEST']._serialized_start=1365
+  _globals['_CANCELJOBREQUEST']._serialized_end=1411
+  _globals['_RETRYJOBREQUEST']._serialized_start=1413
+  _globals['_RETRYJOBREQUEST']._serialized_end=1458
+  _globals['_WATCHJOBREQUEST']._serialized_start=1460
+  _globals['_WATCHJOBREQUEST']._serialized_end=1538
+  _globals['_WATCHREQUEST']._serialized_start=1541
+  _globals['_WATCHREQUEST']._serialized_end=1747
+  _globals['_WATCHREQUEST_AFTERENTRY']._serialized_start=1703
+  _globals['_WATCHREQUEST_AFTERENTRY']._serialized_end=1747
+  _globals['_JOBSERVICE']._serialized_start=1955
+  _globals['_JOBSERVICE']._serialized_end=2607
+  _globals['_EVENTSERVICE']._serialized_start=2609
+  _globals['_EVENTSERVICE']._serialized_end=2720
 # @@protoc_insertion_point(module_scope)

@@ -4,6 +4,7 @@ from buf.validate import validate_pb2 as _validate_pb2
 from google.api import annotations_pb2 as _annotations_pb2
 from google.api import field_behavior_pb2 as _field_behavior_pb2
 from google.protobuf import empty_pb2 as _empty_pb2
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from lensmesh.common.v1 import types_pb2 as _types_pb2
 from lensmesh.http.v1 import http_pb2 as _http_pb2
@@ -341,18 +342,20 @@ class GetTrainingJobRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class ListTrainingJobsRequest(_message.Message):
-    __slots__ = ("model_id", "status", "limit", "offset", "page_token")
+    __slots__ = ("model_id", "status", "limit", "offset", "page_token", "read_mask")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    READ_MASK_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     status: TrainingStatus
     limit: int
     offset: int
     page_token: str
-    def __init__(self, model_id: _Optional[str] = ..., status: _Optional[_Union[TrainingStatus, str]] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    read_mask: _field_mask_pb2.FieldMask
+    def __init__(self, model_id: _Optional[str] = ..., status: _Optional[_Union[TrainingStatus, str]] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., page_token: _Optional[str] = ..., read_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
 
 class ListTrainingJobsResponse(_message.Message):
     __slots__ = ("training_jobs", "total", "limit", "offset", "next_page_token")
@@ -517,18 +520,20 @@ class GetTranscoderRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class ListTranscodersRequest(_message.Message):
-    __slots__ = ("model_id", "layer", "limit", "offset", "page_token")
+    __slots__ = ("model_id", "layer", "limit", "offset", "page_token", "read_mask")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    READ_MASK_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     layer: int
     limit: int
     offset: int
     page_token: str
-    def __init__(self, model_id: _Optional[str] = ..., layer: _Optional[int] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    read_mask: _field_mask_pb2.FieldMask
+    def __init__(self, model_id: _Optional[str] = ..., layer: _Optional[int] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., page_token: _Optional[str] = ..., read_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
 
 class ListTranscodersResponse(_message.Message):
     __slots__ = ("transcoders", "total", "limit", "offset", "next_page_token")
@@ -645,16 +650,18 @@ class Evaluation(_message.Message):
     def __init__(self, id: _Optional[str] = ..., transcoder_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., job_id: _Optional[str] = ..., fvu: _Optional[float] = ..., fvu_per_prefix: _Optional[_Iterable[float]] = ..., fvu_min: _Optional[float] = ..., fvu_max: _Optional[float] = ..., fvu_mean: _Optional[float] = ..., fvu_standard_error: _Optional[float] = ..., l0: _Optional[float] = ..., l0_per_prefix: _Optional[_Iterable[float]] = ..., dead_fraction: _Optional[float] = ..., ce_clean: _Optional[float] = ..., ce_spliced: _Optional[float] = ..., ce_zero_ablated: _Optional[float] = ..., ce_mean_ablated: _Optional[float] = ..., ce_recovered: _Optional[float] = ..., ce_standard_error: _Optional[float] = ..., kl: _Optional[float] = ..., tokens: _Optional[int] = ..., batches: _Optional[int] = ..., mode: _Optional[_Union[EvaluationMode, str]] = ..., prefix: _Optional[int] = ..., seconds: _Optional[float] = ..., density_histogram: _Optional[_Iterable[int]] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., training_job_id: _Optional[str] = ..., checkpoint: _Optional[str] = ..., coder: _Optional[str] = ...) -> None: ...
 
 class ListEvaluationsRequest(_message.Message):
-    __slots__ = ("id", "limit", "offset", "page_token")
+    __slots__ = ("id", "limit", "offset", "page_token", "read_mask")
     ID_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    READ_MASK_FIELD_NUMBER: _ClassVar[int]
     id: str
     limit: int
     offset: int
     page_token: str
-    def __init__(self, id: _Optional[str] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    read_mask: _field_mask_pb2.FieldMask
+    def __init__(self, id: _Optional[str] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., page_token: _Optional[str] = ..., read_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
 
 class ListEvaluationsResponse(_message.Message):
     __slots__ = ("evaluations", "total", "limit", "offset", "next_page_token")
