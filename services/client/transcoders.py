@@ -115,6 +115,7 @@ def compare_transcoders(
     batches: Annotated[int, typer.Option(help="Batches; by mode when 0.")] = 0,
     prefix: Annotated[int, typer.Option(help="Only that many groups of every dictionary; all when 0.")] = 0,
     checkpoint: Annotated[list[str] | None, typer.Option(help="JOB, JOB/CHECKPOINT or JOB/CHECKPOINT/CODER.")] = None,
+    devices: Annotated[int, typer.Option(help="Split a model that no device holds alone over so many.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Judge several transcoders, and checkpoints of trainings, on the same held-out text, side by side."""
@@ -122,7 +123,7 @@ def compare_transcoders(
         fields = {"transcoder_ids": transcoder_ids or [], "dataset_id": dataset, "mode": mode, "num_batches": batches}
         names = ("job_id", "checkpoint", "coder")
         fields["checkpoints"] = [dict(zip(names, one.split("/", 2), strict=False)) for one in checkpoint or ()]
-        to.rows(judged(to, **fields, prefix=prefix), "evaluations", *COMPARED)
+        to.rows(judged(to, **fields, prefix=prefix, devices=devices), "evaluations", *COMPARED)
 
 
 def judged(to: Session, **fields: Any) -> dict[str, Any]:

@@ -67,12 +67,13 @@ def evaluate(
     mode: Annotated[str, typer.Option(help="full, safe, cpu or auto.")] = "auto",
     batches: Annotated[int, typer.Option(help="Batches; by mode when 0.")] = 0,
     samples: Annotated[int, typer.Option(help="Strongest contexts to keep of every latent.")] = 0,
+    devices: Annotated[int, typer.Option(help="Split a model that no device holds alone over so many.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Judge a transcoder on held-out text: FVU, L0, dead latents, CE recovered, KL."""
     with session(as_json) as to:
         fields: dict[str, Any] = {"mode": mode, "num_batches": batches, "samples_per_feature": samples}
-        queued = to.api.call("EvaluateTranscoder", id=transcoder_id, dataset_id=dataset_id, **fields)
+        queued = to.api.call("EvaluateTranscoder", id=transcoder_id, dataset_id=dataset_id, devices=devices, **fields)
         wait_for_job(to.api, queued["job_id"], "evaluate", to.console)
         to.show(evaluation_of(to.api.call("ListEvaluations", id=transcoder_id), queued["job_id"]))
 

@@ -22,7 +22,7 @@ class Splice:
     Attributes:
         target: hook point whose tensor is replaced, for example `blocks.2.hook_mlp_out`.
         replace: (tensor at target, tensor at source or None) -> the new tensor; all [B, S, d]. It is cast to the
-            target's dtype.
+            target's dtype and moved to its device.
         source: hook point that runs earlier in the same pass, for a transcoder its input `blocks.2.mlp.hook_in`.
     """
 
@@ -68,7 +68,7 @@ class _Open:
             self._source = None
         if new.shape != y.shape:
             raise ValueError(f"{self._splice.target} is {list(y.shape)}, its replacement {list(new.shape)}")
-        return new.to(y.dtype)
+        return new.to(y)
 
 
 @contextmanager

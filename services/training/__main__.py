@@ -34,6 +34,7 @@ from services.training.domain import EVALUATION_KIND, JOB_KIND
 from services.training.exchange import Exchange
 from services.training.job import TrainingJob
 from services.training.judging import EvaluationJob
+from services.training.judging_split import Splitting
 from services.training.operations import Operations
 from services.training.servicer import TrainingServicer
 from services.training.transcoder_servicer import TranscoderServicer
@@ -60,9 +61,10 @@ async def compose(context: Context) -> Part:
     files = PublishedFiles(context.database, context.artifacts)
     texts = RegisteredTexts(catalogue, settings.dataset_roots, settings.state_dir / "datasets")
     roots = [*settings.model_roots, context.artifacts.root / MADE]
+    splits = SplitModels(catalogue, texts, roots, settings.state_dir / "hub", context.device)
     training = TrainingJob(
         extraction,
-        SplitModels(catalogue, texts, roots, settings.state_dir / "hub", context.device),
+        splits,
         hosts,
         files,
         Processes(),
@@ -76,7 +78,8 @@ async def compose(context: Context) -> Part:
         store, peers, extraction, files, device=context.device, retention=settings.training_retention
     )
     models = PooledModels(context.residency, catalogue.ensure_resident)
-    evaluation = EvaluationJob(models, texts, files)
+    splitting = Splitting(splits, hosts, Processes(), settings.threads_of_each)
+    evaluation = EvaluationJob(models, texts, files, splitting)
 
     async def train(claim: Claim) -> dict[str, Any]:
         run = ClaimedRun(claim, store, metrics, settings.state_dir / "trackers")

@@ -28,8 +28,8 @@ class Live:
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
-    """A model that the process itself computes activations with, over all of its devices."""
+class Spread:
+    """A model over all devices of a process."""
 
     directory: str
     """Of the model's files."""
@@ -38,6 +38,12 @@ class Split:
     """Path of a module to the number of its device."""
     devices: Sequence[str]
     """As torch names them in the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split(Spread):
+    """A model that the process itself computes activations with."""
+
     folder: str
     """Where the dataset's tokens are."""
     uncounted: Sequence[int]
@@ -64,6 +70,28 @@ class Start:
     """Fields of `Split`, instead of a cache."""
     state: str = ""
     """Directory of the checkpoint to go on from; none at the beginning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """First line to a process that evaluates; answered by `Passed` and `Found`."""
+
+    model: Mapping[str, Any]
+    """Fields of `Spread`."""
+    subject: Mapping[str, Any]
+    """Fields of `judgements.Subject`."""
+    batches: str
+    """File with `ids`, `mask` and `counted` of every batch, each name with the batch's number behind a dot."""
+    prefix: int
+    """Groups of the dictionary that are used; all when 0."""
+    samples: str
+    """Empty directory for feature samples."""
+    samples_per_feature: int
+    facts: Mapping[str, Any]
+    """That belong to them."""
+    ranks: Sequence[str]
+    """One: all of its devices, as `gang.program` takes them."""
+    threads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +149,20 @@ class Written:
     """By coder, d_in and d_out."""
 
 
-Command = Start | Save | Write
-Message = Progress | Saved | Finished | Written | Gone
-WORDS = Words(Start, Save, Write, Progress, Saved, Finished, Written)
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """From a process that evaluates: so many passes over a batch are done."""
+
+    done: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """From a process that evaluates: what it found; the samples are written, and it ends."""
+
+    figures: Mapping[str, Any]
+
+
+Command = Start | Judge | Save | Write
+Message = Progress | Saved | Finished | Written | Passed | Found | Gone
+WORDS = Words(Start, Judge, Save, Write, Progress, Saved, Finished, Written, Passed, Found)

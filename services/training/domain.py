@@ -326,6 +326,8 @@ class WantedEvaluation:
     training_id: str = ""
     checkpoint_id: str = ""
     coder: str = ""
+    devices: int = 1
+    """That the model is split over."""
 
 
 @dataclass(frozen=True, slots=True)

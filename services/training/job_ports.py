@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from services.residency.families import Facts, Family
-from services.training.dialogue import Live, Message, Saved, Split, Start, Written
+from services.training.dialogue import Judge, Live, Message, Saved, Split, Spread, Start, Written
 from services.training.domain import Cache, Judged, NewTranscoder, Plan, Task, WantedEvaluation
 
 T = TypeVar("T")
@@ -68,8 +68,46 @@ class SplitModel(Protocol):
         """
 
 
+class KnownModel(Protocol):
+    """What is known of a model, wherever its weights are."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, None where it has none."""
+
+    @property
+    def facts(self) -> Facts:
+        """What its config says."""
+
+    @property
+    def digest(self) -> str:
+        """Content digest of its files."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights."""
+
+
+class LaidOutModel(KnownModel, Protocol):
+    """A model without its weights."""
+
+    def over(self, devices: int, work_bytes: int) -> tuple[Spread, int]:
+        """Which part goes where, and the bytes of each device; the first has so many of the work's besides.
+
+        Raises:
+            errors.Failed: `MODEL_LOAD_FAILED`.
+        """
+
+
 class Splits(Protocol):
     """Opens models that no device holds alone."""
+
+    async def laid_out(self, model_id: str) -> LaidOutModel:
+        """A model; no weight is read.
+
+        Raises:
+            errors.LensmeshError: why it cannot be read.
+        """
 
     async def open(self, model_id: str, dataset_id: str, plan: Plan, folder: Path) -> SplitModel:
         """A model, and a dataset's tokens in `folder`; no weight is read.
@@ -137,7 +175,7 @@ class Child(Protocol):
 class Children(Protocol):
     """Starts training processes."""
 
-    def start(self, start: Start) -> AbstractAsyncContextManager[Child]:
+    def start(self, start: Start | Judge) -> AbstractAsyncContextManager[Child]:
         """A process that lives no longer than the block."""
 
 
@@ -176,7 +214,7 @@ class Run(Protocol):
         """Make directories transcoders, all in one transaction; their ids. The checkpoints are of no more use."""
 
 
-class LeasedModel(Protocol):
+class LeasedModel(KnownModel, Protocol):
     """A model in this process, for the length of a job."""
 
     @property
@@ -186,22 +224,6 @@ class LeasedModel(Protocol):
     @property
     def family(self) -> Family:
         """Its module map."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """Its tokenizer, None where it has none."""
-
-    @property
-    def facts(self) -> Facts:
-        """What its config says."""
-
-    @property
-    def digest(self) -> str:
-        """Content digest of its files."""
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of its weights."""
 
     @property
     def device(self) -> str:
@@ -232,7 +254,7 @@ class Models(Protocol):
 class HeldOut(Protocol):
     """Registered text as batches."""
 
-    async def batches(self, wanted: WantedEvaluation, model: LeasedModel, most: int) -> list[Batch]:
+    async def batches(self, wanted: WantedEvaluation, model: KnownModel, most: int) -> list[Batch]:
         """At most `most` batches of a dataset, the same ones each time.
 
         Raises:
@@ -242,6 +264,10 @@ class HeldOut(Protocol):
 
 class Judging(Protocol):
     """A claimed evaluation."""
+
+    @property
+    def job_id(self) -> str:
+        """Of its job."""
 
     async def begin(self) -> tuple[WantedEvaluation, Judged]:
         """What is to be judged.

@@ -123,6 +123,7 @@ def wanted_evaluation(
         mode=MODES[request.mode],
         prefix=request.prefix,
         samples_per_feature=samples_per_feature,
+        devices=max(1, request.devices),
     )
 
 

@@ -223,8 +223,9 @@ class Operations:
 
         Raises:
             errors.NotFound: there is no such transcoder or dataset.
-            errors.Invalid: the prefix does not exist.
+            errors.Invalid: the prefix does not exist, or mode cpu is to be split.
         """
+        _check_devices(wanted)
         transcoder = await self._store.transcoder(wanted.transcoder_id)
         groups = len(transcoder.group_sizes)
         if wanted.prefix > groups:
@@ -239,9 +240,10 @@ class Operations:
 
         Raises:
             errors.NotFound: there is no such transcoder, training, checkpoint or dataset.
-            errors.Invalid: they are fewer than two, one does not have the prefix, or they are of several models, whose
-                losses say nothing about each other.
+            errors.Invalid: they are fewer than two, one does not have the prefix, they are of several models, whose
+                losses say nothing about each other, or mode cpu is to be split.
         """
+        _check_devices(wanted.common)
         found: list[tuple[WantedEvaluation, str, int]] = []
         for name in wanted.transcoder_ids:
             one = await self._store.transcoder(name)
@@ -303,6 +305,11 @@ class Operations:
         if prefix > groups:
             raise errors.Invalid.of("prefix", f"the transcoder has {groups} groups", groups=groups)
         return await self._catalogue.encode(transcoder, text, token_ids, top_k or DEFAULT_FEATURES, prefix)
+
+
+def _check_devices(wanted: WantedEvaluation) -> None:
+    if wanted.devices > 1 and wanted.mode == "cpu":
+        raise errors.Invalid.of("devices", "mode cpu is one memory, over which nothing is split")
 
 
 def _checkpoint(training: Training, checkpoint_id: str) -> str:

@@ -26,6 +26,7 @@ from services.training.compute.trainer import CoderPlan, State, Trainer, coders_
 from services.training.dialogue import (
     Command,
     Finished,
+    Judge,
     Live,
     Message,
     Progress,
@@ -50,12 +51,15 @@ QUIET_SECONDS: Final = 0.2
 """Progress is told after so many percent or seconds, and not more often than every QUIET_SECONDS."""
 
 
-def run(start: Start, commands: queue.SimpleQueue[Command], send: Callable[[Message], object]) -> None:
-    """Train, or make transcoders of a checkpoint; whatever is foreseen to go wrong is told as `Gone`."""
+def run(start: Start | Judge, commands: queue.SimpleQueue[Command], send: Callable[[Message], object]) -> None:
+    """Train, make transcoders of a checkpoint, or evaluate; whatever is foreseen to go wrong is told as `Gone`."""
     keep_freed()
     ranks = Ranks.joined()
     try:
-        _Session(start, commands, send, ranks).run()
+        if isinstance(start, Judge):  # what runs models is of no use to a training from a cache
+            import_module("services.training.judgements").judge(start, send)
+        else:
+            _Session(start, commands, send, ranks).run()
     except NonFiniteLoss as error:
         if ranks.rank == 0:  # it happens to all of them
             facts = {"coder": error.coder, "step": error.step, **error.facts}

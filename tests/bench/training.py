@@ -5,7 +5,8 @@ groups of 256, 512, 1024 and 2304, k 32, batches of 2048, two threads; every pro
 order. The peers live in an environment of their own, which the first run builds.
 
   speed     milliseconds of a step, in turns, and the ratios (minutes)
-  quality   held-out FVU of every prefix after 250,000 and 2,000,000 tokens, L0, dead latents (an hour)
+  quality   held-out FVU of every prefix after 250,000 and 2,000,000 tokens, L0, dead latents; how far nested prefixes
+            are below an un-nested coder that is cut off there (an hour)
   size      memory bound, loader's share, spec/002's own configuration (minutes)
   growth    step time over D, B and k, with a plot (minutes)
 """

@@ -45,8 +45,8 @@ class Contestant(Protocol):
         """Dense codes [N, D] as it selects them when trained."""
         ...
 
-    def decode(self, codes: Tensor, width: int) -> Tensor:
-        """Reconstruction [N, 256] from the first `width` latents."""
+    def decode(self, codes: Tensor) -> Tensor:
+        """Reconstruction [N, 256] from codes like those; called after `codes`."""
         ...
 
 
@@ -87,8 +87,8 @@ class Plain:
         return self._codes(x * self._scale[0])
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, width: int) -> Tensor:
-        return (codes[:, :width] @ self._weights[2][:width] + self._weights[3]) / self._scale[1]
+    def decode(self, codes: Tensor) -> Tensor:
+        return (codes @ self._weights[2] + self._weights[3]) / self._scale[1]
 
 
 class Product:
@@ -123,8 +123,19 @@ def batches(x: Tensor, y: Tensor, first: int = 0) -> Iterator[tuple[Tensor, Tens
             number += 1
 
 
-def judged(contestant: Contestant, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """FVU of every prefix over rows x, y in float64, L0, and the part of the latents that no row activates."""
+def strongest_first(contestant: Contestant, x: Tensor) -> Tensor:
+    """Latents by how much they add to the reconstruction of x [N, 256] in all, int64 [D]: the best order to cut in."""
+    used = sum(contestant.codes(part).square().sum(0) for part in x.split(BATCH))
+    rows = contestant.decode(torch.eye(DICT_SIZE)) - contestant.decode(torch.zeros(1, DICT_SIZE))
+    return (used * rows.square().sum(1)).argsort(descending=True)
+
+
+def judged(contestant: Contestant, x: Tensor, y: Tensor, order: Tensor | None = None) -> dict[str, Any]:
+    """FVU of every prefix over rows x, y in float64, L0, and the part of the latents that no row activates.
+
+    With an `order`, int64 [D], a prefix is its first latents, whatever their numbers are.
+    """
+    place = torch.arange(DICT_SIZE) if order is None else order.argsort()
     errors, active, l0 = [0.0] * len(WIDTHS), torch.zeros(DICT_SIZE, dtype=torch.bool), 0.0
     for start in range(0, len(x), BATCH):
         codes = contestant.codes(x[start : start + BATCH])
@@ -132,7 +143,8 @@ def judged(contestant: Contestant, x: Tensor, y: Tensor) -> dict[str, Any]:
         active |= (codes > 0).any(0)
         target = y[start : start + BATCH].double()
         for number, width in enumerate(WIDTHS):
-            errors[number] += float((contestant.decode(codes, width).double() - target).square().sum())
+            y_hat = contestant.decode(codes * (place < width))
+            errors[number] += float((y_hat.double() - target).square().sum())
     variance = float((y.double() - y.double().mean(0)).square().sum())
     return {
         "fvu_per_prefix": [error / variance for error in errors],

@@ -51,8 +51,8 @@ class Sparsify:
         return torch.zeros(len(x), self._coder.num_latents).scatter(1, found.top_indices, found.top_acts)
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, width: int) -> Tensor:
-        return codes[:, :width] @ self._coder.W_dec[:width] + self._coder.b_dec
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes @ self._coder.W_dec + self._coder.b_dec
 
 
 class DictionaryLearning:
@@ -91,9 +91,9 @@ class DictionaryLearning:
         return self._trainer.ae.encode(x, use_threshold=False)
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, width: int) -> Tensor:
+    def decode(self, codes: Tensor) -> Tensor:
         coder = self._trainer.ae
-        return (codes[:, :width] @ coder.W_dec[:width] + coder.b_dec) / self._scale[1]
+        return (codes @ coder.W_dec + coder.b_dec) / self._scale[1]
 
 
 class SAELens:
@@ -138,10 +138,10 @@ class SAELens:
         return self._coder.encode_with_hidden_pre(x)[0]
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, width: int) -> Tensor:
+    def decode(self, codes: Tensor) -> Tensor:
         coder = self._coder
-        rows = coder.W_dec[:width] / coder.W_dec[:width].norm(dim=1, keepdim=True)
-        return (codes[:, :width] @ rows + coder.b_dec) / self._scale[1]
+        rows = coder.W_dec / coder.W_dec.norm(dim=1, keepdim=True)
+        return (codes @ rows + coder.b_dec) / self._scale[1]
 
 
 PEERS = {

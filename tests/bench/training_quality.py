@@ -21,10 +21,11 @@ RULES = ("own", "ours")
 """A rival is tried with its own rule for the learning rate and with ours, on the fewest tokens; the better runs on."""
 
 
-def quality(rows: Path, peers: Path, tokens: Sequence[int], names: Sequence[str], threads: int) -> list[dict[str, Any]]:
-    """A row per program, number of tokens and learning rate; printed as they come."""
-    found, best = [], dict.fromkeys(names, "own")
+def quality(rows: Path, peers: Path, tokens: Sequence[int], names: Sequence[str], threads: int) -> dict[str, Any]:
+    """A row per program, number of tokens and learning rate, and what nesting is good for; printed as they come."""
+    found, cut_off, best = [], [], dict.fromkeys(names, "own")
     for count in tokens:
+        begin = len(found)
         for name in names:
             tried = []
             for rule in RULES if count == tokens[0] and name in RIVALS else [best[name]]:
@@ -33,7 +34,29 @@ def quality(rows: Path, peers: Path, tokens: Sequence[int], names: Sequence[str]
                 tried.append(one)
             best[name] = min(tried, key=lambda one: one["fvu_per_prefix"][-1])["rule"]
             found += tried
-    return found
+        cut_off += against_cut_off(found[begin:])
+    return {"programs": found, "against_cut_off": cut_off}
+
+
+def against_cut_off(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How far each prefix of ours is below an un-nested coder cut off there, after as many tokens; printed.
+
+    Cut off as it is, and with its strongest latents put first, which is the best that can be done without nesting. Of
+    the last prefix nothing is cut off: it tells what nesting costs.
+    """
+    rows = []
+    for ours in (one for one in found if one["name"] in OURS and "strongest_first" not in one):
+        for plain in (one for one in found if "strongest_first" in one):
+            for how, cut in (("as it is", plain["fvu_per_prefix"]), ("strongest first", plain["strongest_first"])):
+                lower = [1 - fvu / other for fvu, other in zip(ours["fvu_per_prefix"], cut, strict=True)]
+                rows.append({"ours": ours["name"], "plain": plain["name"], "rule": plain["rule"], "cut": how})
+                rows[-1] |= {"tokens": ours["tokens"], "fvu_per_prefix": cut, "lower": lower}
+                sys.stdout.write(
+                    f"{ours['name']:16s} below {plain['name']:24s} {plain['rule']:4s} rate, cut off {how:15s} by "
+                    f"{' '.join(f'{100 * part:5.1f} %' for part in lower)}   (but for the last >= 10 %: "
+                    f"{'yes' if min(lower[:-1]) >= 0.1 else 'no'})\n"
+                )
+    return rows
 
 
 def trained(name: str, rows: Path, peers: Path, *, tokens: int, rule: str, threads: int) -> dict[str, Any]:

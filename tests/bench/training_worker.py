@@ -21,6 +21,7 @@ from tests.bench.training_contestants import (
     batches,
     judged,
     peak_bytes,
+    strongest_first,
     timed,
 )
 
@@ -56,6 +57,9 @@ def main() -> None:
                 answer: dict[str, Any] = {"seconds": timed(runner, data, command["steps"])}
             else:
                 answer = judged(runner, held_x, held_y) | {"same_text": judged(runner, x[-UNSEEN:], y[-UNSEEN:])}
+                if name.endswith(", 1 prefix"):
+                    order = strongest_first(runner, race.x)
+                    answer["strongest_first"] = judged(runner, held_x, held_y, order)["fvu_per_prefix"]
             answers.write(json.dumps(answer | {"peak_bytes": peak_bytes(), "batch": BATCH}) + "\n")
             answers.flush()
 

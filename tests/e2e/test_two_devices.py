@@ -86,3 +86,10 @@ def test_a_model_that_neither_has_room_for_is_trained_on_over_both(api: HttpApi)
     done = api.call("GetTrainingJob", id=job["id"])
     assert (done["status"], done["step"], len(done["transcoder_ids"])) == ("completed", 200, 1)
     assert reserved(api) == [0, 0]
+    judged = {"id": done["transcoder_ids"][0], "dataset_id": dataset_id, "num_batches": 4, "batch_size": 8}
+    queued = api.call("EvaluateTranscoder", **judged, devices=2)
+    *_, last = follow_job(api, queued["job_id"])
+    assert last.name == "evaluation:completed", last
+    found = api.call("ListEvaluations", id=judged["id"])["evaluations"][0]
+    assert found["ce_clean"] > 0 < found["fvu"] < 1
+    assert reserved(api) == [0, 0]

@@ -7,17 +7,20 @@ import shutil
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 import torch
 from lensmesh.training.v1 import training_pb2 as pb
+from lensmesh.training.v1 import transcoders_pb2 as tpb
 
 from services.kit.database import Database
 from services.residency.lenses.transcoder import Transcoder
 from services.training import requests
 from services.training.adapters.processes import Processes
 from services.training.compute import CoderPlan, TrainConfig, Trainer
-from services.training.dialogue import Split, Start
+from services.training.dialogue import Judge, Split, Start
 from services.training.split_rows import SplitRows
 from tests import models
 from tests.support import eventually
@@ -43,17 +46,19 @@ async def mesh(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Start]:
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Start | Judge]:
     """What processes were told; tokens stay after them."""
-    told: list[Start] = []
+    told: list[Start | Judge] = []
     start = Processes.start
 
-    def remember(self: Processes, first: Start) -> object:
+    def remember(self: Processes, first: Start | Judge) -> object:
+        told.append(first)
+        if not isinstance(first, Start):
+            return start(self, first)
         assert first.split is not None
         (tmp_path / "kept").mkdir(exist_ok=True)
         for file in Path(first.split["folder"]).iterdir():
             (tmp_path / "kept" / file.name).write_bytes(file.read_bytes())
-        told.append(first)
         return start(self, first)
 
     monkeypatch.setattr(Processes, "start", remember)
@@ -70,8 +75,8 @@ def alone(told: Start, folder: Path) -> Transcoder:
     return trainer.transcoders()["coder"]
 
 
-async def test_a_split_model_trains_to_the_bits_of_an_undivided_one(
-    mesh: Mesh, kept: list[Start], tmp_path: Path
+async def test_a_split_model_trains_to_the_bits_of_an_undivided_one_and_is_evaluated_on_as_that(
+    mesh: Mesh, kept: list[Start | Judge], tmp_path: Path
 ) -> None:
     job = await mesh.trained(**WANTED)
     assert (job.live, job.split, job.devices, job.step, job.cache_id) == (True, True, 2, STEPS, "")
@@ -89,6 +94,38 @@ async def test_a_split_model_trains_to_the_bits_of_an_undivided_one(
         assert torch.equal(tensor, expected[name]), name
     config = await mesh.stub.GetTrainingConfig(pb.GetTrainingConfigRequest(id=job.id))
     assert (config.source.live, config.source.split, config.devices) == (True, True, 2)
+
+    divided = await evaluated(mesh, job.transcoder_ids[0], devices=2, samples_per_feature=1)
+    assert mesh.registry.loads == 0
+    assert [told.ranks for told in kept] == [["cpu"], ["cpu"]]
+    assert kept[1].model["spread"][f"transformer.h.{LAYER}"] == 1
+    assert weights < mesh.registry.reserved[divided.job_id]
+    assert (mesh.registry.ledger, mesh.staged()) == ({}, [])
+    whole = await evaluated(mesh, job.transcoder_ids[0])
+    assert mesh.registry.loads == 1
+    assert abs(divided.ce_clean - divided.ce_zero_ablated) > 1e-3
+    assert divided.mode == pb.EVALUATION_MODE_FULL
+    assert divided.kl == pytest.approx(whole.kl, rel=1e-3)
+    for name in ("fvu", "l0", "ce_clean", "ce_spliced", "ce_zero_ablated", "ce_mean_ablated", "tokens"):
+        assert getattr(divided, name) == pytest.approx(getattr(whole, name), rel=1e-6), name
+    active = max(range(256), key=lambda latent: expected["W_dec"][latent].norm())
+    feature = await mesh.transcoders.GetFeature(tpb.GetFeatureRequest(id=job.transcoder_ids[0], feature=active))
+    assert len(feature.top_logits) == 10
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await evaluated(mesh, job.transcoder_ids[0], devices=2, mode=pb.EVALUATION_MODE_CPU)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def evaluated(mesh: Mesh, transcoder_id: str, **fields: Any) -> pb.Evaluation:
+    wanted = pb.EvaluateTranscoderRequest(id=transcoder_id, dataset_id=DATASET, num_batches=2, batch_size=4, **fields)
+    queued = await mesh.stub.EvaluateTranscoder(wanted)
+
+    async def done() -> pb.Evaluation | None:
+        found = await mesh.stub.ListEvaluations(pb.ListEvaluationsRequest(id=transcoder_id))
+        return next((one for one in found.evaluations if one.job_id == queued.job_id), None)
+
+    async with mesh.working():
+        return await eventually(done, timeout=60)
 
 
 @pytest.mark.demo

@@ -23,7 +23,7 @@ from services.residency.texts import (
     tokenize,
 )
 from services.training.domain import WantedEvaluation
-from services.training.job_ports import Batch, LeasedModel
+from services.training.job_ports import Batch, KnownModel
 
 T = TypeVar("T")
 MOST_DEFAULT_LENGTH = 1024
@@ -46,7 +46,7 @@ class RegisteredTexts:
         self._roots = roots
         self._cache_dir = cache_dir
 
-    async def batches(self, wanted: WantedEvaluation, model: LeasedModel, most: int) -> list[Batch]:
+    async def batches(self, wanted: WantedEvaluation, model: KnownModel, most: int) -> list[Batch]:
         """The dataset's first rows; tokenised beside the event loop."""
         return await self._reading(wanted.dataset_id, self._batches, wanted, model.tokenizer, model.facts, most)
 

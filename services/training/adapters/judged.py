@@ -26,6 +26,11 @@ class ClaimedEvaluation:
         self._claim, self._artifacts = claim, artifacts
         self._transcoder_id = ""
 
+    @property
+    def job_id(self) -> str:
+        """Its job's."""
+        return self._claim.job.id
+
     async def begin(self) -> tuple[WantedEvaluation, Judged]:
         """The evaluation's row and its transcoder's, or its training's and checkpoint's."""
         async with self._claim.commit() as conn:

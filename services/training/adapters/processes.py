@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from services.residency.lines import Words
 from services.residency.spoken import Spoken, started
-from services.training.dialogue import WORDS, Finished, Message, Save, Saved, Start, Write, Written
+from services.training.dialogue import WORDS, Finished, Judge, Message, Save, Saved, Start, Write, Written
 
 MODULE = "services.training.child"
 
@@ -54,8 +54,8 @@ class Processes:
     """Implements the port `Children`."""
 
     @asynccontextmanager
-    async def start(self, start: Start) -> AsyncIterator[ChildProcess]:
-        """Told what to train."""
+    async def start(self, start: Start | Judge) -> AsyncIterator[ChildProcess]:
+        """Told what to train or to evaluate."""
         async with started(ChildProcess, MODULE, start.ranks, start.threads) as child:
             await child.say(start)
             yield child

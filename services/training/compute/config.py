@@ -67,7 +67,8 @@ class TrainConfig:
     gradient_clip: float = 1.0
     """Largest norm of a step's gradient."""
     dtype: str = "float32"
-    """Number format of the encoder's product; weights, thresholds and everything else stay float32."""
+    """Number format of the encoder's product; weights, moments, thresholds and the sums over active latents, decode and
+    gradients, stay float32: those sums are exact so, and cost little."""
     seed: int = 0
     """Decides the initial weights and the order of the rows."""
 

@@ -70,7 +70,8 @@ class Evaluation:
         Args:
             model: the model the transcoder was trained on, in eval mode.
             family: its family.
-            transcoder: on the model's device; its `info` names `source_hook_point` and `target_hook_point`.
+            transcoder: its `info` names `source_hook_point` and `target_hook_point`; the rows come to its device, which
+                is another one than the layer's where the model is spread over several.
             groups: use only that many groups of the dictionary.
             sampler: is shown every batch that `read` takes.
 
@@ -80,12 +81,13 @@ class Evaluation:
         transcoder.width(groups)
         self._sampler = sampler
         self._model, self._family, self._transcoder, self._groups = model, family, transcoder, groups
+        self._device = transcoder.W_dec.device
         self._source = transcoder.reads
         self._target = str(transcoder.info["target_hook_point"])
         widths = transcoder.shape.prefix_widths
         self._used = len(widths) if groups is None else groups
         self._fvu = FvuAccumulator(self._used)
-        self._fires = torch.zeros(transcoder.dict_size, dtype=torch.int64, device=transcoder.W_dec.device)
+        self._fires = torch.zeros(transcoder.dict_size, dtype=torch.int64, device=self._device)
         self._batch_fvu: list[float] = []
         self._losses: list[dict[str, float]] = []
         self._predicted: list[int] = []
@@ -93,8 +95,12 @@ class Evaluation:
     def read(self, ids: Tensor, mask: Tensor, counted: Tensor) -> None:
         """Compare reconstructions of one batch; all [B, S], `counted` false on padding and special tokens."""
         chosen = counted.flatten().bool()
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.reshape(-1, tensor.shape[-1])[chosen.to(tensor.device)].to(self._device)
+
         with capture_hooks(self._model, self._family, (self._source, self._target)) as capture:
-            found = capture.run(ids, mask, take=lambda t: t.reshape(-1, t.shape[-1])[chosen])
+            found = capture.run(ids, mask, take=rows)
         x, y = found[self._source].float(), found[self._target].float()
         codes, y_hats = self._transcoder.prefixes(x)
         if self._groups is not None:
@@ -111,7 +117,9 @@ class Evaluation:
     def score(self, ids: Tensor, mask: Tensor) -> None:
         """Losses of one batch: clean, with the reconstruction, with zeros and with the mean in place of the output."""
         splices: dict[str, Splice] = {
-            "spliced": reconstruction(self._target, self._source, lambda x: self._transcoder(x, self._groups)),
+            "spliced": reconstruction(
+                self._target, self._source, lambda x: self._transcoder(x.to(self._device), self._groups)
+            ),
             "zero": zeros(self._target),
             "mean": mean(self._target, self._fvu.mean),
         }

@@ -1,17 +1,19 @@
-"""On a GPU the sparse step is the CPU's: cuSPARSE's sampled products and torch's embedding kernels."""
+"""On a GPU the sparse step is autograd's and the CPU's: cuSPARSE's sampled products and torch's embedding kernels."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
 
 from services.residency.lenses.selection import Encoder, select_topk
 from services.training.compute import InMemory, TrainConfig, Trainer, fit
 from services.training.compute.batch_topk import select_batch_topk
 from services.training.compute.dead import revive
 from services.training.compute.nested import Parameters, Prefixes, nested_gradients
-from services.training.compute.products import PRODUCTS
+from services.training.compute.products import PRODUCTS, faster
 from services.training.compute.trainer import CoderPlan
+from tests.unit.training.compute.test_nested import assert_gradients_equal_autograds, cases
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 D_IN, D_OUT, WIDTHS = 24, 16, (32, 96, 256)
@@ -34,6 +36,23 @@ def drawn(seed: int, *, skip: bool) -> tuple[Parameters, torch.Tensor, torch.Ten
 
 def on_gpu(tensors: Parameters) -> Parameters:
     return {name: tensor.cuda() for name, tensor in tensors.items()}
+
+
+@given(cases())
+@settings(deadline=None, max_examples=120)
+def test_gradients_equal_autograds_over_all_shapes(case: dict) -> None:
+    assert_gradients_equal_autograds(case, "cuda")
+
+
+@pytest.mark.parametrize("top_k", [16, 256])  # as few as are measured, and all
+def test_dense_and_sparse_products_are_chosen_by_measurement_here_too(
+    top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"d_in": D_IN, "d_out": D_OUT, "widths": WIDTHS, "top_k": top_k, "rows": 512}
+    measured = faster(**shape, device=torch.device("cuda"))
+    assert measured in PRODUCTS
+    monkeypatch.setattr("services.training.compute.products.PRODUCTS", {})  # it is not measured again
+    assert faster(**shape, device=torch.device("cuda")) == measured
 
 
 @pytest.mark.parametrize("products", sorted(PRODUCTS))

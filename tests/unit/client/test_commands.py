@@ -319,7 +319,8 @@ def test_the_evaluation_that_was_asked_for_is_shown(api: FakeApi, lensmesh: Call
     evaluations = [{"job_id": "other", "fvu": 0.9}, {"job_id": "job_1", "fvu": 0.1}]
     api.replies = {"EvaluateTranscoder": {"job_id": "job_1"}, "ListEvaluations": {"evaluations": evaluations}}
     api.events = [Event("evaluation:completed", 1, {})]
-    assert json.loads(lensmesh("evaluate", "tc_1", "ds_1", "--json").stdout)["fvu"] == 0.1
+    assert json.loads(lensmesh("evaluate", "tc_1", "ds_1", "--devices", "2", "--json").stdout)["fvu"] == 0.1
+    assert api.calls[0][1]["devices"] == 2
 
 
 def test_numbers_that_are_none_are_refused(api: FakeApi, lensmesh: Callable[..., Any]):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +18,11 @@ from services.kit import errors
 from services.residency.families import family_of
 from services.residency.host_copy import device_bound, host_copy
 from services.training import judging
+from services.training.dialogue import WORDS, Judge, Spread
 from services.training.domain import Judged, WantedEvaluation
 from services.training.job_ports import Batch
+from services.training.judgements import judge
+from services.training.judging_split import Splitting
 from tests import models
 from tests.unit.training.compute.test_evaluation import coder
 
@@ -34,7 +38,7 @@ class Model:
         self.facts = SimpleNamespace(model_batch_size=4)
 
     async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        batch = arguments[-1] if work is judging._on else ()
+        batch = arguments[-1] if work is judging.on else ()
         if batch and (self.device != "cpu" or len(batch[0]) > self._rows):
             raise errors.Exhausted("the device ran out of memory", reason="DEVICE_OOM", transient=True)
         if self.device != "cpu" and arguments == (self.device,) and work is not judging.give_back:
@@ -66,14 +70,63 @@ class World:
         return [(part, torch.ones_like(part), torch.ones_like(part)) for part in ids.split(size)]
 
 
+class TwoDevices:
+    """The ports of an evaluation whose model is split; the work of its process is done here.
+
+    Only the `enough`-th process has memory enough.
+    """
+
+    facts, tokenizer, digest, weight_bytes = SimpleNamespace(model_batch_size=4), None, "base", 1000
+
+    def __init__(self, enough: int = 1) -> None:
+        self._enough, self.done = enough, []
+
+    async def laid_out(self, model_id: str) -> TwoDevices:
+        return self
+
+    def over(self, devices: int, work_bytes: int) -> tuple[Spread, int]:
+        blocks = {f"transformer.h.{layer}": layer // 2 for layer in range(4)}
+        spread = dict.fromkeys(("transformer.wte", "transformer.wpe", "transformer.drop", "lm_head"), 0) | blocks
+        return Spread(str(models.saved("gpt2")), "none", spread | {"transformer.ln_f": 1}, ("cpu", "cpu")), work_bytes
+
+    async def reserve(self, owner: str, size_bytes: int, ranks: int, **_: Any) -> list[str]:
+        self.done.append(("reserve", owner, ranks))
+        assert size_bytes > 0
+        return ["3", "4"]
+
+    async def release(self, owner: str) -> None:
+        self.done.append(("release", owner))
+
+    @asynccontextmanager
+    async def start(self, start: Judge) -> AsyncIterator[TwoDevices]:
+        self._said: list[Any] = []
+        self._start = WORDS.from_line(WORDS.to_line(start))
+        self.done.append(tuple(start.ranks))
+        yield self
+
+    async def next(self) -> Any:
+        if self.done.count(("3,4",)) < self._enough:
+            raise errors.Exhausted("the device ran out of memory", reason="DEVICE_OOM", transient=True)
+        if not self._said:
+            judge(self._start, self._said.append)
+        return self._said.pop(0)
+
+
 class Run:
     """A claimed evaluation."""
 
-    def __init__(self, mode: str, published: list) -> None:
-        self._mode, self._published = mode, published
+    job_id = "job_1"
+
+    def __init__(self, mode: str, published: list, devices: int = 1) -> None:
+        self._mode, self._published, self._devices = mode, published, devices
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        with TemporaryDirectory() as folder:
+            yield Path(folder)
 
     async def begin(self) -> tuple[WantedEvaluation, Judged]:
-        wanted = WantedEvaluation("tc_1", "ds_1", num_batches=2, mode=self._mode)
+        wanted = WantedEvaluation("tc_1", "ds_1", num_batches=2, mode=self._mode, devices=self._devices)
         return wanted, Judged("m_1", 1, "base", "artifact://transcoder/1", {"transcoder_id": "tc_1"})
 
     async def unless_stopped(self, work: Any) -> Any:
@@ -92,8 +145,15 @@ class Run:
 def judged(tmp_path: Path, mode: str, *, rows: int, device: str = "cpu") -> tuple[dict[str, Any], World]:
     coder(models.WIDTH, b_dec=torch.ones(models.WIDTH)).save(tmp_path)
     world = World(Model(device, rows), tmp_path)
-    job = judging.EvaluationJob(world, world, world)
+    job = judging.EvaluationJob(world, world, world, None)
     return asyncio.run(job.run(Run(mode, world.published))), world
+
+
+def judged_over_two(tmp_path: Path, two: TwoDevices, mode: str = "auto") -> dict[str, Any]:
+    coder(models.WIDTH, b_dec=torch.ones(models.WIDTH)).save(tmp_path)
+    world = World(Model("cpu", 0), tmp_path)
+    job = judging.EvaluationJob(world, world, world, Splitting(two, two, two, threads=1))
+    return asyncio.run(job.run(Run(mode, world.published, devices=2)))
 
 
 @pytest.fixture
@@ -125,6 +185,24 @@ def test_a_gpu_without_memory_leaves_it_to_the_host(tmp_path: Path, whole: dict[
     direct, _ = judged(tmp_path, "cpu", rows=0, device="cuda:0")
     assert direct["mode"] == "cpu"
     agrees(direct, whole)
+
+
+def test_a_model_over_two_devices_is_judged_by_a_process_that_has_both(tmp_path: Path, whole: dict[str, Any]) -> None:
+    two = TwoDevices()
+    found = judged_over_two(tmp_path, two)
+    assert two.done == [("reserve", "job_1", 2), ("3,4",), ("release", "job_1")]
+    assert found["mode"] == "full"
+    agrees(found, whole)
+
+
+def test_over_two_devices_the_smaller_mode_is_another_process(tmp_path: Path, whole: dict[str, Any]) -> None:
+    two = TwoDevices(enough=2)
+    found = judged_over_two(tmp_path, two)
+    assert two.done == [("reserve", "job_1", 2), ("3,4",)] * 2 + [("release", "job_1")]
+    assert (found["mode"], found["batches"]) == ("safe", 8)
+    agrees(found, whole)
+    with pytest.raises(errors.Exhausted):
+        judged_over_two(tmp_path, TwoDevices(enough=3))  # the host's memory is nothing to split a model over
 
 
 @pytest.mark.parametrize("mode", ["full", "safe"])

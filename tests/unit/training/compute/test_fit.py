@@ -302,7 +302,14 @@ def test_learning_rate_rises_holds_and_falls() -> None:
 def test_bfloat16_products_train_float32_weights_and_thresholds(activation: str) -> None:
     wanted = config(dtype="bfloat16", activation=activation, num_tokens=128 * 200)
     transcoder, reports = fit(*planted(4096), wanted)
-    for tensor in (transcoder.W_enc, transcoder.threshold):
+    for tensor in (transcoder.W_enc, transcoder.W_dec, transcoder.threshold):
         assert tensor.dtype == torch.float32
         assert not torch.equal(tensor, tensor.bfloat16().float())
     assert reports[-1].fvu < 0.3 < reports[0].fvu
+
+
+def test_what_a_bfloat16_training_keeps_is_float32() -> None:
+    x, y = planted(512)
+    coder = Coder.start("a", config(dtype="bfloat16", activation="jumprelu").resolved(24), x, y)
+    coder.step(x[:128], y[:128])
+    assert {tensor.dtype for name, tensor in coder.tensors().items() if name != "idle_rows"} == {torch.float32}

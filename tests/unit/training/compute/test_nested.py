@@ -67,9 +67,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
-@given(cases())
-@settings(deadline=None, max_examples=120)
-def test_gradients_equal_autograds(case: dict) -> None:
+def assert_gradients_equal_autograds(case: dict, device: str = "cpu") -> None:
     generator = torch.Generator().manual_seed(case["seed"])
     dict_size = sum(case["groups"])
     parameters = draw_parameters(generator, case["d_in"], case["d_out"], dict_size, skip=case["skip"])
@@ -85,6 +83,8 @@ def test_gradients_equal_autograds(case: dict) -> None:
     widths = torch.tensor(case["groups"]).cumsum(0).tolist()
     weights = torch.rand(len(widths), generator=generator).to(case["dtype"]) + 0.1
     weights /= weights.sum()
+    parameters = {name: tensor.to(device) for name, tensor in parameters.items()}
+    x, y, weights = x.to(device), y.to(device), weights.to(device)
     pick = select_batch_topk if case["batch"] else select_topk
     codes = pick(Encoder(parameters["W_enc"], parameters["b_enc"]), x, case["k"])
     if case["silent"]:
@@ -94,6 +94,12 @@ def test_gradients_equal_autograds(case: dict) -> None:
     errors, expected = dense_gradients(parameters, codes.dense() > 0, x, y, Prefixes(widths, weights))
     assert torch.allclose(got.errors, errors, rtol=1e-4, atol=1e-6)
     assert_same(got.gradients, expected)
+
+
+@given(cases())
+@settings(deadline=None, max_examples=120)
+def test_gradients_equal_autograds(case: dict) -> None:
+    assert_gradients_equal_autograds(case)
 
 
 def test_one_prefix_is_the_plain_transcoder() -> None:

@@ -556,7 +556,7 @@ class DeleteTranscoderRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class EvaluateTranscoderRequest(_message.Message):
-    __slots__ = ("id", "dataset_id", "num_batches", "batch_size", "max_length", "mode", "prefix", "request_id", "samples_per_feature")
+    __slots__ = ("id", "dataset_id", "num_batches", "batch_size", "max_length", "mode", "prefix", "request_id", "samples_per_feature", "devices")
     ID_FIELD_NUMBER: _ClassVar[int]
     DATASET_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_BATCHES_FIELD_NUMBER: _ClassVar[int]
@@ -566,6 +566,7 @@ class EvaluateTranscoderRequest(_message.Message):
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_PER_FEATURE_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     id: str
     dataset_id: str
     num_batches: int
@@ -575,7 +576,8 @@ class EvaluateTranscoderRequest(_message.Message):
     prefix: int
     request_id: str
     samples_per_feature: int
-    def __init__(self, id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., num_batches: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., mode: _Optional[_Union[EvaluationMode, str]] = ..., prefix: _Optional[int] = ..., request_id: _Optional[str] = ..., samples_per_feature: _Optional[int] = ...) -> None: ...
+    devices: int
+    def __init__(self, id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., num_batches: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., mode: _Optional[_Union[EvaluationMode, str]] = ..., prefix: _Optional[int] = ..., request_id: _Optional[str] = ..., samples_per_feature: _Optional[int] = ..., devices: _Optional[int] = ...) -> None: ...
 
 class QueuedJob(_message.Message):
     __slots__ = ("job_id", "resource_id")

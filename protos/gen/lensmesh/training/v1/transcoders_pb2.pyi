@@ -138,7 +138,7 @@ class TrainingCheckpoint(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., checkpoint: _Optional[str] = ..., coder: _Optional[str] = ...) -> None: ...
 
 class CompareTranscodersRequest(_message.Message):
-    __slots__ = ("transcoder_ids", "dataset_id", "num_batches", "batch_size", "max_length", "mode", "request_id", "prefix", "checkpoints")
+    __slots__ = ("transcoder_ids", "dataset_id", "num_batches", "batch_size", "max_length", "mode", "request_id", "prefix", "checkpoints", "devices")
     TRANSCODER_IDS_FIELD_NUMBER: _ClassVar[int]
     DATASET_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_BATCHES_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +148,7 @@ class CompareTranscodersRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     transcoder_ids: _containers.RepeatedScalarFieldContainer[str]
     dataset_id: str
     num_batches: int
@@ -157,7 +158,8 @@ class CompareTranscodersRequest(_message.Message):
     request_id: str
     prefix: int
     checkpoints: _containers.RepeatedCompositeFieldContainer[TrainingCheckpoint]
-    def __init__(self, transcoder_ids: _Optional[_Iterable[str]] = ..., dataset_id: _Optional[str] = ..., num_batches: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., mode: _Optional[_Union[_training_pb2.EvaluationMode, str]] = ..., request_id: _Optional[str] = ..., prefix: _Optional[int] = ..., checkpoints: _Optional[_Iterable[_Union[TrainingCheckpoint, _Mapping]]] = ...) -> None: ...
+    devices: int
+    def __init__(self, transcoder_ids: _Optional[_Iterable[str]] = ..., dataset_id: _Optional[str] = ..., num_batches: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., mode: _Optional[_Union[_training_pb2.EvaluationMode, str]] = ..., request_id: _Optional[str] = ..., prefix: _Optional[int] = ..., checkpoints: _Optional[_Iterable[_Union[TrainingCheckpoint, _Mapping]]] = ..., devices: _Optional[int] = ...) -> None: ...
 
 class ComparedTranscoder(_message.Message):
     __slots__ = ("transcoder_id", "evaluation_id", "job_id", "training_job_id", "checkpoint", "coder")
