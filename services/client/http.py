@@ -28,6 +28,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "GetDataset": ("GET", "/api/datasets/{id}"),
     "DeleteDataset": ("DELETE", "/api/datasets/{id}"),
     "ListDevices": ("GET", "/api/devices"),
+    "ClearDevice": ("POST", "/api/devices/{id=**}/clear"),
     "ListJobs": ("GET", "/api/jobs"),
     "GetJob": ("GET", "/api/jobs/{id}"),
     "CancelJob": ("POST", "/api/jobs/{id}/cancel"),
@@ -160,7 +161,7 @@ class HttpApi:
     def _request(self, rpc: str, fields: dict[str, Any]) -> httpx.Request:
         verb, template = ROUTES[rpc]
         rest = dict(fields)
-        path = re.sub(r"{(\w+)}", lambda match: quote(str(rest.pop(match[1]))), template)
+        path = re.sub(r"{(\w+)(?:=\*\*)?}", lambda match: quote(str(rest.pop(match[1]))), template)
         if verb == "POST":
             return self._client.build_request(verb, path, json=rest)
         return self._client.build_request(verb, path, params={k: _query(v) for k, v in rest.items()})
