@@ -29,6 +29,9 @@ class LoadLease(Protocol):
     async def unless_stopped(self, work: Awaitable[T]) -> T:
         """The result of `work`; raises, and cancels it, when the job is to stop."""
 
+    async def checkpoint(self) -> None:
+        """Raises when the job is to stop."""
+
     async def progress(self, percent: float, detail: Mapping[str, Any]) -> None:
         """Write how far it is."""
 

@@ -57,7 +57,7 @@ class FakeHost(
     load_errors: list[Exception] = field(default_factory=list)
     """Raised by the next loads, one each, in the middle."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
-    """Loads stop half way until it is set, and so does parking."""
+    """Loads stop half way until it is set, and so do parking and restoring."""
     loading: int = 0
     most_loading: int = 0
     hub_down: bool = False
@@ -184,6 +184,7 @@ class FakeHost(
 
     async def Restore(self, request: Any, context: Any) -> Any:
         self.asked.append(("Restore", request))
+        await self.gate.wait()
         self.held[request.model_id].parked = False
         return self.held[request.model_id]
 

@@ -198,8 +198,11 @@ async def test_transient_failures_are_tried_three_times(mesh: Mesh, host: FakeHo
     await mesh.models.UnloadModel(pb.UnloadModelRequest(id=model.id))
     hiccup = errors.Unavailable("the hub hiccups")
     host.load_errors = [hiccup, hiccup, errors.Unavailable("the hub is gone")]
-    await mesh.load(model.id)
+    started = await mesh.load(model.id)
     failed = await mesh.reaches(model.id, FAILED)
+    await mesh.settled(started.task_id)
+    pauses = [data["retry_seconds"] for name, data in await mesh.events(started.task_id) if name == "load:retrying"]
+    assert pauses == [0.02, 0.04]
     assert (failed.error_message, len(host.names("Load"))) == ("the hub is gone", 6)
     assert await mesh.ledger() == (0, 0)
 

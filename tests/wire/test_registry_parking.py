@@ -145,6 +145,40 @@ async def test_switches_between_groups_take_turns_between_users_and_can_be_cance
     assert [x["position"] for x in told if x["task_id"] == bob.job_id] == [3, 2]
 
 
+async def test_a_load_that_is_cancelled_while_it_makes_room_does_not_begin(mesh: Mesh) -> None:
+    host = await add_host(mesh)
+    a, b = await group(mesh, "a"), await group(mesh, "b")
+    await switched(mesh, a)
+    host.gate.clear()
+    started = await mesh.load(b[0].model_id)
+    await eventually(lambda: host.names("Park"))
+    await mesh.jobs.CancelJob(jobs_pb2.CancelJobRequest(id=started.task_id))
+    host.gate.set()
+    assert (await mesh.settled(started.task_id)).status == jobs_pb2.JOB_STATE_CANCELLED
+    assert [request.model_id for request in host.names("Load")] == [a[0].model_id]
+    device = await mesh.device()
+    assert (device.used_bytes, device.reserved_bytes, device.parked_bytes) == (0, 0, 107 * MB)
+    await switched(mesh, a)
+    assert (await status(mesh, a)).fully_loaded
+
+
+async def test_a_load_that_is_cancelled_while_its_model_is_moved_back_is_not_ready(mesh: Mesh) -> None:
+    host = await add_host(mesh)
+    a, b = await group(mesh, "a"), await group(mesh, "b")
+    await switched(mesh, a)
+    await switched(mesh, b)
+    await mesh.models.UnloadModel(models_pb2.UnloadModelRequest(id=b[0].model_id))
+    host.gate.clear()
+    started = await mesh.load(a[0].model_id)
+    await eventually(lambda: host.names("Restore"))
+    await mesh.jobs.CancelJob(jobs_pb2.CancelJobRequest(id=started.task_id))
+    host.gate.set()
+    assert (await mesh.settled(started.task_id)).status == jobs_pb2.JOB_STATE_CANCELLED
+    assert (await mesh.get(a[0].model_id)).status == UNLOADED
+    await mesh.beat(host)
+    assert (host.held, await mesh.ledger()) == ({}, (0, 0))
+
+
 async def test_a_switch_that_fits_nowhere_is_refused_and_nothing_moves(mesh: Mesh) -> None:
     host = await add_host(mesh, budget=105 * MB)
     a = await group(mesh, "a")

@@ -32,6 +32,10 @@ class ClaimLease:
         """The result of `work`, which is cancelled when the job is to stop."""
         return await self._claim.unless_stopped(work)
 
+    async def checkpoint(self) -> None:
+        """Raise when the job is to stop."""
+        await self._claim.checkpoint()
+
     async def progress(self, percent: float, detail: Mapping[str, Any]) -> None:
         """Write how far it is; inside `commit` this joins the transaction."""
         await self._claim.progress(percent, dict(detail))

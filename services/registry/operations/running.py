@@ -32,6 +32,7 @@ async def run_load(registry: Registry, lease: LoadLease) -> dict[str, Any]:
     try:
         model, residency, host = await _prepare(registry, lease)
         loaded, last = await _load_making_room(registry, lease, model, residency, host)
+        await lease.checkpoint()  # what nobody wants any more has no row, and leaves its host for that
         await lease.insist(partial(_publish, registry, lease, host, loaded, last))
     except LensmeshError as error:
         if not error.transient or lease.last_attempt:
@@ -200,6 +201,7 @@ async def _load(
     registry: Registry, lease: LoadLease, model: Model, residency: Residency, host: Host
 ) -> tuple[HostedModel, LoadStep]:
     """The model on its host, and the last step that brought it; one that was there already took no time."""
+    await lease.checkpoint()
     incarnation, present = await registry.hosts.state(host.address)
     for hosted in present:
         if hosted.model_id == model.id:
