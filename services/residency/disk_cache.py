@@ -88,12 +88,21 @@ class DiskCache:
         self.trim(keep=entry)
         return True
 
+    def use(self, download: Path) -> None:
+        """A hub model is about to be read: it leaves last, whatever the file system knows, and others until it fits.
+
+        Args:
+            download: its snapshot.
+        """
+        os.utime(download / "config.json")
+        self.trim(keep=download.resolve())
+
     def trim(self, keep: Path | None = None) -> int:
         """Delete the least recently used until the rest fits the limit, `keep` aside; bytes that came back."""
         for staging in self._folder.glob(_STAGING + "*"):
             if staging.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
                 shutil.rmtree(staging, ignore_errors=True)
-        kept = sorted((*self._quantized(keep), *self._downloaded()), key=lambda each: each.used)
+        kept = sorted((*self._quantized(keep), *self._downloaded(keep)), key=lambda each: each.used)
         surplus = sum(each.size for each in kept) + (_size(keep) if keep is not None else 0) - self._limit
         freed = 0
         for each in kept:
@@ -112,7 +121,7 @@ class DiskCache:
             hub_id: `owner/name` of a download; none when empty.
         """
         gone = [each for each in self._quantized(None) if digest and each.name.startswith(f"{digest}-")]
-        gone += [each for each in self._downloaded() if each.name == hub_id]
+        gone += [each for each in self._downloaded(None) if each.name == hub_id]
         for each in gone:
             each.drop()
         return sum(each.size for each in gone)
@@ -122,13 +131,15 @@ class DiskCache:
             if entry != keep:
                 yield _Kept(entry.name, _size(entry), entry.stat().st_mtime, partial(shutil.rmtree, entry))
 
-    def _downloaded(self) -> Iterator[_Kept]:
+    def _downloaded(self, keep: Path | None) -> Iterator[_Kept]:
         if not self._hub.is_dir():
             return
         from huggingface_hub import scan_cache_dir  # noqa: PLC0415 - only hub models need it
 
         found = scan_cache_dir(self._hub)
         for repository in found.repos:
+            if keep is not None and keep.is_relative_to(repository.repo_path):
+                continue
             drop = found.delete_revisions(*(revision.commit_hash for revision in repository.revisions)).execute
             yield _Kept(repository.repo_id, repository.size_on_disk, repository.last_accessed, drop)
 

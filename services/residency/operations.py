@@ -192,7 +192,7 @@ class Host:
             try:
                 found = await self.pool.read(sources.fetch, source, self.model_roots, self.hub_dir, tell_download)
                 if source.kind == "huggingface":
-                    await self.pool.read(self.disk_cache.trim)
+                    await self.pool.read(self.disk_cache.use, found)
                 return await self.pool.load(
                     model_id,
                     found,

@@ -90,6 +90,22 @@ def test_the_least_recently_used_leaves_first_downloads_included(tmp_path: Path)
     assert roomy.find("new", "int8", "cpu") is not None
 
 
+def test_a_download_that_is_about_to_be_read_stays_and_was_used_last(tmp_path: Path) -> None:
+    model = loading.load_model(models.saved("gpt2"), "int8")
+    assert cache(tmp_path).keep(model, "new", "int8", "cpu")
+    size = sum(file.stat().st_size for file in next((tmp_path / "quantized").iterdir()).iterdir())
+    blob = hub_model(tmp_path / "hub", size, age=200)
+    (snapshot,) = (tmp_path / "hub").glob("*/snapshots/*")
+    cache(tmp_path, size // 2).use(snapshot)
+    assert blob.exists()
+    assert cache(tmp_path).find("new", "int8", "cpu") is None
+    assert cache(tmp_path).keep(model, "next", "int8", "cpu")
+    entry = next((tmp_path / "quantized").glob("next-*"))
+    os.utime(entry, (os.stat(entry).st_atime, os.stat(entry).st_mtime - 100))
+    cache(tmp_path, size + 100).trim()
+    assert (blob.exists(), entry.exists()) == (True, False)
+
+
 def test_a_model_is_forgotten_alone(tmp_path: Path) -> None:
     model = loading.load_model(models.saved("gpt2"), "int8")
     kept = cache(tmp_path)
@@ -114,9 +130,12 @@ def hub_model(hub: Path, size: int, age: float) -> Path:
         folder.mkdir(parents=True)
     blob.write_bytes(bytes(size))
     (snapshot / "model.safetensors").symlink_to(blob)
+    (repository / "blobs" / "c").touch()
+    (snapshot / "config.json").symlink_to(repository / "blobs" / "c")
     (repository / "refs" / "main").write_text(commit)
     used = blob.stat().st_mtime - age
-    os.utime(blob, (used, used))
+    for each in blob.parent.iterdir():
+        os.utime(each, (used, used))
     assert Path(snapshot_download("o/m", cache_dir=hub, local_files_only=True)) == snapshot
     return blob
 
