@@ -19,6 +19,7 @@ from services.residency.lenses import tuned_lens
 from services.residency.lenses.transcoder import Transcoder, TranscoderShape
 from services.residency.splice import logits
 from tests import models
+from tests.hub import serving_hub
 from tests.support import eventually
 from tests.wire.residency_support import Host, extension, hosting, local, publish, refused
 
@@ -96,6 +97,19 @@ async def test_a_load_tells_its_progress_and_its_result(host):
     expected = {"expected_digest": steps[-1].digest, "expected_fingerprint": steps[-1].model.fingerprint}
     await host.stub.Unload(residency_pb2.UnloadRequest(model_id="m"))
     assert (await host.load("m", "gpt2", **expected))[-1].model.fingerprint == steps[-1].model.fingerprint
+
+
+async def test_a_hub_model_tells_its_download_and_then_its_reading(host, tmp_path, monkeypatch):
+    source = residency_pb2.SourceSpec(source=types_pb2.MODEL_SOURCE_HUGGINGFACE, identifier="org/tiny")
+    request = residency_pb2.LoadRequest(model_id="m", source=source, quantization=types_pb2.QUANTIZATION_NONE)
+    with serving_hub(tmp_path / "models" / "gpt2", monkeypatch) as hub:
+        steps = [step async for step in host.stub.Load(request)]
+    weights = (hub.files / "model.safetensors").stat().st_size
+    percents = [step.percent for step in steps]
+    assert percents == sorted(percents)
+    assert steps[0].percent <= 50
+    assert steps[-1].bytes_done == steps[-1].bytes_total > 2 * weights - 10_000  # downloaded, then its tensors read
+    assert steps[-1].HasField("model")
 
 
 async def test_an_unload_gives_the_bytes_back(host):

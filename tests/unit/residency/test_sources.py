@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,7 @@ from services.residency.loading import load_model
 from services.residency.sources import Source, SourceNotFound, SourceUnavailable, digest, fetch, find_local, inspect
 from services.residency.splice import logits
 from tests import models
-
-COMMIT = "c" * 40
+from tests.hub import Hub, serving_hub
 
 
 @pytest.mark.parametrize(
@@ -78,76 +75,10 @@ def test_a_directory_without_a_config_cannot_be_inspected(tmp_path):
         inspect(Source("local", "gpt2"), [tmp_path], tmp_path)
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's HTTP API as a download uses, over one directory."""
-
-    files: Path
-    asked: list[str]
-    breaks_off: bool = False
-    """Whether the connection ends in the middle of what a client reads of a file's beginning."""
-
-    def do_HEAD(self) -> None:
-        self.do_GET(body=False)
-
-    def do_GET(self, *, body: bool = True) -> None:
-        path = self.path.partition("?")[0]
-        self.asked.append(f"{self.command} {path}")
-        if path.startswith("/api/models/org/tiny/tree/"):
-            self._answer(json.dumps(self._tree()).encode(), body)
-        elif path.startswith("/api/models/org/tiny"):
-            self._answer(json.dumps(self._listing()).encode(), body)
-        elif path.startswith(("/org/tiny/resolve/main/", f"/org/tiny/resolve/{COMMIT}/")):
-            file = self.files / path.rpartition("/")[2]
-            self._answer(file.read_bytes() if file.is_file() else None, body, error="EntryNotFound")
-        else:
-            self._answer(None, body, error="RepoNotFound")
-
-    def _listing(self) -> dict:
-        names = [{"rfilename": file.name} for file in sorted(self.files.iterdir())]
-        return {"id": "org/tiny", "modelId": "org/tiny", "sha": COMMIT, "private": False, "siblings": names, "tags": []}
-
-    def _tree(self) -> list[dict]:
-        files = sorted(self.files.iterdir())
-        return [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
-
-    def _answer(self, content: bytes | None, body: bool, error: str = "") -> None:
-        if content is None:
-            self.send_response(404)
-            self.send_header("X-Error-Code", error)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        start, end = 0, len(content)
-        if wanted := self.headers.get("Range"):
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
-            start, end = int(first), min(int(last) + 1 if last else end, end)
-        self.send_response(206 if wanted else 200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{len(content)}-{abs(hash(content))}"')
-        self.send_header("Content-Length", str(end - start))
-        self.end_headers()
-        if body:
-            self.wfile.write(content[start : (start + end) // 2 if wanted and self.breaks_off else end])
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    from huggingface_hub import constants
-
-    handler = type("Served", (Hub,), {"files": models.copied(tmp_path / "served", "gpt2"), "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", endpoint, raising=False)
-    yield handler
-    server.shutdown()
-    server.server_close()
+    with serving_hub(models.copied(tmp_path / "served", "gpt2"), monkeypatch) as hub:
+        yield hub
 
 
 def test_a_hub_model_is_downloaded_without_its_pickles_and_loads(hub, tmp_path):
