@@ -182,9 +182,6 @@ class PlacementRows(Protocol):
     async def remove(self, model_id: str, host_id: str) -> bool:
         """Forget a residency; whether there was one."""
 
-    async def left(self, job_id: str, copy: Residency, *, parked: bool) -> None:
-        """A copy left for a load, which is charged with what the device got back; forget it, or keep it as parked."""
-
     async def reserve(self, host_id: str, owner: str, size: int, *, holder_id: str) -> None:
         """Write a reservation of a host's bytes that another host, or the same, is to give back."""
 

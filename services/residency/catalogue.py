@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -115,6 +115,16 @@ class Catalogue:
             texts=tuple(texts),
             digest=dataset.digest or None,
         )
+
+    async def make_room(self, keep: Collection[str]) -> None:
+        """Have the registry unload what is idle on the device of this process, but for these models.
+
+        Raises:
+            errors.LensmeshError: it does not answer, or does not know this process.
+        """
+        request = devices_pb2.MakeRoomRequest(host_id=self._host_id, model_ids=keep)
+        with translated_calls():
+            await self._placement.MakeRoom(request, timeout=LOAD_SECONDS)
 
     async def ensure_resident(self, model_id: str) -> None:
         """Have the registry load a model into this process; returns when it is here.

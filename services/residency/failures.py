@@ -14,6 +14,7 @@ from services.residency.intervention import InterventionRefused
 from services.residency.lenses import LensCorrupt, LensIncompatible, PrefixUnknown
 from services.residency.loading import LoadFailed
 from services.residency.memory import is_fragmented, is_out_of_memory
+from services.residency.park import Damaged
 from services.residency.reading import TextRefused
 from services.residency.sources import SourceNotFound, SourceUnavailable
 from services.residency.texts import DatasetError
@@ -28,6 +29,15 @@ def insufficient_memory(required: int, available: int) -> errors.Exhausted:
             "required_memory_gb": round(required / 1e9, 3),
             "available_memory_gb": round(max(available, 0) / 1e9, 3),
         },
+    )
+
+
+def out_of_memory(available: int) -> errors.Exhausted:
+    """A forward found no room although nothing idle is left on the device; GB as above."""
+    return errors.Exhausted(
+        "the device ran out of memory, and nothing idle is left that could leave it",
+        reason="INSUFFICIENT_MEMORY",
+        metadata={"available_memory_gb": round(available / 1e9, 3)},
     )
 
 
@@ -81,6 +91,7 @@ _MEANINGS: tuple[tuple[_Kinds, Callable[[Any], errors.LensmeshError]], ...] = (
         ),
     ),
     (LensCorrupt, _failed("CHECKSUM_MISMATCH")),
+    (Damaged, _failed("FINGERPRINT_MISMATCH")),
     (IdentityFailed, _failed("HOOK_IDENTITY_FAILED", "layer", "error", "tolerance")),
     (UnknownHookPoint, lambda error: errors.Invalid.of("hook_points", str(error))),
     (PrefixUnknown, lambda error: errors.Invalid.of("prefix", str(error))),

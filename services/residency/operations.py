@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +21,7 @@ from services.residency import custom, estimate, loading, reading, sources, text
 from services.residency.catalogue import Catalogue
 from services.residency.config import ResidencySettings
 from services.residency.disk_cache import DiskCache
+from services.residency.failures import out_of_memory
 from services.residency.generation import TURN, Continuation
 from services.residency.guests import Guests
 from services.residency.intervention import Intervention, splices
@@ -35,6 +37,7 @@ from services.residency.resident import Attached, Resident
 from services.residency.splice import Splice
 from services.residency.together import Together
 
+T = TypeVar("T")
 MADE = "model"
 """Kind of artifact that a model is which a job made."""
 LOCAL = "local:"
@@ -262,6 +265,26 @@ class Host:
         self.metrics.switched(seconds)
         return seconds
 
+    async def making_room(self, model_id: str, forward: Callable[[], Awaitable[T]]) -> T:
+        """What a forward on a model gives; once memory has run out, after all that is idle on the device has left.
+
+        Raises:
+            errors.Exhausted: `INSUFFICIENT_MEMORY`: that did not help.
+        """
+        try:
+            return await forward()
+        except errors.Exhausted as error:
+            if error.reason not in ("DEVICE_OOM", "INSUFFICIENT_MEMORY"):
+                raise
+        reads = {attached.spec.source_model_id for attached in self.pool.get(model_id).lenses.values()}
+        await self.catalogue.make_room({model_id, *reads} - {""})
+        try:
+            return await forward()
+        except errors.Exhausted as error:
+            if error.reason != "DEVICE_OOM":
+                raise
+            raise out_of_memory(self.pool.free_bytes) from error
+
     async def analyze(self, model_id: str, lens_ids: Sequence[str], asked: Asked) -> Analysis:
         """Read a text through attached lenses.
 
@@ -345,6 +368,11 @@ class Host:
                 part = Generation(work.tokens[told:], text[shown:whole], time.perf_counter() - start)
                 told, shown = len(work.tokens), max(shown, whole)
                 yield part
+
+    async def begin_stream(self, wanted: Wanted) -> tuple[Generation | None, AsyncGenerator[Generation, None]]:
+        """The first part of `generate_stream`, and the rest."""
+        parts = self.generate_stream(wanted)
+        return await anext(parts, None), parts
 
     async def generate_together(self, wanted: Sequence[Wanted]) -> list[Generation]:
         """Continue several prompts on one model in the same forward passes, each with its own extension or none.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from google.protobuf.message import Message
@@ -88,7 +89,8 @@ class ModelHostServicer(residency_pb2_grpc.ModelHostServiceServicer):
         """Read a text through attached lenses."""
         changes = self._interventions(request.model_id, request.interventions)
         asked = Asked(request.text, request.token_ids, request.top_k, request.prefix, changes)
-        found = await self._host.analyze(request.model_id, request.lens_ids, asked)
+        analyze = partial(self._host.analyze, request.model_id, request.lens_ids, asked)
+        found = await self._host.making_room(request.model_id, analyze)
         ids, readings, seconds = found.token_ids, found.readings, found.seconds
         tokenizer = self._pool.get(request.model_id).tokenizer
         known = decoded({*ids, *(t for _, each in readings for t in messages.tokens_named(each))}, tokenizer)
@@ -99,28 +101,34 @@ class ModelHostServicer(residency_pb2_grpc.ModelHostServiceServicer):
     async def Encode(self, request: residency_pb2.EncodeRequest, context: Any) -> types_pb2.LensReading:
         """Read a text through a transcoder."""
         asked = Asked(request.text, request.token_ids, request.top_k, request.prefix)
-        found = await self._host.encode(request.model_id, request.artifact_uri, asked)
+        encode = partial(self._host.encode, request.model_id, request.artifact_uri, asked)
+        found = await self._host.making_room(request.model_id, encode)
         known = decoded(found.token_ids, self._pool.get(request.model_id).tokenizer)
         spec, each = found.readings[0]
         return messages.lens_reading(spec, each, found.token_ids, known)
 
     async def Generate(self, request: residency_pb2.GenerateRequest, context: Any) -> types_pb2.GeneratedText:
         """Continue a prompt."""
-        return messages.generated(await self._host.generate(self._wanted(request)))
+        generate = partial(self._host.generate, self._wanted(request))
+        return messages.generated(await self._host.making_room(request.model_id, generate))
 
     async def GenerateStream(
         self, request: residency_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[types_pb2.GeneratedText]:
         """Continue a prompt, telling every token as it comes."""
-        async with aclosing(self._host.generate_stream(self._wanted(request))) as parts:
-            async for part in parts:
+        begin = partial(self._host.begin_stream, self._wanted(request))
+        part, rest = await self._host.making_room(request.model_id, begin)
+        async with aclosing(rest):
+            while part is not None:
                 yield messages.generated(part)
+                part = await anext(rest, None)
 
     async def GenerateTogether(
         self, request: residency_pb2.GenerateTogetherRequest, context: Any
     ) -> residency_pb2.GenerateTogetherResponse:
         """Continue several prompts in the same forward passes."""
-        made = await self._host.generate_together([self._wanted(each) for each in request.requests])
+        generate = partial(self._host.generate_together, [self._wanted(each) for each in request.requests])
+        made = await self._host.making_room(request.requests[0].model_id, generate)
         return residency_pb2.GenerateTogetherResponse(texts=[messages.generated(each) for each in made])
 
     def _wanted(self, request: residency_pb2.GenerateRequest) -> Wanted:
@@ -145,9 +153,8 @@ class ModelHostServicer(residency_pb2_grpc.ModelHostServiceServicer):
     ) -> types_pb2.PerplexityResult:
         """Measure the base on a dataset."""
         resident = self._pool.get(request.model_id)
-        found = await self._host.measure_perplexity(
-            request.model_id, request.dataset_id, request.sample_count, request.max_length
-        )
+        asked = (request.model_id, request.dataset_id, request.sample_count, request.max_length)
+        found = await self._host.making_room(request.model_id, partial(self._host.measure_perplexity, *asked))
         return messages.perplexity_result(found, resident.quantization)
 
     async def Forget(self, request: residency_pb2.ForgetRequest, context: Any) -> residency_pb2.Released:

@@ -66,8 +66,6 @@ class FakeHost(
     lens_error: Exception | None = None
     lens_fails_always: bool = True
     """Whether the error comes at every attach, and not at the next one only."""
-    forward_errors: list[Exception] = field(default_factory=list)
-    """Raised by the next forwards, one each."""
     perplexity: float = 12.5
     measures: types.Quantization = types.QUANTIZATION_NONE
     transcoders: dict[str, training_pb2.Transcoder] = field(default_factory=dict)
@@ -223,22 +221,17 @@ class FakeHost(
         model.active_lens_id = request.lens_id
         return host_pb.Switched(seconds=0.002, memory_before_bytes=5, memory_after_bytes=6)
 
-    def _forward(self, name: str, request: Any) -> None:
-        self.asked.append((name, request))
-        if self.forward_errors:
-            raise self.forward_errors.pop(0)
-
     async def Analyze(self, request: Any, context: Any) -> Any:
-        self._forward("Analyze", request)
+        self.asked.append(("Analyze", request))
         readings = [types.LensReading(lens_id=lens_id, fvu=0.25) for lens_id in request.lens_ids]
         return host_pb.AnalyzeResponse(readings=readings, seconds=0.5)
 
     async def Generate(self, request: Any, context: Any) -> Any:
-        self._forward("Generate", request)
+        self.asked.append(("Generate", request))
         return types.GeneratedText(text=request.prompt + "!", token_ids=[1, 2])
 
     async def MeasurePerplexity(self, request: Any, context: Any) -> Any:
-        self._forward("MeasurePerplexity", request)
+        self.asked.append(("MeasurePerplexity", request))
         return types.PerplexityResult(
             perplexity=self.perplexity,
             loss=2.5,

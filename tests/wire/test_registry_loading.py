@@ -224,25 +224,6 @@ async def test_a_device_that_runs_out_of_memory_is_cleared_and_tried_once_more(m
     assert await mesh.ledger() == (0, 0)
 
 
-async def test_a_forward_that_runs_out_of_memory_is_tried_once_more_without_idle_models(
-    mesh: Mesh, host: FakeHost
-) -> None:
-    oom = errors.Exhausted("out of memory", reason="DEVICE_OOM")
-    idle, model = await mesh.ready(), await mesh.ready()
-    generate = pb.GenerateTextRequest(id=model.id, prompt="a")
-    host.forward_errors = [errors.Exhausted("too many", reason="QUEUE_FULL")]
-    assert (await refused(mesh.models.GenerateText(generate))).reason == "QUEUE_FULL"
-    assert set(host.held) == {idle.id, model.id}
-    host.forward_errors = [oom]
-    assert (await mesh.models.GenerateText(generate)).text == "a!"
-    assert list(host.held) == [model.id]
-    assert [data["cause"] for name, data in await mesh.events(idle.id) if name == "model:evicted"] == ["out_of_memory"]
-    host.forward_errors = [oom, oom]
-    assert (await refused(mesh.models.GenerateText(generate))).reason == "DEVICE_OOM"
-    assert list(host.held) == [model.id]
-    assert len(host.names("Generate")) == 5
-
-
 async def test_a_load_that_runs_can_be_cancelled_and_leaves_nothing(mesh: Mesh, host: FakeHost) -> None:
     model = await mesh.create()
     host.gate.clear()

@@ -11,7 +11,6 @@ from lensmesh.common.v1 import types_pb2 as types
 from lensmesh.registry.v1 import devices_pb2, jobs_pb2, models_pb2
 
 from services.kit.database import Database
-from services.kit.errors import Exhausted
 from tests.support import eventually
 from tests.wire.registry_support import MB, FakeHost, Mesh, refused, running
 
@@ -206,12 +205,11 @@ async def test_of_a_device_that_is_nearly_full_one_model_leaves_whichever_proces
     assert (await mesh.get(c.id)).status == READY
 
 
-async def test_where_a_forward_runs_out_of_memory_other_processes_of_the_device_make_room_too(mesh: Mesh) -> None:
+async def test_where_a_process_runs_out_of_memory_the_others_of_its_device_make_room_too(mesh: Mesh) -> None:
     one, two = await two_processes(mesh)
     a, c = await mesh.create("a"), await mesh.create("c")
     for model, device in ((a, "device-0"), (c, "device-1")):
         await mesh.load(model.id, device=device)
         await mesh.reaches(model.id, READY)
-    one.forward_errors = [Exhausted("out of memory", reason="DEVICE_OOM")]
-    await mesh.models.GenerateText(models_pb2.GenerateTextRequest(id=a.id, prompt="a"))
+    await mesh.placement.MakeRoom(devices_pb2.MakeRoomRequest(host_id="device-0", model_ids=[a.id]))
     assert (set(one.held), set(two.held)) == ({a.id}, set())

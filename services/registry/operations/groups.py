@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from services.kit.errors import Exhausted, Invalid, LensmeshError, Unsupported
@@ -21,7 +20,6 @@ from services.registry.operations.parking import park_base, park_lens, require_p
 from services.registry.operations.planning import ASSUMED_BYTES_PER_SECOND
 from services.registry.operations.registry import Registry
 from services.registry.operations.serving import with_lenses
-from services.registry.operations.unloading import making_room
 
 TOGETHER = 4
 """Lenses that a preload brings at the same time."""
@@ -167,9 +165,7 @@ async def analyze(registry: Registry, group_id: str, lens_ids: Sequence[str], qu
         async with registry.store.transaction() as tx:
             await tx.placement.touch(copy.model_id, copy.host_id)
             await tx.placement.touch_lenses(copy.host_id, wanted)
-        forward = partial(registry.hosts.analyze, copy.address, copy.model_id, wanted, query)
-        reads = [lens.activation_source_model_id for lens in lenses if lens.activation_source_model_id]
-        return await making_room(registry, copy, forward, reads)
+        return await registry.hosts.analyze(copy.address, copy.model_id, wanted, query)
 
 
 async def preload_group(

@@ -234,11 +234,14 @@ async def _adopt_or_unload(registry: Registry, host: Host, hosted: HostedModel) 
 
 def _differs(rows: Sequence[Residency], held: Sequence[HostedModel]) -> bool:
     still = [row for row in rows if row.state in ("resident", "parked") and not row.moving]
-    lenses = {r.model_id: {(x.lens_id, x.state == "parked") for x in r.lenses if not x.moving} for r in still}
+    lenses = {r.model_id: {(x.lens_id, x.state == "parked", x.bytes) for x in r.lenses if not x.moving} for r in still}
     expected = {row.model_id: (row.quantization, row.state == "parked", lenses[row.model_id]) for row in still}
     busy = {row.model_id for row in rows if row.moving}
     moving = {lens.lens_id for row in rows for lens in row.lenses if lens.moving}
-    settled = {m.model_id: {(name, x.parked) for name, x in m.lenses.items() if name not in moving} for m in held}
+    settled = {
+        m.model_id: {(name, x.parked, x.memory_bytes) for name, x in m.lenses.items() if name not in moving}
+        for m in held
+    }
     found = {m.model_id: (m.quantization, m.parked, settled[m.model_id]) for m in held if m.model_id not in busy}
     if expected != found or any(row.state == "lost" for row in rows):
         return True

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from functools import partial
 from typing import Protocol
 
@@ -15,13 +15,13 @@ from services.registry.operations.registry import Registry
 from services.registry.operations.unloading import departed, send_away
 from services.registry.ports import Transaction
 
+Going = tuple[Residency, Eviction]
+"""What leaves, or the base of the lens that does, and why."""
+Transactions = Callable[[], AbstractAsyncContextManager[Transaction]]
+
 
 class Taker(Protocol):
-    """What room is made for, if it is no load."""
-
-    @property
-    def id(self) -> str:
-        """Its name in events."""
+    """What room is made for."""
 
     async def gain(self, tx: Transaction, host_id: str, size: int) -> None:
         """So many bytes of a host are free; those that it is to have are promised to it in the same transaction."""
@@ -30,7 +30,7 @@ class Taker(Protocol):
         """It does not come: nothing is promised to it any more."""
 
 
-async def evict_lens(registry: Registry, copy: Residency, lens_id: str, *, park: bool) -> bool:
+async def _evict_lens(registry: Registry, copy: Residency, lens_id: str, *, park: bool) -> bool:
     """Ask the host to take a lens off, into its memory if it has room there and may; whether it is parked.
 
     Raises:
@@ -51,21 +51,21 @@ async def evict_lens(registry: Registry, copy: Residency, lens_id: str, *, park:
     return False  # its base may be gone, too
 
 
-async def lens_departed(tx: Transaction, copy: Residency, lens_id: str, size: int, cause: str, *, parked: bool) -> None:
+async def _lens_departed(tx: Transaction, copy: Residency, each: Eviction, *, parked: bool) -> None:
     """A lens is off its device alone, or out of host memory: rows and the event say so."""
     if parked:
-        await tx.groups.lens_parked(lens_id, copy.host_id)
+        await tx.groups.lens_parked(each.lens_id, copy.host_id)
     else:
-        await tx.groups.displace_lens(lens_id, copy.host_id)
+        await tx.groups.displace_lens(each.lens_id, copy.host_id)
     facts = {
-        "lens_id": lens_id,
+        "lens_id": each.lens_id,
         "model_id": copy.model_id,
         "device": f"{copy.host_id}/{copy.device}",
-        "freed_bytes": size,
-        "cause": cause,
+        "freed_bytes": each.bytes,
+        "cause": each.cause,
         "parked": parked,
     }
-    await tx.emit("lens:evicted", lens_id, facts)
+    await tx.emit("lens:evicted", each.lens_id, facts)
 
 
 async def mark(tx: Transaction, evictions: Sequence[Eviction]) -> None:
@@ -97,54 +97,59 @@ async def leave(registry: Registry, placements: Sequence[Placement], taker: Take
 async def _leave(registry: Registry, placements: Sequence[Placement], taker: Taker) -> bool:
     copies = {(r.host_id, r.model_id): r for each in placements for r in each.host.shared_residents}
     evictions = [eviction for placement in placements for eviction in placement.evictions]
-    order = sorted(evictions, key=lambda each: each.cause != "park_limit")
-    for position, each in enumerate(order):
-        copy = copies[each.host_id, each.model_id]
+    going = [(copies[each.host_id, each.model_id], each) for each in evictions]
+    try:
+        return await depart(registry, going, taker, registry.store.transaction)
+    except LensmeshError:
+        async with registry.store.transaction() as tx:
+            await _stay(tx, going, taker)
+        raise
+
+
+async def depart(registry: Registry, going: list[Going], taker: Taker, transaction: Transactions) -> bool:
+    """Take off what was marked, what is parked first; false when something came into use: it and the rest stay.
+
+    Args:
+        registry: the registry.
+        going: what leaves; here afterwards is what has not left.
+        taker: who gets the bytes; it does not come where something stays.
+        transaction: begins what each departure is written in.
+
+    Raises:
+        LensmeshError: a host did not do it; it and the rest are marked still.
+    """
+    going.sort(key=lambda pair: pair[1].cause != "park_limit")
+    while going:
+        copy, each = going[0]
         try:
-            gone = await (_lens_leaves if each.lens_id else _model_leaves)(registry, copy, each, taker)
-        except LensmeshError:
-            await _undo(registry, order[position:], taker)
-            raise
-        if not gone:
-            await _undo(registry, order[position:], taker, busy=each)
-            return False
-        registry.gauges.evicted(each.cause)
-    return True
-
-
-async def _lens_leaves(registry: Registry, copy: Residency, each: Eviction, taker: Taker) -> bool:
-    try:
-        parked = await evict_lens(registry, copy, each.lens_id, park=each.parked)
-    except Conflict:
-        return False
-    async with registry.store.transaction() as tx:
-        await lens_departed(tx, copy, each.lens_id, each.bytes, each.cause, parked=parked)
-        if each.cause != "park_limit":
-            await taker.gain(tx, copy.host_id, each.bytes)
-    registry.endings.ended(each.lens_id)
-    return True
-
-
-async def _model_leaves(registry: Registry, copy: Residency, each: Eviction, taker: Taker) -> bool:
-    try:
-        parked = await send_away(registry, copy, parks=each.parked)
-    except Conflict:
-        return False
-    async with registry.store.transaction() as tx:
-        await departed(tx, copy, cause=each.cause, wanted=False, evicted_for=taker.id, parked=parked)
-        if each.cause != "park_limit":
-            await taker.gain(tx, copy.host_id, each.bytes)
-    return True
-
-
-async def _undo(registry: Registry, left: Sequence[Eviction], taker: Taker, *, busy: Eviction | None = None) -> None:
-    """What has not left stays."""
-    async with registry.store.transaction() as tx:
-        await taker.withdraw(tx)
-        for each in left:
-            in_use = each is busy
             if each.lens_id:
-                await tx.placement.lens_stays(each.host_id, each.lens_id, 1 if in_use else None)
-            elif each.cause != "park_limit":
-                more = {"leases": 1} if in_use else {}
-                await tx.placement.change(each.model_id, each.host_id, state="resident", **more)
+                parked = await _evict_lens(registry, copy, each.lens_id, park=each.parked)
+            else:
+                parked = await send_away(registry, copy, parks=each.parked)
+        except Conflict:
+            async with transaction() as tx:
+                await _stay(tx, going, taker, busy=each)
+            return False
+        async with transaction() as tx:
+            if each.lens_id:
+                await _lens_departed(tx, copy, each, parked=parked)
+            else:
+                await departed(tx, copy, cause=each.cause, wanted=False, evicted=True, parked=parked)
+            if each.cause != "park_limit":
+                await taker.gain(tx, copy.host_id, each.bytes)
+        registry.endings.ended(each.lens_id or each.model_id)
+        registry.gauges.evicted(each.cause)
+        del going[0]
+    return True
+
+
+async def _stay(tx: Transaction, going: Sequence[Going], taker: Taker, *, busy: Eviction | None = None) -> None:
+    """What has not left stays; a load lets parked models go where it is placed anew."""
+    await taker.withdraw(tx)
+    for _, each in going:
+        in_use = each is busy
+        if each.lens_id:
+            await tx.placement.lens_stays(each.host_id, each.lens_id, 1 if in_use else None)
+        elif each.cause != "park_limit":
+            more = {"leases": 1} if in_use else {}
+            await tx.placement.change(each.model_id, each.host_id, state="resident", job_id=None, cause=None, **more)

@@ -49,6 +49,6 @@ async def _leave(registry: Registry, host: Host, copy: Residency) -> bool:
             await tx.placement.change(copy.model_id, host.host_id, state="resident", **more)
         return False
     async with registry.store.transaction() as tx:
-        await departed(tx, copy, cause=CAUSE, wanted=False, evicted_for=CAUSE, parked=parked)
+        await departed(tx, copy, cause=CAUSE, wanted=False, evicted=True, parked=parked)
     registry.gauges.evicted(CAUSE)
     return True

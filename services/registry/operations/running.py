@@ -5,22 +5,39 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any
 
-from services.kit.errors import Conflict, Exhausted, Failed, LensmeshError, Unavailable
-from services.registry.domain import HeldLens, Host, HostedModel, Load, Model, Residency
+from services.kit.errors import Exhausted, Failed, LensmeshError, Unavailable
+from services.registry.domain import Eviction, Host, HostedModel, Load, Model, Residency
 from services.registry.failures import insufficient_memory
 from services.registry.job_ports import LoadLease
 from services.registry.operations.admission import Order, accept
-from services.registry.operations.leaving import evict_lens, lens_departed
+from services.registry.operations.leaving import Going, depart
 from services.registry.operations.lenses import restore_lenses
 from services.registry.operations.registry import Registry
-from services.registry.operations.unloading import clear_processes, departed, send_away, take_off, unload_copies
+from services.registry.operations.unloading import clear_processes, take_off, unload_copies
 from services.registry.ports import LoadStep, Transaction
 
 STEP_PERCENT = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """A load's place on a device: what room is made for, see `leaving.Taker`."""
+
+    id: str
+    """Its job."""
+
+    async def gain(self, tx: Transaction, host_id: str, size: int) -> None:
+        await tx.placement.charge(self.id, host_id, size)
+
+    async def withdraw(self, tx: Transaction) -> None:
+        for residency in await tx.placement.of_job(self.id):
+            if residency.state == "loading":
+                await tx.placement.remove(residency.model_id, residency.host_id)
 
 
 async def run_load(registry: Registry, lease: LoadLease) -> dict[str, Any]:
@@ -97,17 +114,23 @@ async def _prepare(registry: Registry, lease: LoadLease) -> tuple[Model, Residen
             if mine is None or mine.host_id not in live:
                 mine, held = await _place_anew(registry, tx, lease, model, held)
                 live = {host.host_id: host for host in await tx.placement.hosts()}
-        victims = [each for each in held if each.moving and each.state != "loading"]
         host = live[mine.host_id]
-        leaving = [(copy, lens) for copy in host.shared_residents for lens in copy.lenses if lens.job_id == lease.id]
-        dropped = [(copy, lens) for copy, lens in leaving if lens.stowed]
-        rest = [pair for pair in leaving if pair not in dropped]
-        if (
-            await _evict_lenses(registry, lease, dropped)
-            and await _evict(registry, lease, victims)
-            and await _evict_lenses(registry, lease, rest)
-        ):
+        if await depart(registry, _going(lease.id, held, host), _Load(lease.id), lease.commit):
             return model, mine, host
+
+
+def _going(job_id: str, held: Sequence[Residency], host: Host) -> list[Going]:
+    """What is marked to leave for a load, as its plan said."""
+    going: list[Going] = []
+    for copy in held:
+        if copy.moving and copy.state != "loading":
+            cause, parks = copy.cause or "memory", copy.state == "parking"
+            going.append((copy, Eviction(copy.model_id, copy.host_id, copy.bytes, cause, parks)))
+    for copy in host.shared_residents:
+        for lens in (lens for lens in copy.lenses if lens.job_id == job_id):
+            cause, parks = "park_limit" if lens.stowed else "memory", lens.state == "parking"
+            going.append((copy, Eviction(copy.model_id, copy.host_id, lens.bytes, cause, parks, lens.lens_id)))
+    return going
 
 
 async def _place_anew(
@@ -128,49 +151,6 @@ async def _let_go(tx: Transaction, residency: Residency) -> None:
     else:
         state = "parked" if residency.state == "parked" else "resident"
         await tx.placement.change(residency.model_id, residency.host_id, state=state, job_id=None, cause=None)
-
-
-async def _evict(registry: Registry, lease: LoadLease, victims: list[Residency]) -> bool:
-    """Take the victims off, parked ones first; false when one came into use, and the load has to be placed anew."""
-    for victim in sorted(victims, key=lambda victim: victim.state != "parked"):
-        try:
-            parked = await send_away(registry, victim, parks=victim.state == "parking")
-        except Conflict:
-            async with lease.commit() as tx:
-                await tx.placement.change(
-                    victim.model_id, victim.host_id, state="resident", job_id=None, cause=None, leases=1
-                )
-                for residency in await tx.placement.of_job(lease.id):
-                    if residency.state == "loading":
-                        await tx.placement.remove(residency.model_id, residency.host_id)
-            return False
-        cause = victim.cause or "memory"
-        async with lease.commit() as tx:
-            await departed(tx, victim, cause=cause, wanted=False, evicted_for=lease.id, parked=parked)
-        registry.gauges.evicted(cause)
-    return True
-
-
-async def _evict_lenses(registry: Registry, lease: LoadLease, leaving: Sequence[tuple[Residency, HeldLens]]) -> bool:
-    """The same for lenses that leave alone, of models that stay."""
-    for copy, lens in leaving:
-        try:
-            parked = await evict_lens(registry, copy, lens.lens_id, park=lens.state == "parking")
-        except Conflict:
-            async with lease.commit() as tx:
-                await tx.placement.lens_stays(copy.host_id, lens.lens_id, leases=1)
-                for residency in await tx.placement.of_job(lease.id):
-                    if residency.state == "loading":
-                        await tx.placement.remove(residency.model_id, residency.host_id)
-            return False
-        cause = "park_limit" if lens.stowed else "memory"
-        async with lease.commit() as tx:
-            await lens_departed(tx, copy, lens.lens_id, lens.bytes, cause, parked=parked)
-            if not lens.stowed:
-                await tx.placement.charge(lease.id, copy.host_id, lens.bytes)
-        registry.endings.ended(lens.lens_id)
-        registry.gauges.evicted(cause)
-    return True
 
 
 async def _load_making_room(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from services.kit.errors import Conflict, Invalid
@@ -11,7 +10,6 @@ from services.registry.domain import LensArtifact, Residency
 from services.registry.operations.lenses import bring
 from services.registry.operations.registry import Registry
 from services.registry.operations.turns import serving
-from services.registry.operations.unloading import making_room
 
 DEFAULT_SAMPLES = 64
 DEFAULT_NEW_TOKENS = 64
@@ -48,8 +46,8 @@ async def measure_perplexity(
     async with registry.store.transaction() as tx:
         await tx.datasets.get(dataset_id)
     copy = await locate(registry, model_id)
-    measure = partial(registry.hosts.measure_perplexity, copy.address, model_id, dataset_id)
-    result = await making_room(registry, copy, partial(measure, sample_count or DEFAULT_SAMPLES, max_length))
+    asked = (model_id, dataset_id, sample_count or DEFAULT_SAMPLES, max_length)
+    result = await registry.hosts.measure_perplexity(copy.address, *asked)
     async with registry.store.transaction() as tx:
         model = await tx.models.get(model_id)
         unquantized = await tx.models.unquantized_perplexity(model.digest or "", dataset_id, result["tokens"])
@@ -78,8 +76,7 @@ async def generate(registry: Registry, model_id: str, query: dict[str, Any], ext
         extension = await _extension(registry, model_id, extension_id) if extension_id else None
         changes = await with_lenses(registry, copy, query["interventions"])
         query = {**query, "max_new_tokens": query["max_new_tokens"] or DEFAULT_NEW_TOKENS, "interventions": changes}
-        forward = partial(registry.hosts.generate, copy.address, model_id, query, extension)
-        return await making_room(registry, copy, forward)
+        return await registry.hosts.generate(copy.address, model_id, query, extension)
 
 
 async def _extension(registry: Registry, model_id: str, extension_id: str) -> tuple[str, LensArtifact]:

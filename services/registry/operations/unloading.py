@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
-from typing import TypeVar
 
 from services.kit.errors import Conflict, Exhausted, LensmeshError, NotFound
 from services.registry.domain import Model, Residency
 from services.registry.operations.planning import may_leave
 from services.registry.operations.registry import Registry
 from services.registry.ports import Transaction
-
-T = TypeVar("T")
 
 
 async def unload_model(registry: Registry, model_id: str, wait_seconds: float) -> Model:
@@ -111,7 +108,7 @@ async def departed(
     *,
     cause: str,
     wanted: bool | None = None,
-    evicted_for: str = "",
+    evicted: bool = False,
     parked: bool = False,
 ) -> None:
     """A copy is off its device: rows and events say so. The model is `unloaded` when it was the last one.
@@ -121,13 +118,14 @@ async def departed(
         copy: what left.
         cause: why, for the event.
         wanted: whether it should still be on a device; unchanged when None, and while another copy is or comes.
-        evicted_for: job of the load that it made room for.
+        evicted: whether it made room for something.
         parked: whether it stays in host memory.
     """
     model = await tx.models.get(copy.model_id, lock=True)
-    if evicted_for:
-        await tx.placement.left(evicted_for, copy, parked=parked)
-    elif not await tx.placement.remove(copy.model_id, copy.host_id):
+    if parked:
+        stays = {"state": "parked", "job_id": None, "cause": None, "active_lens_id": None}
+        await tx.placement.change(copy.model_id, copy.host_id, **stays)
+    elif not await tx.placement.remove(copy.model_id, copy.host_id) and not evicted:
         return
     rest = {r.state for r in await tx.placement.of_model(copy.model_id)}
     status = model.status
@@ -147,33 +145,10 @@ async def departed(
         "cause": cause,
         "parked": parked,
     }
-    if evicted_for or cause in ("device_cleared", "out_of_memory"):
+    if evicted or cause in ("device_cleared", "out_of_memory"):
         await tx.emit("model:evicted", copy.model_id, facts)
     if status == "unloaded" and copy.state != "parked":
         await tx.emit("model:unloaded", copy.model_id, facts)
-
-
-async def making_room(
-    registry: Registry, copy: Residency, forward: Callable[[], Awaitable[T]], reads: Collection[str] = ()
-) -> T:
-    """What a forward on a copy answers; once the device has run out of memory, after all that is idle beside it left.
-
-    Args:
-        registry: the registry.
-        copy: the model that it runs on.
-        forward: asks the copy's host.
-        reads: other models that it needs.
-
-    Raises:
-        Exhausted: `DEVICE_OOM`: that did not help.
-    """
-    try:
-        return await forward()
-    except Exhausted as error:
-        if error.reason != "DEVICE_OOM":
-            raise
-    await clear_processes(registry, copy.host_id, keep={copy.model_id, *reads})
-    return await forward()
 
 
 async def clear_processes(registry: Registry, host_id: str, keep: Collection[str] = ()) -> None:

@@ -64,6 +64,11 @@ class PlacementServicer(devices_pb2_grpc.PlacementServiceServicer):
         await reserving.release(self._registry, request.host_id, request.owner)
         return Empty()
 
+    async def MakeRoom(self, request: pb.MakeRoomRequest, context: Any) -> Empty:
+        """Clear a device that has run out of memory."""
+        await unloading.clear_processes(self._registry, request.host_id, keep=request.model_ids)
+        return Empty()
+
     async def EnsureResident(self, request: pb.EnsureResidentRequest, context: Any) -> pb.ModelLocation:
         """Bring a model to a host process."""
         return _location(await loading.ensure_resident(self._registry, request.host_id, request.model_id))

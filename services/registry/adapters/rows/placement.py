@@ -148,15 +148,6 @@ class PostgresPlacement:
         """Forget a residency."""
         return await self._conn.fetchval(_QUERIES["remove"], model_id, host_id) is not None
 
-    async def left(self, job_id: str, copy: Residency, *, parked: bool) -> None:
-        """A copy left for a load."""
-        if parked:
-            await self.change(copy.model_id, copy.host_id, state="parked", job_id=None, cause=None, active_lens_id=None)
-        else:
-            await self.remove(copy.model_id, copy.host_id)
-        if copy.state != "parked":
-            await self.charge(job_id, copy.host_id, copy.bytes)
-
     async def reserve(self, host_id: str, owner: str, size: int, *, holder_id: str) -> None:
         """Write a reservation."""
         row = {"host_id": host_id, "owner": owner, "bytes": size, "holder_id": holder_id}

@@ -205,6 +205,14 @@ class ReserveRequest(_message.Message):
     model_ids: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, host_id: _Optional[str] = ..., owner: _Optional[str] = ..., bytes: _Optional[int] = ..., ranks: _Optional[int] = ..., model_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class MakeRoomRequest(_message.Message):
+    __slots__ = ("host_id", "model_ids")
+    HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_IDS_FIELD_NUMBER: _ClassVar[int]
+    host_id: str
+    model_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, host_id: _Optional[str] = ..., model_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class Reservation(_message.Message):
     __slots__ = ("owner", "bytes", "devices")
     OWNER_FIELD_NUMBER: _ClassVar[int]

@@ -176,6 +176,11 @@ class PlacementServiceStub:
                 request_serializer=lensmesh_dot_registry_dot_v1_dot_devices__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
+        self.MakeRoom = channel.unary_unary(
+                '/lensmesh.registry.v1.PlacementService/MakeRoom',
+                request_serializer=lensmesh_dot_registry_dot_v1_dot_devices__pb2.MakeRoomRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
         self.EnsureResident = channel.unary_unary(
                 '/lensmesh.registry.v1.PlacementService/EnsureResident',
                 request_serializer=lensmesh_dot_registry_dot_v1_dot_devices__pb2.EnsureResidentRequest.SerializeToString,
@@ -226,6 +231,13 @@ class PlacementServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MakeRoom(self, request, context):
+        """Unloads what is idle on the device of a host process that has run out of memory, in all processes of the device.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def EnsureResident(self, request, context):
         """Loads a model into a host process if it is not there; answers when it is.
         """
@@ -268,6 +280,11 @@ def add_PlacementServiceServicer_to_server(servicer, server):
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
                     request_deserializer=lensmesh_dot_registry_dot_v1_dot_devices__pb2.ReleaseRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'MakeRoom': grpc.unary_unary_rpc_method_handler(
+                    servicer.MakeRoom,
+                    request_deserializer=lensmesh_dot_registry_dot_v1_dot_devices__pb2.MakeRoomRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
             ),
             'EnsureResident': grpc.unary_unary_rpc_method_handler(
@@ -394,6 +411,33 @@ class PlacementService:
             target,
             '/lensmesh.registry.v1.PlacementService/Release',
             lensmesh_dot_registry_dot_v1_dot_devices__pb2.ReleaseRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MakeRoom(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lensmesh.registry.v1.PlacementService/MakeRoom',
+            lensmesh_dot_registry_dot_v1_dot_devices__pb2.MakeRoomRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
             options,
             channel_credentials,
