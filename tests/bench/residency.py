@@ -28,9 +28,13 @@ from services.residency.fingerprint import fingerprint
 from services.residency.lenses import Spec
 from services.residency.lenses.transcoder import Transcoder, TranscoderShape
 from services.residency.loading import fill, load_model, prepare
-from services.residency.memory import give_back
+from services.residency.memory import give_back, keep_freed
 from services.residency.pool import Pool
 from tests.models import tokenizer
+
+QUANTIZATIONS = ("none", "int8", "int4")
+WARM_UP = 6
+"""Cycles before those that are counted, two of each quantization."""
 
 
 def synthetic(path: Path, megabytes: int) -> None:
@@ -111,7 +115,7 @@ async def measure(path: Path, files: list[Path], repeat: int) -> list[tuple[str,
         await pool.run(load_model, path, quantization)
 
     await reading("none")  # imports
-    for quantization in ("none", "int8", "int4"):
+    for quantization in QUANTIZATIONS:
         await rounds.add(f"weights as {quantization}", lambda q=quantization: reading(q), nothing)
 
     async def load() -> None:
@@ -154,21 +158,23 @@ async def measure(path: Path, files: list[Path], repeat: int) -> list[tuple[str,
 
 
 async def cycles(path: Path, count: int) -> list[float]:
-    """Resident MB of this process after each load, park, restore and unload; the first entry is before any."""
+    """Resident MB of this process after each load, park, restore and unload; the first entry is before any.
+
+    The process is set up as a device process is. What is imported and allocated once is no leak: `WARM_UP` cycles are
+    not among them.
+    """
+    keep_freed()
     pool = Pool("cpu", 1 << 40, 1 << 40)
     process = psutil.Process()
     found = []
-    for quantization in ("none", "int8", "int4"):  # what is imported and allocated once is no leak
-        await pool.load("m", path, quantization)
-        await pool.unload("m")
-    for turn in range(count + 1):
-        found.append(process.memory_info().rss / 1e6)
-        if turn == count:
-            break
-        await pool.load("m", path, ("none", "int8", "int4")[turn % 3])
+    for turn in range(WARM_UP + count):
+        if turn >= WARM_UP:
+            found.append(process.memory_info().rss / 1e6)
+        await pool.load("m", path, QUANTIZATIONS[turn % len(QUANTIZATIONS)])
         await pool.park("m")
         await pool.restore("m")
         await pool.unload("m")
+    found.append(process.memory_info().rss / 1e6)
     await pool.close()
     return found
 
@@ -180,10 +186,12 @@ def draw(found: list[float], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    low, high = found[0] * 0.99, found[0] * 1.01
     figure, axes = pyplot.subplots(figsize=(8, 4))
     axes.plot(found)
-    axes.axhspan(found[0] * 0.99, found[0] * 1.01, alpha=0.2, label="1 %")
-    axes.set(xlabel="loads and unloads", ylabel="resident MB", ylim=(0, max(found) * 1.2))
+    axes.axhspan(low, high, alpha=0.2, label="1 %")
+    ylim = (min(low, *found) - 0.01 * found[0], max(high, *found) + 0.01 * found[0])
+    axes.set(xlabel="loads, parks, restores and unloads", ylabel="resident MB", ylim=ylim)
     axes.legend()
     figure.savefig(file, dpi=120)
 
@@ -192,9 +200,10 @@ def report_cycles(path: Path, count: int, curve: Path) -> None:
     """Print the drift, and draw it."""
     found = asyncio.run(cycles(path, count))
     draw(found, curve)
-    drift = found[-1] / found[0] - 1
+    first, furthest = found[0], max(found, key=lambda each: abs(each - found[0]))
     Console().print(
-        f"{found[0]:.1f} MB before, {found[-1]:.1f} MB after {count} cycles: {drift:+.2%}; at most {max(found):.1f} MB"
+        f"{first:.1f} MB after {WARM_UP} cycles, {found[-1]:.1f} MB after {count} more: {found[-1] / first - 1:+.2%}; "
+        f"furthest {furthest:.1f} MB: {furthest / first - 1:+.2%}"
     )
 
 
