@@ -13,7 +13,7 @@ from services.residency.lenses import Spec, needed
 from services.residency.lenses import load as load_lens
 from services.residency.memory import give_back
 from services.residency.park import fetch, stow
-from services.residency.resident import Attached, Resident
+from services.residency.resident import Attached, Resident, recognise, remember
 
 if TYPE_CHECKING:
     from services.residency.pool import Pool
@@ -45,6 +45,8 @@ async def attach(pool: Pool, model_id: str, spec: Spec, *, parked: bool) -> Atta
         except BaseException:
             await pool.run(lens.detach)
             raise
+        if resident.state == "parked" and pool.device != "cpu":
+            await pool.run(remember, [attached])
         resident.lenses[spec.lens_id] = attached
         return attached
 
@@ -74,25 +76,37 @@ async def _take_off(pool: Pool, resident: Resident, lens_id: str, *, park: bool)
     if attached.leases:
         raise errors.Conflict(f"{attached.leases} calls use the lens", reason="IN_USE")
     if park:
-        if attached.lens.shared or attached.spec.source_model_id not in ("", resident.model_id):
-            raise errors.Unsupported("what a lens shares with others or reads of another model is not parked alone")
+        if attached.spec.source_model_id not in ("", resident.model_id):
+            raise errors.Unsupported("a lens that reads another model is not parked alone")
         pool.require_parking(attached.nbytes)
     before, active = resident.total_bytes, resident.active
     del resident.lenses[lens_id]
     if active == lens_id:
         resident.active = None
     try:
+        if park and pool.device != "cpu":
+            await pool.run(remember, [attached])
         await (pool.run(stow, attached.lens, pool.device) if park else pool.run(attached.lens.detach))
     except Exception:
         resident.lenses[lens_id], resident.active = attached, active
         raise
     if park:
         resident.parked[lens_id] = attached
+    else:
+        await _inherit(pool, resident)
     if resident.state == "device":  # else its restore does
         await pool.verify(resident)
     del attached
     await pool.run(give_back, pool.device)
     return before - resident.total_bytes
+
+
+async def _inherit(pool: Pool, resident: Resident) -> None:
+    """Layers that a lens has left to parked ones alone go to host memory, or with these where it has no room."""
+    for parked in list(resident.parked.values()):
+        await pool.run(parked.lens.move, "cpu")
+    if pool.parked_bytes > pool.park_bytes:
+        resident.parked.clear()
 
 
 async def _restore(pool: Pool, resident: Resident, attached: Attached) -> Attached:
@@ -104,6 +118,7 @@ async def _restore(pool: Pool, resident: Resident, attached: Attached) -> Attach
     await pool.run(fetch, attached.lens, target)
     try:
         if resident.state == "device":
+            await pool.run(recognise, [attached])
             await pool.verify(resident, [attached])
     except BaseException as error:
         await pool.run(stow, attached.lens, target)

@@ -117,7 +117,7 @@ def hosted_model(resident: Resident) -> devices_pb2.HostedModel:
     return devices_pb2.HostedModel(
         model_id=resident.model_id,
         quantization=_QUANTIZATION_VALUES[resident.quantization],
-        memory_bytes=resident.nbytes,
+        memory_bytes=resident.base_bytes,
         lenses=[*lenses, *(hosted_lens(attached, parked=True) for attached in resident.parked.values())],
         active_lens_id=resident.active,
         fingerprint=resident.fingerprint,

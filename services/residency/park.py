@@ -6,7 +6,7 @@ weights, buffers, and bitsandbytes' scales and tables. Paths, hooks and attached
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -14,7 +14,28 @@ from torch import Tensor, nn
 
 from services.residency.lenses import Lens
 
+_WORD = 8
+"""Bytes that are summed up as one number."""
+
+
+class Damaged(RuntimeError):
+    """What comes back from host memory has other bytes than what went there."""
+
+
 Convert = Callable[[Tensor], Tensor]
+
+
+def sums(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Sums modulo 2^64 of each tensor's bytes, computed where it is: one byte that changes changes one of them."""
+    return tuple(number for tensor in tensors for number in _sums(tensor))
+
+
+def _sums(tensor: Tensor) -> tuple[int, int]:
+    found = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if found.storage_offset() % _WORD:
+        found = found.clone()
+    words = found.numel() // _WORD * _WORD
+    return int(found[:words].view(torch.int64).sum()), int(found[words:].sum(dtype=torch.int64))
 
 
 def move(model: nn.Module, lenses: Sequence[Lens], origin: str, target: str) -> None:

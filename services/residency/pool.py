@@ -25,7 +25,7 @@ from services.residency.lease import Lease
 from services.residency.lenses import Spec
 from services.residency.memory import give_back
 from services.residency.park import move
-from services.residency.resident import Attached, Residency, Resident, finished
+from services.residency.resident import Attached, Residency, Resident, finished, recognise, remember
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -330,7 +330,7 @@ class Pool:
         return await self._move(self.get(model_id), "parked")
 
     async def restore(self, model_id: str) -> Resident:
-        """Move a parked model back; its fingerprint, and that with each extension in force, must be what it was.
+        """Move a parked model back; its bytes must be what they were, and its fingerprints, with each extension too.
 
         Raises:
             errors.Exhausted: `INSUFFICIENT_MEMORY` or `DEVICE_OOM`; it stays parked.
@@ -366,10 +366,15 @@ class Pool:
         resident.state = state
 
     def _relocate(self, resident: Resident, origin: str, target: str) -> None:
+        parts: list[Resident | Attached] = [resident, *resident.lenses.values()]
+        if target == "cpu":
+            remember(parts)
         try:
             move(resident.base.model, [attached.lens for attached in resident.lenses.values()], origin, target)
         finally:
             give_back(self.device)
+        if target != "cpu":
+            recognise(parts)
 
     async def _check_restored(self, resident: Resident) -> None:
         """Where there is no memory to compute it, the model is parked again: it must not be used unchecked."""
@@ -400,7 +405,7 @@ class Pool:
             errors.Conflict: `IN_USE`: a call uses it.
             errors.Exhausted: `INSUFFICIENT_MEMORY`: it is more than may be parked; it stays on the device.
             errors.NotFound: it is to be parked, and is not there.
-            errors.Unsupported: it is to be parked, and shares weights with others or reads another model.
+            errors.Unsupported: it is to be parked, and reads another model.
             errors.Failed: `FINGERPRINT_MISMATCH`: the base is not what it was.
         """
         return await attachments.detach(self, model_id, lens_id, park=park)

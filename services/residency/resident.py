@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from services.residency.families import FAMILIES, facts, family_of
@@ -18,7 +19,8 @@ from services.residency.identity import check_layout
 from services.residency.lenses import Base, Lens, Spec
 from services.residency.lenses.extension import Extensions
 from services.residency.loading import Prepared, load_tokenizer
-from services.residency.quantize import resident_bytes
+from services.residency.park import Damaged, sums
+from services.residency.quantize import resident_bytes, tensors_of
 
 Residency = Literal["device", "parked"]
 
@@ -34,10 +36,17 @@ class Attached:
     leases: int = 0
     """Calls that have it in force, or read through it."""
     last_used: float = field(default_factory=time.monotonic)
+    sums: tuple[int, ...] = ()
+    """Of its tensors when they last went to host memory; empty where they never did."""
+
+    @property
+    def tensors(self) -> Iterable[Tensor]:
+        """Its memory."""
+        return self.lens.tensors
 
     @property
     def nbytes(self) -> int:
-        """What it adds now: when an extension goes, others may take its layers over."""
+        """What it alone holds: layers that several extensions share are counted with the base."""
         return self.lens.nbytes
 
     @contextmanager
@@ -77,14 +86,26 @@ class Resident:
     last_used: float = field(default_factory=time.monotonic)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     idle: asyncio.Event = field(default_factory=asyncio.Event)
+    sums: tuple[int, ...] = ()
+    """As a lens's, of the base."""
 
     def __post_init__(self) -> None:
         self.idle.set()
 
     @property
+    def tensors(self) -> Iterable[Tensor]:
+        """The base's memory."""
+        return tensors_of(self.base.model).values()
+
+    @property
+    def base_bytes(self) -> int:
+        """The base, and layers that several of its lenses share: what stays when any one of these leaves."""
+        return self.nbytes + self.base.extensions.shared_bytes
+
+    @property
     def total_bytes(self) -> int:
         """Base and lenses, without those that are parked alone."""
-        return self.nbytes + sum(attached.nbytes for attached in self.lenses.values())
+        return self.base_bytes + sum(attached.nbytes for attached in self.lenses.values())
 
     def enter(self) -> None:
         """One more lease."""
@@ -98,6 +119,23 @@ class Resident:
         self.last_used = time.monotonic()
         if self.leases == 0:
             self.idle.set()
+
+
+def remember(parked: Iterable[Resident | Attached]) -> None:
+    """Keep the sums of what goes to host memory, before it does."""
+    for part in parked:
+        part.sums = sums(part.tensors)
+
+
+def recognise(restored: Iterable[Resident | Attached]) -> None:
+    """Compare them once it is back.
+
+    Raises:
+        Damaged: other bytes have come than have gone.
+    """
+    for part in restored:
+        if part.sums and part.sums != sums(part.tensors):
+            raise Damaged("host memory gave other bytes back than it was given")
 
 
 def finished(model_id: str, prepared: Prepared, digest: str, parked_off: str | None) -> Resident:
@@ -118,7 +156,7 @@ def finished(model_id: str, prepared: Prepared, digest: str, parked_off: str | N
         check_layout(model, family)
     base = Base(model, family, facts(model.config.to_dict()), digest, Extensions())
     tokenizer = load_tokenizer(prepared.directory)
-    return Resident(
+    resident = Resident(
         model_id,
         prepared.directory,
         prepared.quantization,
@@ -128,3 +166,6 @@ def finished(model_id: str, prepared: Prepared, digest: str, parked_off: str | N
         fingerprint=fingerprint(model) if parked_off in (None, "cpu") else "",
         state="device" if parked_off is None else "parked",
     )
+    if parked_off not in (None, "cpu"):
+        remember([resident])
+    return resident

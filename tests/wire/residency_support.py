@@ -31,6 +31,7 @@ from services.kit.server import Context, Part
 from services.residency.__main__ import compose
 from services.residency.lenses import extension_files, lora
 from services.residency.pool import Pool
+from tests.support import free_port
 
 REGISTRY = ("lensmesh.registry.v1.PlacementService", "lensmesh.registry.v1.DatasetService")
 HOST = "lensmesh.residency.v1.ModelHostService"
@@ -86,7 +87,7 @@ def local(identifier: str) -> residency_pb2.SourceSpec:
 
 
 @asynccontextmanager
-async def serving(settings: Settings, part: list[tuple[Any, Any, str]]) -> AsyncIterator[str]:
+async def serving(settings: Settings, part: list[tuple[Any, Any, str]], port: int = 0) -> AsyncIterator[str]:
     """Servicers behind the kit's rules; yields their address."""
     methods = [method for _, _, name in part for method in methods_of(name)]
     verifier = auth.TokenVerifier(
@@ -97,7 +98,7 @@ async def serving(settings: Settings, part: list[tuple[Any, Any, str]]) -> Async
     )
     for add, implementation, _ in part:
         add(implementation, server)
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
     await server.start()
     try:
         yield address
@@ -119,27 +120,36 @@ async def hosting(database: Database, state: Path, model_root: Path) -> AsyncIte
     async with (
         serving(settings, registry_part) as registry_address,
         open_channel(registry_address, settings) as to_registry,
+        hosted(settings, database, to_registry) as host,
     ):
-        context = Context(
-            settings=settings,
-            database=database,
-            jobs=JobStore(database),
-            artifacts=ArtifactStore(settings.artifact_dir),
-            metrics=new_registry(),
-            registry=to_registry,
-            host_id="device-0",
-            incarnation="incarnation-1",
-            device="cpu",
-            address="127.0.0.1:1",
-            services=("extraction",),
-        )
-        part = await compose(context)
-        own = [(servicer.add, servicer.implementation, servicer.name) for servicer in part.servicers]
-        async with serving(settings, own) as address, open_channel(address, settings) as channel:
-            stub = residency_pb2_grpc.ModelHostServiceStub(channel)
-            yield Host(stub, context.residency, part, registry, context)
-        for close in part.close:
-            await close()
+        host.registry = registry
+        yield host
+
+
+@asynccontextmanager
+async def hosted(settings: Settings, database: Database, to_registry: grpc.aio.Channel) -> AsyncIterator[Host]:
+    """The same with any registry, of which it has not been told yet."""
+    port = free_port()
+    context = Context(
+        settings=settings,
+        database=database,
+        jobs=JobStore(database),
+        artifacts=ArtifactStore(settings.artifact_dir),
+        metrics=new_registry(),
+        registry=to_registry,
+        host_id="device-0",
+        incarnation="incarnation-1",
+        device="cpu",
+        address=f"127.0.0.1:{port}",
+        services=("extraction",),
+    )
+    part = await compose(context)
+    own = [(servicer.add, servicer.implementation, servicer.name) for servicer in part.servicers]
+    async with serving(settings, own, port) as address, open_channel(address, settings) as channel:
+        stub = residency_pb2_grpc.ModelHostServiceStub(channel)
+        yield Host(stub, context.residency, part, Registry(), context)
+    for close in part.close:
+        await close()
 
 
 async def refused(call) -> tuple[grpc.StatusCode, str, dict[str, str]]:

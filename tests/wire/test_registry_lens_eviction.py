@@ -161,28 +161,6 @@ async def lens_residency(mesh: Mesh, group_id: str, lens_id: str) -> int:
     return next(lens.residency for lens in lenses if lens.id == lens_id)
 
 
-async def test_a_lens_is_parked_as_planned_and_comes_back_from_there(mesh: Mesh) -> None:
-    host, made, lenses = await crowded(mesh, park=14 * MB)
-    plan = (await switch(mesh, made, lenses[3], validate_only=True)).plan
-    assert leaving(plan) == [(lenses[0], "memory", True)]
-    await switch(mesh, made, lenses[3])
-    assert (here(host), stowed(host)) == (set(lenses[1:]), {lenses[0]})
-    assert await lens_residency(mesh, made, lenses[0]) == pb.RESIDENCY_PARKED
-    ((name, data),) = await mesh.events(lenses[0])
-    assert (name, data["freed_bytes"], data["parked"]) == ("lens:evicted", 7 * MB, True)
-    await assert_the_ledger_is_the_truth(mesh, host)
-    assert not await mesh.beat(host)
-    await assert_the_ledger_is_the_truth(mesh, host)  # the host agrees
-    back = (await switch(mesh, made, lenses[0], validate_only=True)).plan
-    assert (back.placements[0].restores, leaving(back)) == (True, [(lenses[1], "memory", True)])
-    await switch(mesh, made, lenses[0])
-    assert (here(host), stowed(host)) == ({lenses[0], *lenses[2:]}, {lenses[1]})
-    assert await lens_residency(mesh, made, lenses[0]) == pb.RESIDENCY_DEVICE
-    status = await mesh.groups.GetGroupStatus(pb.GetGroupStatusRequest(id=made))
-    assert (status.active_lens_id, set(status.resident_lens_ids)) == (lenses[0], here(host))
-    await assert_the_ledger_is_the_truth(mesh, host)
-
-
 async def test_beyond_the_limit_the_lens_that_was_parked_longest_ago_goes_to_disk(mesh: Mesh) -> None:
     host, made, lenses = await crowded(mesh, 117 * MB, 2, park=14 * MB)
     for lens, gone, parked in ((2, [], [0]), (3, [], [0, 1]), (0, [1], [2]), (1, [], [2, 3])):

@@ -109,6 +109,10 @@ class Lens(Protocol):
         """Device memory that it adds to the base."""
 
     @property
+    def tensors(self) -> Sequence[Tensor]:
+        """Everything that `move` moves."""
+
+    @property
     def hook_points(self) -> Sequence[str]:
         """What `read` needs of the base's forward pass over the text."""
 
@@ -132,10 +136,6 @@ class Lens(Protocol):
 
     def move(self, device: str) -> None:
         """Bring its own weights to a torch device."""
-
-    @property
-    def shared(self) -> bool:
-        """Whether another lens has some of its weights, too, so that they cannot leave alone."""
 
     def detach(self) -> None:
         """Take back what `load` left in the base, if anything."""

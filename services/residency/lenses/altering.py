@@ -35,10 +35,18 @@ class ExtensionLens:
         """The extension while it is detached."""
 
     @property
+    def _extension(self) -> Extension:
+        return self._away or self._base.extensions[self._lens_id]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the extension's own weights; layers that an extension before it holds are not among them."""
-        away = self._away
-        return self._base.extensions.bytes_of(self._lens_id) if away is None else away.nbytes
+        """Bytes of its weights, attached or not; layers that another attached extension has are not among them."""
+        return self._base.extensions.bytes_beside(self._extension)
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The extension's weights."""
+        return self._extension.tensors
 
     @property
     def hook_points(self) -> Sequence[str]:
@@ -68,13 +76,9 @@ class ExtensionLens:
             return most_probable(logits(model, input_ids)[0], top_k)
 
     def move(self, device: str) -> None:
-        """Bring the extension's weights to a device."""
-        (self._away or self._base.extensions[self._lens_id]).move(device)
-
-    @property
-    def shared(self) -> bool:
-        """Whether another attached extension has some of its layers."""
-        return self._base.extensions.shares(self._lens_id)
+        """Bring the extension's weights to a device; detached, without the layers that an attached one has, too."""
+        but = self._base.extensions.tensors_beside(self._away) if self._away is not None else ()
+        self._extension.move(device, but)
 
     def detach(self) -> None:
         """Take the extension from those of the base, which never held it while it was inactive."""

@@ -11,7 +11,8 @@ All calls that touch the model belong on its device's thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,9 +83,14 @@ class Extension:
         return {key: parameter for key, parameter in self.parameters.items() if key not in self.frozen}
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything that moves with it."""
+        return (*self.parameters.values(), *self.constants)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of device memory that the extension adds to the base."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters.values())
+        return _bytes(self.parameters.values())
 
     def then(self, other: Extension) -> Extension:
         """Both, the other's edits after ours."""
@@ -109,10 +115,11 @@ class Extension:
         """
         overwrite(self.parameters, weights)
 
-    def move(self, device: torch.device | str) -> None:
-        """Bring the extension's own weights to a device; the base's stay where they are."""
-        for tensor in (*self.parameters.values(), *self.constants):
-            tensor.data = tensor.data.to(device)
+    def move(self, device: torch.device | str, but: Collection[int] = ()) -> None:
+        """Bring its own weights to a device; the base's stay where they are, and so do tensors with ids of `but`."""
+        for tensor in self.tensors:
+            if id(tensor) not in but:
+                tensor.data = tensor.data.to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +130,10 @@ class SharedLayers:
     """blake3 of the file."""
     extension: Extension
     """The layers alone, without what adapts them."""
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def overwrite(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, torch.Tensor]) -> None:
@@ -179,31 +190,26 @@ class Extensions:
     @property
     def nbytes(self) -> int:
         """Bytes of all attached extensions together; what several share counts once."""
-        return sum(map(self.bytes_of, list(self._attached)))
+        return _bytes({id(p): p for each in self._all() for p in each.parameters.values()}.values())
 
-    def bytes_of(self, key: str) -> int:
-        """Bytes that an extension adds to those attached before it.
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes that more than one of them holds."""
+        parameters = [p for each in self._all() for p in each.parameters.values()]
+        holders = Counter(map(id, parameters))
+        return _bytes({id(p): p for p in parameters if holders[id(p)] > 1}.values())
 
-        Raises:
-            KeyError: it is not attached.
-        """
-        seen: set[int] = set()
-        for other, extension in list(self._attached.items()):  # others count while the device's thread attaches
-            own = {id(parameter): parameter for parameter in extension.parameters.values()}
-            if other == key:
-                return sum(p.numel() * p.element_size() for number, p in own.items() if number not in seen)
-            seen.update(own)
-        raise KeyError(key)
+    def bytes_beside(self, extension: Extension) -> int:
+        """Bytes of an extension, attached or not, that no attached one holds beside it."""
+        held = self.tensors_beside(extension)
+        return _bytes(p for p in extension.parameters.values() if id(p) not in held)
 
-    def shares(self, key: str) -> bool:
-        """Whether parameters of an attached extension are another's, too.
+    def tensors_beside(self, extension: Extension) -> set[int]:
+        """Ids of the tensors that the attached extensions hold, but for this one."""
+        return {id(tensor) for each in self._all() if each is not extension for tensor in each.tensors}
 
-        Raises:
-            KeyError: it is not attached.
-        """
-        own = {id(parameter) for parameter in self[key].parameters.values()}
-        others = (extension for other, extension in list(self._attached.items()) if other != key)
-        return any(id(parameter) in own for extension in others for parameter in extension.parameters.values())
+    def _all(self) -> list[Extension]:
+        return list(self._attached.values())  # others count while the device's thread attaches
 
     def layers(self, digest: str) -> Extension | None:
         """Inserted layers with this content that an attached extension holds."""

@@ -27,7 +27,12 @@ class FeatureLens:
     @property
     def nbytes(self) -> int:
         """Bytes of the transcoder's weights."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._transcoder.state_dict().values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The transcoder's."""
+        return list(self._transcoder.state_dict().values())
 
     @property
     def hook_points(self) -> Sequence[str]:
@@ -69,11 +74,6 @@ class FeatureLens:
     def move(self, device: str) -> None:
         """Bring the transcoder to a device."""
         self._transcoder.to(device)
-
-    @property
-    def shared(self) -> bool:
-        """Its weights are its own."""
-        return False
 
     def detach(self) -> None:
         """Nothing to take back."""

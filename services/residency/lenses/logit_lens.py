@@ -39,6 +39,11 @@ class LogitLens:
         self._points: dict[str, int] = dict(zip(hook_points(["resid_post"], layers), layers, strict=True))
 
     @property
+    def tensors(self) -> Sequence[Tensor]:
+        """None of its own."""
+        return ()
+
+    @property
     def hook_points(self) -> Sequence[str]:
         """The residual stream after every layer."""
         return list(self._points)
@@ -74,11 +79,6 @@ class LogitLens:
 
     def move(self, device: str) -> None:
         """Nothing to move: it reads through the base's own weights."""
-
-    @property
-    def shared(self) -> bool:
-        """Its weights are its own."""
-        return False
 
     def detach(self) -> None:
         """Nothing to take back."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -45,7 +46,12 @@ class TunedLens(LogitLens):
     @property
     def nbytes(self) -> int:
         """Bytes of the translators."""
-        return sum(tensor.nbytes for pair in self._translators.values() for tensor in pair)
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The translators'."""
+        return [tensor for pair in self._translators.values() for tensor in pair]
 
     def translated(self, layer: int, residual: Tensor) -> Tensor:
         """The stream after a layer, as the last layer would have it."""

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from services.kit import errors
+from services.residency.fingerprint import fingerprint
 from services.residency.lenses import Spec, tuned_lens
 from services.residency.pool import Pool
+from services.residency.quantize import tensors_of
 from services.residency.splice import logits
 from tests import models
 from tests.unit.residency.test_pool_of_extensions import folder
@@ -45,7 +47,6 @@ async def read(pool: Pool, lens_id: str) -> torch.Tensor:
 @BOTH
 async def test_a_lens_leaves_alone_and_comes_back_without_its_files(pool: Pool, tmp_path: Path) -> None:
     base = pool.used_bytes
-    (tmp_path / "t").mkdir()
     spec, other = tuned(tmp_path / "t"), Spec("x", "extension", folder=folder(tmp_path / "x", 1))
     kept = [(await pool.attach("m", each)).nbytes for each in (spec, other)]
     print_, before = pool.get("m").lenses["x"].fingerprint, await read(pool, "x")
@@ -105,17 +106,36 @@ async def test_beyond_the_limit_or_in_use_it_stays_where_it_is(pool: Pool, tmp_p
     assert pool.parked_bytes == 0
 
 
-async def test_layers_that_extensions_share_are_not_parked(pool: Pool, tmp_path: Path) -> None:
+@BOTH
+async def test_layers_that_extensions_share_are_where_an_attached_one_needs_them(pool: Pool, tmp_path: Path) -> None:
+    base, resident = pool.used_bytes, pool.get("m")
     first = folder(tmp_path / "first", 0, "hybrid")
-    second = folder(tmp_path / "second", 3, "hybrid", shared=first)
-    await pool.attach("m", Spec("a", "extension", folder=first))
-    await pool.attach("m", Spec("b", "extension", folder=second))
-    for lens_id in "ab":
-        with pytest.raises(errors.Unsupported):
-            await pool.detach("m", lens_id, park=True)
-    await pool.detach("m", "a")
+    specs = [Spec("a", "extension", folder=first)]
+    specs.append(Spec("b", "extension", folder=folder(tmp_path / "second", 3, "hybrid", shared=first)))
+    for spec in specs:
+        await pool.attach("m", spec)
+    a, b = (resident.lenses[lens_id].nbytes for lens_id in "ab")
+    layers = pool.used_bytes - base - a - b
+    assert layers == resident.base_bytes - base > 0
+    before = {lens_id: await read(pool, lens_id) for lens_id in "ab"}
+    assert await pool.detach("m", "a", park=True) == a
+    assert (pool.used_bytes, pool.parked_bytes) == (base + layers + b, a)
+    assert torch.equal(await read(pool, "b"), before["b"])
+    assert await pool.detach("m", "b", park=True) == layers + b
+    assert pool.used_bytes == base
+    await pool.attach("m", specs[0])
+    assert (pool.used_bytes, pool.parked_bytes) == (base + layers + a, b)
+    assert torch.equal(await read(pool, "a"), before["a"])
+    assert await pool.detach("m", "a") == layers + a
+    assert (pool.used_bytes, pool.parked_bytes) == (base, layers + b)
+    await pool.attach("m", specs[1])
+    assert torch.equal(await read(pool, "b"), before["b"])
+    await pool.attach("m", specs[0])
+    assert (pool.used_bytes, pool.parked_bytes) == (base + layers + a + b, 0)
     await pool.detach("m", "b", park=True)
-    assert list(pool.get("m").parked) == ["b"]
+    pool.park_bytes = b
+    await pool.detach("m", "a")
+    assert (pool.used_bytes, pool.parked_bytes, resident.parked) == (base, 0, {})
 
 
 async def test_one_that_computes_something_else_when_it_is_back_is_dropped(pool: Pool, tmp_path: Path) -> None:
@@ -130,6 +150,39 @@ async def test_one_that_computes_something_else_when_it_is_back_is_dropped(pool:
     assert caught.value.reason == "FINGERPRINT_MISMATCH"
     assert (pool.used_bytes, pool.parked_bytes, pool.get("m").lenses) == (base, 0, {})
     await pool.attach("m", spec)  # from its files
+
+
+@pytest.mark.parametrize("what", ["base", "lens with its base", "lens"])
+async def test_a_byte_that_changes_in_host_memory_is_found(pool: Pool, tmp_path: Path, what: str) -> None:
+    """Also one that no forward pass of the fingerprint's few tokens reads."""
+    spec, resident = tuned(tmp_path / "t"), pool.get("m")
+    lens = (await pool.attach("m", spec)).lens
+    await (pool.detach("m", "t", park=True) if what == "lens" else pool.park("m"))
+    held = resident.base.model.get_input_embeddings().weight if what == "base" else lens.tensors[0]
+    held.data.view(torch.uint8)[-1, -1] ^= 1
+    assert fingerprint(resident.base.model) == resident.fingerprint
+    with pytest.raises(errors.Failed) as caught:
+        await (pool.attach("m", spec) if what == "lens" else pool.restore("m"))
+    assert caught.value.reason == "FINGERPRINT_MISMATCH"
+    assert (resident.parked, pool.parked_bytes) == ({}, 0)
+    assert pool.residents == ([resident] if what == "lens" else [])
+
+
+@pytest.mark.parametrize("pool", ["cpu"], indirect=True)
+async def test_on_a_cpu_nothing_is_copied(pool: Pool, tmp_path: Path) -> None:
+    spec, model = Spec("x", "extension", folder=folder(tmp_path / "x", 1)), pool.get("m").base.model
+    lens = (await pool.attach("m", spec)).lens
+
+    def places() -> list[int]:
+        return [tensor.data_ptr() for tensor in (*tensors_of(model).values(), *lens.tensors)]
+
+    before = places()
+    await pool.detach("m", "x", park=True)
+    await pool.park("m")
+    assert places() == before
+    await pool.restore("m")
+    await pool.attach("m", spec)
+    assert places() == before
 
 
 @pytest.mark.parametrize("step", ["stow", "fetch"])

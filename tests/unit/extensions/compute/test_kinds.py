@@ -196,13 +196,13 @@ def test_a_shared_layer_is_in_memory_once_and_each_task_is_as_alone(tmp_path: Pa
     assert layers
     assert all(together["a"].parameters[key] is together["b"].parameters[key] for key in layers)
     adapters = together["b"].nbytes - sum(together["b"].parameters[key].nbytes for key in layers)
-    assert together.bytes_of("b") == adapters
+    assert together.bytes_beside(together["b"]) == adapters
     assert together.nbytes == together["a"].nbytes + adapters
     for key in ("a", "b", "a"):
         together.activate(key)
         assert torch.equal(logits(model), alone[key])
     together.detach("a")
-    assert together.bytes_of("b") == together["b"].nbytes == together.nbytes
+    assert together.bytes_beside(together["b"]) == together["b"].nbytes == together.nbytes
     with together.using("b"):
         assert torch.equal(logits(model), alone["b"])
     assert torch.equal(logits(model), base)
