@@ -337,7 +337,9 @@ async def test_a_preload_brings_base_and_lenses_and_tells_each(mesh: Mesh, host:
     model = await mesh.create()
     group = await group_on(mesh, model.id)
     lenses = [await attach(mesh, group.id, name) for name in ("good", "second")]
-    started = await mesh.groups.PreloadGroup(pb.PreloadGroupRequest(id=group.id))
+    request = pb.PreloadGroupRequest(id=group.id, request_id="r1")
+    started = await mesh.groups.PreloadGroup(request)
+    assert await mesh.groups.PreloadGroup(request) == started
     assert started.total == 2
     job = await mesh.settled(started.task_id)
     assert (job.status, job.result["loaded"], list(job.result["failed"])) == (jobs_pb2.JOB_STATE_COMPLETED, 2, [])

@@ -317,8 +317,10 @@ async def test_a_move_loads_there_then_leaves_here(mesh: Mesh, host: FakeHost) -
     await mesh.load(model.id, device="cpu")
     await mesh.reaches(model.id, READY)
     assert set(host.held) == {model.id}
-    moved = await mesh.models.MoveModel(pb.MoveModelRequest(id=model.id, device="gpu/cuda:0"))
+    request = pb.MoveModelRequest(id=model.id, device="gpu/cuda:0", request_id="r1")
+    moved = await mesh.models.MoveModel(request)
     await mesh.settled(moved.task_id)
+    assert (await mesh.models.MoveModel(request)).task_id == moved.task_id
     assert (set(host.held), set(gpu.held)) == (set(), {model.id})
     now = await mesh.get(model.id)
     assert (now.status, now.device) == (READY, "gpu/cuda:0")

@@ -125,7 +125,9 @@ async def test_switches_between_groups_take_turns_between_users_and_can_be_cance
     host.gate.clear()
     running_now = await switch(mesh, a)
     await eventually(lambda: host.names("Load"))
-    second, third = await switch(mesh, b), await switch(mesh, c)
+    second, third = await switch(mesh, b, request_id="r1"), await switch(mesh, c)
+    repeated = await switch(mesh, b, request_id="r1")
+    assert (repeated.job_id, repeated.position) == (second.job_id, second.position)
     request = pb.SwitchLensRequest(id=c[0].id, lens_id=c[1])
     bob = await GroupServiceStub(mesh.as_user("bob")).SwitchLens(request)
     assert [x.position for x in (running_now, second, third, bob)] == [1, 2, 3, 3]

@@ -169,7 +169,7 @@ async def analyze(registry: Registry, group_id: str, lens_ids: Sequence[str], qu
 
 
 async def preload_group(
-    registry: Registry, caller: Caller, group_id: str, lens_ids: Sequence[str], *, parked: bool
+    registry: Registry, caller: Caller, group_id: str, lens_ids: Sequence[str], request: RequestKey, *, parked: bool
 ) -> tuple[str, int]:
     """Queue a job that brings the base and the lenses to a device, or to host memory; its id and how many lenses.
 
@@ -179,10 +179,13 @@ async def preload_group(
     """
     if parked:
         await require_parking(registry)
-    async with registry.store.transaction() as tx:
+    async with registry.store.transaction() as tx, tx.once(request) as once:
+        if once.answer is not None:
+            return once.answer["job_id"], once.answer["total"]
         group = await tx.groups.get(group_id)
         wanted = [group.lens(lens_id).id for lens_id in lens_ids] or [lens.id for lens in group.lenses]
         job_id = new_id("job")
+        once.answer = {"job_id": job_id, "total": len(wanted)}
         payload = {
             "group_id": group_id,
             "model_id": group.model_id,
@@ -288,7 +291,9 @@ class _Told:
             await self.lease.progress(percent, figures)
 
 
-async def move_group(registry: Registry, caller: Caller, group_id: str, device: str) -> GroupStatus:
+async def move_group(
+    registry: Registry, caller: Caller, group_id: str, device: str, request: RequestKey
+) -> GroupStatus:
     """Move base and lenses to another device; answers when they are there.
 
     Raises:
@@ -300,7 +305,7 @@ async def move_group(registry: Registry, caller: Caller, group_id: str, device: 
         copies = await tx.placement.of_model(group.model_id)
     if not any(copy.state == "resident" for copy in copies):
         raise not_resident(group_id, group.model_id)
-    started = await move_model(registry, caller, group.model_id, device)
+    started = await move_model(registry, caller, group.model_id, device, request)
     if started.task_id:
         await await_job(registry, started.task_id)
     return await group_status(registry, group_id)

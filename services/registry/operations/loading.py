@@ -72,7 +72,7 @@ async def plan_of_load(
     return Started(model_id, model.status, "", message, found)
 
 
-async def move_model(registry: Registry, caller: Caller, model_id: str, device: str) -> Started:
+async def move_model(registry: Registry, caller: Caller, model_id: str, device: str, request: RequestKey) -> Started:
     """Load a model on another device; the copy that served leaves when the new one is ready.
 
     Raises:
@@ -81,22 +81,30 @@ async def move_model(registry: Registry, caller: Caller, model_id: str, device: 
     """
     model = await inspected(registry, model_id)
     need, seconds = await need_of(registry, model.files, model.quantization, model_id=model_id)
-    async with registry.store.transaction() as tx:
-        model = await tx.models.get(model_id, lock=True)
-        copies = await tx.placement.of_model(model_id)
-        _refuse_unless_movable(model, copies)
-        hosts = await tx.placement.hosts()
-        if not any(host.answers_to(device) for host in hosts):
-            raise no_host(device)
-        there = {host.host_id for host in hosts if host.answers_to(device)}
-        here = next((copy for copy in copies if copy.state == "resident" and copy.host_id in there), None)
-        if here is not None:
-            return Started(model_id, model.status, "", f"It is on {here.host_id}/{here.device} already")
-        await count_load(registry, tx, caller)
-        leaves = tuple(copy.host_id for copy in copies if copy.host_id not in there)
-        order = Order(model.quantization, caller.subject, need, seconds, device=device, leaves=leaves)
-        job, found = await accept(registry, tx, model, order)
-        return Started(model_id, "loading", job, f"It moves to {found.best and found.best.device}", found)
+    order = Order(model.quantization, caller.subject, need, seconds, device=device)
+    async with registry.store.transaction() as tx, tx.once(request) as once:
+        if once.answer is not None:
+            return Started(**once.answer)
+        started = await _move(registry, tx, caller, model_id, order)
+        once.answer = asdict(replace(started, plan=None))
+        return started
+
+
+async def _move(registry: Registry, tx: Transaction, caller: Caller, model_id: str, order: Order) -> Started:
+    model = await tx.models.get(model_id, lock=True)
+    copies = await tx.placement.of_model(model_id)
+    _refuse_unless_movable(model, copies)
+    hosts = await tx.placement.hosts()
+    there = {host.host_id for host in hosts if host.answers_to(order.device)}
+    if not there:
+        raise no_host(order.device)
+    here = next((copy for copy in copies if copy.state == "resident" and copy.host_id in there), None)
+    if here is not None:
+        return Started(model_id, model.status, "", f"It is on {here.host_id}/{here.device} already")
+    await count_load(registry, tx, caller)
+    leaves = tuple(copy.host_id for copy in copies if copy.host_id not in there)
+    job, found = await accept(registry, tx, model, replace(order, quantization=model.quantization, leaves=leaves))
+    return Started(model_id, "loading", job, f"It moves to {found.best and found.best.device}", found)
 
 
 async def ensure_resident(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import dropwhile
 from typing import Any
 
 from services.kit.errors import Conflict
 from services.kit.ids import new_id
+from services.kit.requests import RequestKey
 from services.registry.domain import Beside, Caller, Group, Lens, LoadPlan, Residency
 from services.registry.job_ports import LoadLease
 from services.registry.operations.admission import does_not_fit
@@ -30,10 +31,13 @@ class Queued:
     position: int
     """Its place among the switches that wait or run; 1 is next or running."""
     estimated_seconds: float
-    plan: LoadPlan
+    plan: LoadPlan | None = None
+    """Not told again to who asks again."""
 
 
-async def switch(registry: Registry, caller: Caller, group_id: str, lens_id: str | None) -> Switched | Queued:
+async def switch(
+    registry: Registry, caller: Caller, group_id: str, lens_id: str | None, request: RequestKey
+) -> Switched | Queued:
     """Make a lens of a group the active one, or none; at once where the base is on a device, else by a queued job.
 
     Switches between groups take turns on each device, and users take turns among them.
@@ -58,14 +62,18 @@ async def switch(registry: Registry, caller: Caller, group_id: str, lens_id: str
     job_id = new_id("job")
     host_id = _target(plan)
     payload = {"group_id": group_id, "model_id": group.model_id, "lens_id": lens_id, "host_id": host_id}
-    async with registry.store.transaction() as tx:
+    async with registry.store.transaction() as tx, tx.once(request) as once:
+        if once.answer is not None:
+            return Queued(**once.answer)
         await tx.enqueue_switch(job_id, payload, caller.subject)
         leaving = [asdict(eviction) for eviction in plan.best.evictions] if plan.best is not None else []
         own, *behind = await _from(tx, host_id, job_id)
         await _announce(tx, [own], evictions=leaving)
         await _announce(tx, behind)
+        queued = Queued(job_id, own.position, seconds)
+        once.answer = asdict(queued)
     registry.foresight.note(registry, caller, group_id, lens_id)
-    return Queued(job_id, own.position, seconds, plan)
+    return replace(queued, plan=plan)
 
 
 async def plan_switch(registry: Registry, group_id: str, lens_id: str | None) -> tuple[LoadPlan | None, float]:

@@ -71,7 +71,8 @@ class GroupServicer(groups_pb2_grpc.GroupServiceServicer):
         if request.validate_only:
             plan, seconds = await switching.plan_switch(self._registry, request.id, lens_id)
             return _switch_message(lens_id, {"estimated_seconds": seconds}, plan)
-        done = await switching.switch(self._registry, caller(), request.id, lens_id)
+        key = request_key("SwitchLens", request)
+        done = await switching.switch(self._registry, caller(), request.id, lens_id, key)
         if isinstance(done, Switched):
             return _switch_message(lens_id, done, None)
         context.set_trailing_metadata((("x-http-status", "202"),))
@@ -80,14 +81,16 @@ class GroupServicer(groups_pb2_grpc.GroupServiceServicer):
     async def PreloadGroup(self, request: pb.PreloadGroupRequest, context: Any) -> pb.PreloadGroupResponse:
         """Bring base and lenses to a device or to host memory."""
         parked = request.residency == pb.RESIDENCY_PARKED
+        key = request_key("PreloadGroup", request)
         job_id, total = await groups.preload_group(
-            self._registry, caller(), request.id, request.lens_ids, parked=parked
+            self._registry, caller(), request.id, request.lens_ids, key, parked=parked
         )
         return pb.PreloadGroupResponse(id=request.id, total=total, task_id=job_id)
 
     async def MoveGroup(self, request: pb.MoveGroupRequest, context: Any) -> pb.GroupStatus:
         """Move base and lenses to another device."""
-        return status_message(await groups.move_group(self._registry, caller(), request.id, request.device))
+        key = request_key("MoveGroup", request)
+        return status_message(await groups.move_group(self._registry, caller(), request.id, request.device, key))
 
     async def AnalyzeText(self, request: pb.AnalyzeTextRequest, context: Any) -> pb.AnalyzeTextResponse:
         """Read a text through lenses."""

@@ -79,7 +79,8 @@ class ModelServicer(models_pb2_grpc.ModelServiceServicer):
 
     async def MoveModel(self, request: pb.MoveModelRequest, context: Any) -> pb.LoadModelResponse:
         """Start to move a model."""
-        return _started(await loading.move_model(self._registry, caller(), request.id, request.device))
+        key = request_key("MoveModel", request)
+        return _started(await loading.move_model(self._registry, caller(), request.id, request.device, key))
 
     async def EstimateModel(self, request: pb.EstimateModelRequest, context: Any) -> types_pb2.LoadPlan:
         """What a load would need."""

@@ -199,14 +199,16 @@ class DetachLensRequest(_message.Message):
     def __init__(self, group_id: _Optional[str] = ..., lens_id: _Optional[str] = ...) -> None: ...
 
 class SwitchLensRequest(_message.Message):
-    __slots__ = ("id", "lens_id", "validate_only")
+    __slots__ = ("id", "lens_id", "validate_only", "request_id")
     ID_FIELD_NUMBER: _ClassVar[int]
     LENS_ID_FIELD_NUMBER: _ClassVar[int]
     VALIDATE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     id: str
     lens_id: str
     validate_only: bool
-    def __init__(self, id: _Optional[str] = ..., lens_id: _Optional[str] = ..., validate_only: _Optional[bool] = ...) -> None: ...
+    request_id: str
+    def __init__(self, id: _Optional[str] = ..., lens_id: _Optional[str] = ..., validate_only: _Optional[bool] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class SwitchLensResponse(_message.Message):
     __slots__ = ("lens_id", "seconds", "memory_before_bytes", "memory_after_bytes", "job_id", "position", "estimated_seconds", "plan")
@@ -229,14 +231,16 @@ class SwitchLensResponse(_message.Message):
     def __init__(self, lens_id: _Optional[str] = ..., seconds: _Optional[float] = ..., memory_before_bytes: _Optional[int] = ..., memory_after_bytes: _Optional[int] = ..., job_id: _Optional[str] = ..., position: _Optional[int] = ..., estimated_seconds: _Optional[float] = ..., plan: _Optional[_Union[_types_pb2.LoadPlan, _Mapping]] = ...) -> None: ...
 
 class PreloadGroupRequest(_message.Message):
-    __slots__ = ("id", "lens_ids", "residency")
+    __slots__ = ("id", "lens_ids", "residency", "request_id")
     ID_FIELD_NUMBER: _ClassVar[int]
     LENS_IDS_FIELD_NUMBER: _ClassVar[int]
     RESIDENCY_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     id: str
     lens_ids: _containers.RepeatedScalarFieldContainer[str]
     residency: Residency
-    def __init__(self, id: _Optional[str] = ..., lens_ids: _Optional[_Iterable[str]] = ..., residency: _Optional[_Union[Residency, str]] = ...) -> None: ...
+    request_id: str
+    def __init__(self, id: _Optional[str] = ..., lens_ids: _Optional[_Iterable[str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class PreloadGroupResponse(_message.Message):
     __slots__ = ("id", "total", "task_id")
@@ -249,12 +253,14 @@ class PreloadGroupResponse(_message.Message):
     def __init__(self, id: _Optional[str] = ..., total: _Optional[int] = ..., task_id: _Optional[str] = ...) -> None: ...
 
 class MoveGroupRequest(_message.Message):
-    __slots__ = ("id", "device")
+    __slots__ = ("id", "device", "request_id")
     ID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     id: str
     device: str
-    def __init__(self, id: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+    request_id: str
+    def __init__(self, id: _Optional[str] = ..., device: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class AnalyzeTextRequest(_message.Message):
     __slots__ = ("id", "text", "token_ids", "lens_ids", "top_k", "prefix", "interventions")

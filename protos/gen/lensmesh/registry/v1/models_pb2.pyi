@@ -246,12 +246,14 @@ class UnloadModelRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., wait_seconds: _Optional[float] = ...) -> None: ...
 
 class MoveModelRequest(_message.Message):
-    __slots__ = ("id", "device")
+    __slots__ = ("id", "device", "request_id")
     ID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     id: str
     device: str
-    def __init__(self, id: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+    request_id: str
+    def __init__(self, id: _Optional[str] = ..., device: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class EstimateModelRequest(_message.Message):
     __slots__ = ("id", "quantization", "device")
