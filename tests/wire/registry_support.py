@@ -66,6 +66,7 @@ class Mesh:
     channel: grpc.aio.Channel = field(init=False)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     """What the process runs in the background, its worker last."""
+    worker: Worker | None = None
     hosts: dict[str, tuple[FakeHost, grpc.aio.Server]] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
@@ -189,6 +190,13 @@ class Mesh:
 
         return await eventually(check)
 
+    async def cancel(self, job_id: str) -> None:
+        """Cancel a job that runs, and wait until its handler could know it."""
+        await self.jobs.CancelJob(jobs_pb2.CancelJobRequest(id=job_id))
+        assert self.worker is not None
+        claims = self.worker._running
+        await eventually(lambda: job_id not in claims or claims[job_id].stopping)
+
     async def device(self, host_id: str = "device-0") -> devices_pb2.Device:
         found = await self.devices.ListDevices(devices_pb2.ListDevicesRequest())
         return next(device for device in found.devices if device.host_id == host_id)
@@ -243,7 +251,7 @@ async def running(
         tasks = mesh.tasks
         tasks += [asyncio.create_task(task()) for task in part.background]
         if worker:
-            own_worker = Worker(
+            mesh.worker = Worker(
                 jobs,
                 part.handlers,
                 device="",
@@ -252,7 +260,7 @@ async def running(
                 slots=part.slots,
                 drain_seconds=1.0,
             )
-            tasks.append(asyncio.create_task(own_worker.run()))
+            tasks.append(asyncio.create_task(mesh.worker.run()))
         try:
             yield mesh
         finally:

@@ -153,7 +153,7 @@ async def test_a_load_that_is_cancelled_while_it_makes_room_does_not_begin(mesh:
     host.gate.clear()
     started = await mesh.load(b[0].model_id)
     await eventually(lambda: host.names("Park"))
-    await mesh.jobs.CancelJob(jobs_pb2.CancelJobRequest(id=started.task_id))
+    await mesh.cancel(started.task_id)
     host.gate.set()
     assert (await mesh.settled(started.task_id)).status == jobs_pb2.JOB_STATE_CANCELLED
     assert [request.model_id for request in host.names("Load")] == [a[0].model_id]
@@ -172,7 +172,7 @@ async def test_a_load_that_is_cancelled_while_its_model_is_moved_back_is_not_rea
     host.gate.clear()
     started = await mesh.load(a[0].model_id)
     await eventually(lambda: host.names("Restore"))
-    await mesh.jobs.CancelJob(jobs_pb2.CancelJobRequest(id=started.task_id))
+    await mesh.cancel(started.task_id)
     host.gate.set()
     assert (await mesh.settled(started.task_id)).status == jobs_pb2.JOB_STATE_CANCELLED
     assert (await mesh.get(a[0].model_id)).status == UNLOADED

@@ -75,11 +75,9 @@ async def list_groups(registry: Registry, page: Page, model_id: str | None) -> t
     """Groups, newest first, with their estimated bytes."""
     async with registry.store.transaction() as tx:
         listed = await tx.groups.page(page, model_id=model_id)
-        sizes = []
-        for group in listed.rows:
-            model = await tx.models.get(group.model_id)
-            sizes.append(estimated_bytes(group, model.memory_usage_bytes or model.estimated_memory_bytes or 0))
-    return listed, sizes
+        models = [await tx.models.get(base) for base in {group.model_id for group in listed.rows}]
+    bases = {model.id: model.memory_usage_bytes or model.estimated_memory_bytes or 0 for model in models}
+    return listed, [estimated_bytes(group, bases[group.model_id]) for group in listed.rows]
 
 
 def estimated_bytes(group: Group, base: int) -> int:
