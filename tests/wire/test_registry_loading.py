@@ -340,6 +340,11 @@ async def test_the_cpu_is_used_only_when_asked_for_or_as_a_fallback_that_is_told
     ready = await mesh.reaches(model.id, READY)
     assert (ready.device, ready.fell_back_to_cpu) == ("device-0/cpu", True)
     assert (await mesh.events(model.id))[0][1]["fell_back_to_cpu"] is True
+    host.held.clear()
+    host.incarnation = "life-2"
+    await mesh.announce(host)
+    again = await mesh.reaches(model.id, READY)
+    assert (again.device, again.fell_back_to_cpu) == ("device-0/cpu", True)
 
 
 async def test_no_host_is_a_503_that_says_so(mesh: Mesh) -> None:

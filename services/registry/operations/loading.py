@@ -185,7 +185,10 @@ async def await_job(registry: Registry, job_id: str) -> None:
 
 
 async def restore(registry: Registry, model_id: str) -> None:
-    """Bring back a wanted model whose device was lost, or that is marked for preload; a refusal is its failure."""
+    """Bring back a wanted model whose device was lost, or that is marked for preload; a refusal is its failure.
+
+    One that had fallen back to the CPU may do so again.
+    """
     try:
         model = await inspected(registry, model_id)
         need, seconds = await need_of(registry, model.files, model.quantization, model_id=model_id)
@@ -194,7 +197,7 @@ async def restore(registry: Registry, model_id: str) -> None:
             if not model.wanted or model.status not in ("pending", "unloaded"):
                 return
             order = Order(model.quantization, model.created_by, need, seconds, cause="restore")
-            await accept(registry, tx, model, order)
+            await accept(registry, tx, model, replace(order, fall_back=model.fell_back_to_cpu))
     except Unavailable:
         return  # nobody to ask yet; the next round tries again
     except LensmeshError as error:
