@@ -53,7 +53,7 @@ class Survey:
     """What is known of a dataset before it is tokenised."""
 
     digest: str
-    """Of its content; of its name where only the hub knows the content."""
+    """Of its content, of its name where only the hub knows that; and of the tokenizer that makes tokens of it."""
     size_bytes: int
     rows: int | None
     """None where counting would mean to download it."""

@@ -153,7 +153,8 @@ class ExtractionJob:
         await run.waiting(None)
 
     async def _inputs(self, task: Task) -> tuple[BaseModel, Any]:
-        return await self._catalogue.model(task.model_id), await self._datasets.survey(task.dataset_id)
+        record = await self._catalogue.model(task.model_id)
+        return record, await self._datasets.survey(task.dataset_id, record)
 
     async def _prepared(self, run: Filler, task: Task, model: LeasedModel) -> _Work:
         record, survey = await self._inputs(task)

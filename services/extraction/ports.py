@@ -56,8 +56,8 @@ class Catalogue(Protocol):
 class Datasets(Protocol):
     """Registered text."""
 
-    async def survey(self, dataset_id: str) -> Survey:
-        """Look at a dataset without tokenising it.
+    async def survey(self, dataset_id: str, model: BaseModel) -> Survey:
+        """Look at a dataset that this model is to read, without tokenising it.
 
         Raises:
             errors.NotFound: there is none.

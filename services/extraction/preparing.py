@@ -31,7 +31,7 @@ async def look_up(
         errors.NotFound: there is no such model or dataset.
     """
     model = await catalogue.model(wanted.model_id)
-    survey = await datasets.survey(wanted.dataset_id)
+    survey = await datasets.survey(wanted.dataset_id, model)
     uri = await catalogue.extension_uri(wanted.model_id, wanted.extension_id) if wanted.extension_id else ""
     options = resolve(wanted, model, survey, uri)
     await datasets.require_usable(wanted.dataset_id, options, model)

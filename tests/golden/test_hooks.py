@@ -35,6 +35,16 @@ def readable(name, family):
     return [site for site in family.taps if site not in (NORMALIZED, *own)]
 
 
+def beside(name, ids):
+    """TransformerLens' cache, and our capture of that same forward."""
+    bridge = bridged(name, models.tiny(name))
+    inner = bridge.original_model
+    family = family_of(inner)
+    with capture_hooks(inner, family, hook_points(readable(name, family), LAYERS)) as capture, torch.no_grad():
+        _, cache = bridge.run_with_cache(ids)
+        return cache, {key: value.clone() for key, value in capture.tensors.items()}
+
+
 @pytest.fixture(scope="module", params=[*models.FAMILIES, *models.EXPERIMENTAL])
 def captured(request):
     """Family, model, ids, our capture of a forward by Hugging Face alone."""
@@ -53,13 +63,7 @@ def reference(captured):
     name, _, ids, alone = captured
     if name == "falcon_grouped":
         pytest.skip("TransformerLens 4.3 cannot split the matrix of Falcon's grouped queries")
-    bridge = bridged(name, models.tiny(name))
-    inner = bridge.original_model
-    family = family_of(inner)
-    with capture_hooks(inner, family, hook_points(readable(name, family), LAYERS)) as capture, torch.no_grad():
-        _, cache = bridge.run_with_cache(ids)
-        together = {key: value.clone() for key, value in capture.tensors.items()}
-    return name, cache, together, alone
+    return name, *beside(name, ids), alone
 
 
 def like_ours(theirs, hook_point):
@@ -263,3 +267,16 @@ def test_an_encoders_sites_are_the_inputs_and_outputs_of_its_modules():
     assert torch.equal(found[f"blocks.{layer}.ln2.hook_normalized"] * gain, seen["mlp.hook_in"])
     for point in points:
         assert torch.equal(alone[point][0, :9], found[point][1, :9]), point
+
+
+def test_an_encoders_sites_are_the_tensors_transformer_lens_names():
+    model, ids = models.tiny("t5"), models.batch(2, 24)
+    cache, together = beside("t5", ids)
+    with capture_hooks(model, family_of(model), list(together)) as capture:
+        alone = capture.run(ids)
+    # All but the normalized tensor: TransformerLens 4.3 centres it as a LayerNorm would, which the model does not do.
+    assert len(together) == len(LAYERS) * (len(family_of(model).taps) - 1)
+    for hook_point, tensor in together.items():
+        theirs = like_ours(cache[f"encoder_{hook_point}"], hook_point)
+        assert torch.equal(tensor, theirs), hook_point
+        torch.testing.assert_close(alone[hook_point], theirs, rtol=2e-5, atol=2e-5)

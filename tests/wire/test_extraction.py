@@ -16,6 +16,7 @@ from lensmesh.extraction.v1 import extraction_pb2 as pb
 from lensmesh.registry.v1 import groups_pb2
 from peft import PeftModel
 from safetensors.torch import load, load_file, save_file
+from tokenizers import normalizers
 
 from services.extensions.compute.blueprint import Blueprint
 from services.extensions.compute.config import ExtensionConfig
@@ -153,8 +154,13 @@ async def test_a_cache_made_while_a_request_waited_serves_it(mesh: Mesh) -> None
     assert mesh.registry.loads == 1
 
 
-async def test_a_cache_is_forgotten_when_it_is_too_old_or_the_data_changed(mesh: Mesh) -> None:
+async def test_a_cache_is_forgotten_when_it_is_too_old_or_the_data_or_the_tokenizer_changed(mesh: Mesh) -> None:
     await mesh.extracted()
+    resident = mesh.context.residency.get(MODEL)
+    own, resident.tokenizer = resident.tokenizer, models.tokenizer()
+    resident.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert (await mesh.extract()).status == pb.EXTRACTION_STATUS_QUEUED
+    resident.tokenizer = own
     mesh.registry.texts[DATASET].append("one more")
     assert (await mesh.extract()).status == pb.EXTRACTION_STATUS_QUEUED
     mesh.registry.texts[DATASET].pop()

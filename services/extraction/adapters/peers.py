@@ -92,18 +92,19 @@ class RegisteredDatasets:
         self._cache_dir = cache_dir
         self._store = TokenStore(cache_dir / "tokens")
 
-    async def survey(self, dataset_id: str) -> Survey:
+    async def survey(self, dataset_id: str, model: BaseModel) -> Survey:
         """A local or inline dataset is opened and hashed; of a hub dataset the registry's row must do."""
         row, record = await self._record(dataset_id)
         rows = row.rows if row.HasField("rows") else None
+        tokens_by = await asyncio.to_thread(self._tokenizers.digest, model)
         if record.source == "huggingface":
             name = f"{record.identifier}/{record.split}/{record.text_field}"
-            return Survey(digest=record.digest or name, size_bytes=row.size_bytes, rows=rows)
+            return Survey(digest=f"{record.digest or name} {tokens_by}", size_bytes=row.size_bytes, rows=rows)
         try:
             digest, rows = await asyncio.to_thread(self._inspect, record)
         except DatasetError as error:
             raise _unusable("dataset_id", error) from error
-        return Survey(digest=digest, size_bytes=row.size_bytes, rows=rows)
+        return Survey(digest=f"{digest} {tokens_by}", size_bytes=row.size_bytes, rows=rows)
 
     async def require_usable(self, dataset_id: str, options: Options, model: BaseModel) -> None:
         """A hub dataset counts as usable until it was tokenised once: looking at it would mean to download it."""

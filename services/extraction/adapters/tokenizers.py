@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from huggingface_hub import try_to_load_from_cache
 
@@ -13,6 +14,7 @@ from services.kit import errors
 from services.residency.loading import LoadFailed, load_tokenizer
 from services.residency.pool import Pool
 from services.residency.sources import SourceNotFound, find_local
+from services.residency.tokens import tokenizer_digest
 
 
 class Tokenizers:
@@ -29,8 +31,9 @@ class Tokenizers:
         self._pool = pool
         self._model_roots = model_roots
         self._hub_dir = hub_dir
-        self._latest: tuple[str, Any] = ("", None)
-        """Digest of a model's files, and its tokenizer."""
+        self._latest: tuple[object, Any] = (None, None)
+        """Where the files of a tokenizer are and what state they are in, and the tokenizer."""
+        self._digests: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
     def find(self, model: BaseModel) -> Any:
         """A model's tokenizer; None where it has none, or none is here. Reads files."""
@@ -38,18 +41,27 @@ class Tokenizers:
             return self._pool.get(model.id).tokenizer
         except errors.Conflict:
             pass
-        name, found = self._latest
-        if found is None or name != model.digest:
-            found = self._read(model)
-            self._latest = (model.digest, found)
-        return found
-
-    def _read(self, model: BaseModel) -> Any:
         try:
             folder = self._folder(model)
-            return load_tokenizer(folder) if folder is not None else None
-        except (SourceNotFound, LoadFailed):  # the load of the model will say it
+            return self._read(folder) if folder is not None else None
+        except (SourceNotFound, LoadFailed, OSError):  # the load of the model will say it
             return None
+
+    def digest(self, model: BaseModel) -> str:
+        """Of what decides the tokens, hexadecimal; empty where no tokenizer is here."""
+        tokenizer = self.find(model)
+        if tokenizer is None:
+            return ""
+        if tokenizer not in self._digests:  # nobody changes one that is in use
+            self._digests[tokenizer] = tokenizer_digest(tokenizer)
+        return self._digests[tokenizer]
+
+    def _read(self, folder: Path) -> Any:
+        files = {file.name: file.stat() for file in folder.iterdir()}
+        state = (folder, {(name, status.st_size, status.st_mtime_ns) for name, status in files.items()})
+        if self._latest[0] != state:
+            self._latest = (state, load_tokenizer(folder))
+        return self._latest[1]
 
     def _folder(self, model: BaseModel) -> Path | None:
         if model.source != "huggingface":

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 
 from services.extraction.adapters.tokenizers import Tokenizers
 from services.extraction.domain import BaseModel
@@ -17,7 +18,7 @@ from tests import models
 
 MODEL = BaseModel("m_1", "gpt2", "gpt2", "", "d1", "none", {}, 4, models.WIDTH, models.CONTEXT, 1, 8)
 HUB = replace(MODEL, identifier="org/name", source="huggingface")
-TEXT = models.TEXTS[0]
+TEXT = models.TEXTS[1]
 
 
 class Pool:
@@ -50,14 +51,20 @@ def test_a_loaded_models_own_is_taken(tmp_path: Path) -> None:
     assert tokenizers(tmp_path, m_1=resident).find(MODEL) is resident.tokenizer
 
 
-def test_a_local_models_is_read_once(tmp_path: Path) -> None:
+def test_a_local_models_is_read_once_and_again_when_its_files_change(tmp_path: Path) -> None:
     folder = models.copied(tmp_path / "models", "gpt2")
     found = tokenizers(tmp_path)
-    first = found.find(MODEL)
+    first, digest = found.find(MODEL), found.digest(MODEL)
     assert first(TEXT)["input_ids"] == models.tokenizer()(TEXT)["input_ids"]
+    assert found.find(replace(MODEL, digest="d2")) is first
+    changed = models.tokenizer()
+    changed.backend_tokenizer.normalizer = normalizers.Lowercase()
+    changed.save_pretrained(folder)
+    assert found.find(MODEL)(TEXT)["input_ids"] == changed(TEXT)["input_ids"] != first(TEXT)["input_ids"]
+    assert found.digest(MODEL) != digest
     shutil.rmtree(folder)
-    assert found.find(MODEL) is first
-    assert found.find(replace(MODEL, digest="d2")) is None
+    assert found.find(MODEL) is None
+    assert found.digest(MODEL) == ""
 
 
 def test_a_hub_models_is_read_where_it_was_downloaded_and_never_fetched(
@@ -70,4 +77,4 @@ def test_a_hub_models_is_read_where_it_was_downloaded_and_never_fetched(
     assert found.find(HUB)(TEXT)["input_ids"] == models.tokenizer()(TEXT)["input_ids"]
     assert found.find(replace(HUB, digest="d3", revision="b" * 40)) is None
     (folder / "tokenizer.json").write_text("damaged")
-    assert found.find(replace(HUB, digest="d4")) is None
+    assert found.find(HUB) is None
