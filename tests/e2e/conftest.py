@@ -71,7 +71,8 @@ def run_up(state: Path, *arguments: str, environment: dict[str, str] | None = No
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-                process.wait(60)
+                assert process.wait(60) == 0
+                assert processes_of(state) == []
             process.stdout.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import json
 import os
 import subprocess
@@ -10,13 +11,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from services.demo.journey import Step
-from services.demo.run import connect, plan_journey, travel
+from services.demo.corpus import write_corpus
+from services.demo.journey import Journey, Step
+from services.demo.run import SHIPPED_MODEL, connect, travel
 from services.runtime.keys import mint_token
+from services.runtime.plan import dataset_root
 from tests.e2e.conftest import ROOT, Up, lensmesh, processes_of, run_up
 
 NAMES = ["doctor", "load", "dataset", "extract", "extract_again", "train", "evaluate", "group", "extension", "summary"]
 FEW_TOKENS = 8_192
+SMALL_LIBRARY = Path(email.__file__).parent
+"""Enough text for so few tokens: the whole library's is written and tokenised for half a minute."""
 HEADLINE = {"fvu", "fvu_per_prefix", "ce_recovered", "l0", "dead_fraction"}
 
 
@@ -59,9 +64,17 @@ def small_journey(up: Up, via: str) -> dict[str, Step]:
     """The demo's path with so few tokens that only its form can be judged."""
     token = mint_token(up.state / "keys", subject=f"test-{via}", loads_per_hour=1000)
     api = connect(up.mesh, token, via)
-    journey = plan_journey(api, Console(quiet=True), "")
-    journey.tokens, journey.evaluation_batches, journey.extension_steps = FEW_TOKENS, 2, 10
-    journey.thresholds = False
+    journey = Journey(
+        api=api,
+        console=Console(quiet=True),
+        corpus=write_corpus(dataset_root(), SMALL_LIBRARY),
+        model_source="local",
+        model_identifier=SHIPPED_MODEL,
+        thresholds=False,
+        tokens=FEW_TOKENS,
+        evaluation_batches=2,
+        extension_steps=10,
+    )
     try:
         return {step.name: step for step in travel(journey)}
     finally:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from services.client.http import HttpApi
 from services.runtime.mesh import read_mesh
 from tests.e2e.conftest import ROOT, Up, lensmesh, processes_of
-from tests.support import eventually
 
 PROCESSES = {"supervisor", "postgres", "nats", "registry", "device-0", "gateway"}
 
@@ -84,16 +80,3 @@ def test_a_state_directory_that_cannot_be_written_is_one_clear_line(tmp_path: Pa
 def test_a_wrong_option_is_one_clear_line(tmp_path: Path, arguments: tuple[str, str], said: str):
     assert said in refused("--state", tmp_path / "state", *arguments)
     assert not (tmp_path / "state").exists()
-
-
-async def test_what_a_killed_supervisor_leaves_does_not_stop_the_next_one(start: Callable[..., Up]):
-    up = start()
-    api = HttpApi(up.mesh.gateway, up.mesh.token)
-    made = api.call("CreateDataset", name="kept", source="inline", texts=["hello"])
-    up.process.kill()
-    up.process.wait()
-    await eventually(lambda: [one for one in processes_of(up.state) if one.name() != "postgres"] == [])
-    again = start()
-    assert HttpApi(again.mesh.gateway, again.mesh.token).call("GetDataset", id=made["id"])["name"] == "kept"
-    assert again.stop(signal.SIGTERM) == 0
-    assert processes_of(up.state) == []
