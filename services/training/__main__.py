@@ -30,7 +30,7 @@ from services.training.adapters.residency import PooledModels
 from services.training.adapters.run import ClaimedRun
 from services.training.adapters.split import SplitModels
 from services.training.config import TrainingSettings
-from services.training.domain import EVALUATION_KIND, JOB_KIND
+from services.training.domain import EVALUATION_KIND, JOB_KIND, SPLIT_EVALUATION_KIND
 from services.training.exchange import Exchange
 from services.training.job import TrainingJob
 from services.training.judging import EvaluationJob
@@ -113,8 +113,8 @@ async def compose(context: Context) -> Part:
                 name="lensmesh.training.v1.TranscoderService",
             ),
         ],
-        handlers={JOB_KIND: train, EVALUATION_KIND: evaluate},
-        limits={JOB_KIND: settings.max_concurrent_trainings},
+        handlers={JOB_KIND: train, EVALUATION_KIND: evaluate, SPLIT_EVALUATION_KIND: evaluate},
+        limits={JOB_KIND: settings.max_concurrent_trainings, SPLIT_EVALUATION_KIND: 1},
         close=[channel.close, hosts.close],
     )
 

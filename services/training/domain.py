@@ -9,6 +9,8 @@ from typing import Any
 
 JOB_KIND = "training"
 EVALUATION_KIND = "evaluation"
+SPLIT_EVALUATION_KIND = "split_evaluation"
+"""Of a model over several devices: there is room for one at a time, and those of a comparison wait for each other."""
 EVENT_PREFIX = "training"
 EVALUATION_PREFIX = "evaluation"
 ARTIFACT_KIND = "transcoder"

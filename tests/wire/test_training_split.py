@@ -100,6 +100,8 @@ async def test_a_split_model_trains_to_the_bits_of_an_undivided_one_and_is_evalu
     assert [told.ranks for told in kept] == [["cpu"], ["cpu"]]
     assert kept[1].model["spread"][f"transformer.h.{LAYER}"] == 1
     assert weights < mesh.registry.reserved[divided.job_id]
+    kind = (await mesh.context.jobs.get(divided.job_id)).kind
+    assert mesh.parts[-1].limits[kind] == 1  # the next one finds no room beside it
     assert (mesh.registry.ledger, mesh.staged()) == ({}, [])
     whole = await evaluated(mesh, job.transcoder_ids[0])
     assert mesh.registry.loads == 1

@@ -22,6 +22,7 @@ from services.training.domain import (
     EVALUATION_PREFIX,
     EVENT_PREFIX,
     JOB_KIND,
+    SPLIT_EVALUATION_KIND,
     Checkpoint,
     Evaluation,
     Filter,
@@ -184,7 +185,7 @@ class PostgresStore:
                 raise errors.NotFound("The checkpoint was deleted", metadata={"id": wanted.checkpoint_id})
         job = await self._jobs.enqueue(
             conn,
-            kind=EVALUATION_KIND,
+            kind=SPLIT_EVALUATION_KIND if wanted.devices > 1 else EVALUATION_KIND,
             payload=facts,
             created_by=key.caller,
             resource_id=evaluation_id,
