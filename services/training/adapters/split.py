@@ -38,20 +38,20 @@ class LaidOut:
     prepared: Prepared
     tokenizer: PreTrainedTokenizerBase | None
     facts: Facts
+    estimate: Estimate
     device: str
 
     @property
     def weight_bytes(self) -> int:
         """As they will be."""
-        return self._estimate().weights
+        return self.estimate.weights
 
     def over(self, devices: int, work_bytes: int) -> tuple[Spread, int]:
         """By accelerate's device map."""
         prepared, cuda = self.prepared, self.device.startswith("cuda")
         with for_callers():
             spread, held = device_map(prepared, devices, work_bytes, self.device)
-            forward = self._estimate()
-        each = forward.activations + forward.overhead
+        each = self.estimate.activations + self.estimate.overhead
         first, *others = [weights + each for weights in held]
         found = Spread(
             directory=str(prepared.directory),
@@ -60,10 +60,6 @@ class LaidOut:
             devices=[f"cuda:{number}" if cuda else "cpu" for number in range(devices)],
         )
         return found, max(first + work_bytes, *(size + CUDA_CONTEXT_BYTES * cuda for size in others))
-
-    def _estimate(self) -> Estimate:
-        prepared = self.prepared
-        return laid_out(prepared.model, prepared.entries, prepared.quantization, prepared.dtype, self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,5 +123,6 @@ class SplitModels:
             raise errors.Failed("the model's files are not those that were registered", reason="CHECKSUM_MISMATCH")
         quantization = types_pb2.Quantization.Name(record.quantization).removeprefix("QUANTIZATION_").lower()
         prepared = prepare(directory, quantization)
-        known = facts(prepared.model.config.to_dict())
-        return LaidOut(found, prepared, load_tokenizer(directory), known, self._device)
+        known, form = facts(prepared.model.config.to_dict()), (prepared.quantization, prepared.dtype, self._device)
+        estimate = laid_out(prepared.model, prepared.entries, *form)
+        return LaidOut(found, prepared, load_tokenizer(directory), known, estimate, self._device)
