@@ -139,42 +139,31 @@ async def test_a_lens_is_parked_for_a_load_and_a_switch_takes_it_from_host_memor
     assert set((await residency(mesh, group_id)).values()) == {groups_pb2.RESIDENCY_DISK}
 
 
-async def forwards(host: Host, model_id: str, lens_id: str) -> list[Callable[[], Awaitable[Any]]]:
-    """Each kind of forward on a model: through a lens, a transcoder, an extension."""
-    base, stub = host.pool.get(model_id).base, host.stub
-    analyze = residency_pb2.AnalyzeRequest(model_id=model_id, lens_ids=[lens_id], text=TEXT, top_k=2)
+async def forwards(host: Host, model_id: str) -> list[Callable[[], Awaitable[Any]]]:
+    """Forwards on a model: through a transcoder, and through an extension at once and token by token."""
+    base = host.pool.get(model_id).base
     uri = await publish(host, "transcoder", transcoder(layer=2).save)
     encode = residency_pb2.EncodeRequest(model_id=model_id, artifact_uri=uri, text=TEXT, top_k=2)
     uri = await publish(host, "extension", extension(base.model, base.digest, 1))
     lens = types_pb2.LensSpec(lens_id="x", kind=types_pb2.LENS_KIND_EXTENSION, artifact_uri=uri)
     generate = residency_pb2.GenerateRequest(model_id=model_id, prompt=TEXT, max_new_tokens=3, extension=lens)
-    together = residency_pb2.GenerateTogetherRequest(requests=[generate])
-
-    async def analyzed() -> Any:
-        return (await stub.Analyze(analyze)).readings
 
     async def encoded() -> Any:
-        return (await stub.Encode(encode)).tokens
+        return (await host.stub.Encode(encode)).tokens
 
     async def generated() -> Any:
-        return (await stub.Generate(generate)).token_ids
+        return (await host.stub.Generate(generate)).token_ids
 
     async def streamed() -> Any:
-        return [token async for part in stub.GenerateStream(generate) for token in part.token_ids]
+        return [token async for part in host.stub.GenerateStream(generate) for token in part.token_ids]
 
-    async def generated_together() -> Any:
-        return (await stub.GenerateTogether(together)).texts[0].token_ids
-
-    return [analyzed, encoded, generated, streamed, generated_together]
+    return [encoded, generated, streamed]
 
 
 async def test_a_forward_that_runs_out_of_memory_is_made_once_more_without_what_is_idle(
     mesh: Mesh, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, idle = await mesh.ready("gpt2"), await mesh.create("llama")
-    group = await mesh.groups.CreateGroup(groups_pb2.CreateGroupRequest(name="g", model_id=base.id))
-    request = groups_pb2.AttachLensRequest(group_id=group.id, kind=types_pb2.LENS_KIND_LOGIT_LENS)
-    lens_id = (await mesh.groups.AttachLens(request)).id
     kind, short = type(host.pool.get(base.id).base.model.transformer), []
     compute = kind.forward
 
@@ -189,7 +178,7 @@ async def test_a_forward_that_runs_out_of_memory_is_made_once_more_without_what_
         await mesh.load(idle.id)
         await mesh.reaches(idle.id, models_pb2.MODEL_STATUS_READY)
 
-    works = await forwards(host, base.id, lens_id)
+    works = await forwards(host, base.id)
     for work in works:
         expected = await work()
         await crowd()
@@ -201,8 +190,7 @@ async def test_a_forward_that_runs_out_of_memory_is_made_once_more_without_what_
     assert evictions == ["out_of_memory"] * len(works)
     await crowd()
     monkeypatch.setattr(host.pool, "budget_bytes", host.pool.used_bytes)  # no room for an extension
-    assert await works[2]()
+    assert await works[1]()
     assert [resident.model_id for resident in host.pool.residents] == [base.id]
-    for work in works:
-        short[:] = [MemoryError(), MemoryError()]
-        assert (await refused(work()))[1] == "INSUFFICIENT_MEMORY"
+    short[:] = [MemoryError(), MemoryError()]
+    assert (await refused(works[0]()))[1] == "INSUFFICIENT_MEMORY"
