@@ -42,6 +42,9 @@ async def serve(names: list[str], device: str, listen: str, metrics: str) -> Non
     """
     _check(names)
     owns_device = names != ["registry"]
+    if owns_device:
+        device = _pin(device)
+        importlib.import_module("services.residency.memory").keep_freed()  # no other thread runs yet
     settings = Settings()
     logs.configure("+".join(names), settings.log_level)
     bucket = Bucket(settings.artifact_bucket, settings.artifact_endpoint) if settings.artifact_bucket else None
@@ -58,7 +61,7 @@ async def serve(names: list[str], device: str, listen: str, metrics: str) -> Non
             registry=open_channel(settings.registry_address, settings, _imported()) if owns_device else None,
             host_id=settings.host_id or f"{platform.node()}-{listen.rpartition(':')[2]}",
             incarnation=f"{os.getpid()}-{secrets.token_hex(8)}",
-            device=_pin(device) if owns_device else "",
+            device=device if owns_device else "",
             address=listen,
             services=tuple(names),
         )

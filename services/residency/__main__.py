@@ -9,7 +9,7 @@ from services.residency import custom
 from services.residency.catalogue import Catalogue
 from services.residency.config import ResidencySettings
 from services.residency.disk_cache import DiskCache
-from services.residency.memory import keep_freed, survey
+from services.residency.memory import survey
 from services.residency.metrics import ResidencyMetrics
 from services.residency.operations import Host
 from services.residency.pool import Pool
@@ -25,7 +25,6 @@ async def compose(context: Context) -> Part:
         AssertionError: the process has no channel to the registry.
     """
     assert context.registry is not None, "only the registry itself has no channel to it"
-    keep_freed()
     settings = ResidencySettings(**context.settings.model_dump())
     memory = survey(context.device, settings.device_memory_limit, settings.park_memory_limit)
     cache = DiskCache(settings.state_dir / "quantized", settings.state_dir / "hub", settings.model_cache_limit)

@@ -87,7 +87,7 @@ def keep_freed() -> None:
     """Have the C library keep what a forward pass frees for the next one, up to `KEPT_BYTES`; before threads start.
 
     Else every pass takes its tensors from the system anew, page by page: up to a third of its time on a CPU.
-    `give_back` returns it all the same.
+    `give_back` returns it all the same, but for the ends of heaps that threads have made for themselves before.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, value in ((_ARENA_MAX, 1), (_TRIM_THRESHOLD, KEPT_BYTES), (_MMAP_THRESHOLD, MAPPED_FROM_BYTES)):

@@ -160,10 +160,8 @@ async def measure(path: Path, files: list[Path], repeat: int) -> list[tuple[str,
 async def cycles(path: Path, count: int) -> list[float]:
     """Resident MB of this process after each load, park, restore and unload; the first entry is before any.
 
-    The process is set up as a device process is. What is imported and allocated once is no leak: `WARM_UP` cycles are
-    not among them.
+    What is imported and allocated once is no leak: the first `WARM_UP` cycles are not among them.
     """
-    keep_freed()
     pool = Pool("cpu", 1 << 40, 1 << 40)
     process = psutil.Process()
     found = []
@@ -214,6 +212,7 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=0, help="only load and unload so often, and draw the memory")
     parser.add_argument("--curve", type=Path, default=Path("memory.png"), help="where the picture goes")
     arguments = parser.parse_args()
+    keep_freed()  # as a device process does
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
         synthetic(Path(folder), arguments.megabytes)
