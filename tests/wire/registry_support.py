@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import grpc
 from google.rpc import error_details_pb2
@@ -45,6 +47,8 @@ from tests.support import eventually
 from tests.wire.registry_host import MB, FakeHost
 
 __all__ = ["MB", "FakeHost", "Mesh", "refused", "running"]
+PATIENCE = "45"
+"""Seconds after which a host counts as lost: fake ones have no heartbeat, and a busy machine may need that long."""
 PEERS = (
     "lensmesh.residency.v1.ModelHostService",
     "lensmesh.training.v1.TrainingService",
@@ -241,7 +245,8 @@ async def running(
         services=("registry",),
     )
     async with AsyncExitStack() as stack:
-        part = await compose(context)
+        with patch.dict(os.environ, {"LENSMESH_HOST_TIMEOUT": PATIENCE, **os.environ}):
+            part = await compose(context)
         for close in part.close:
             stack.push_async_callback(close)
         own = [(servicer.add, servicer.implementation) for servicer in part.servicers]
