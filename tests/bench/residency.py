@@ -201,7 +201,8 @@ def report_cycles(path: Path, count: int, curve: Path) -> None:
     first, furthest = found[0], max(found, key=lambda each: abs(each - found[0]))
     Console().print(
         f"{first:.1f} MB after {WARM_UP} cycles, {found[-1]:.1f} MB after {count} more: {found[-1] / first - 1:+.2%}; "
-        f"furthest {furthest:.1f} MB: {furthest / first - 1:+.2%}"
+        f"furthest {furthest:.1f} MB: {furthest / first - 1:+.2%}",
+        soft_wrap=True,
     )
 
 

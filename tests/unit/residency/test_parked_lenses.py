@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from services.kit import errors
 from services.residency.fingerprint import fingerprint
 from services.residency.lenses import Spec, tuned_lens
+from services.residency.lenses.extension import Extension
 from services.residency.pool import Pool
 from services.residency.quantize import tensors_of
 from services.residency.splice import logits
@@ -136,6 +137,24 @@ async def test_layers_that_extensions_share_are_where_an_attached_one_needs_them
     pool.park_bytes = b
     await pool.detach("m", "a")
     assert (pool.used_bytes, pool.parked_bytes, resident.parked) == (base, 0, {})
+
+
+async def test_layers_that_an_attached_one_has_do_not_move_with_a_parked_one(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = folder(tmp_path / "first", 0, "hybrid")
+    a = (await pool.attach("m", Spec("a", "extension", folder=first))).lens
+    second = folder(tmp_path / "second", 3, "hybrid", shared=first)
+    b = (await pool.attach("m", Spec("b", "extension", folder=second))).lens
+    moved: list[set[int]] = []
+
+    def move(self: Extension, device: str, but: Collection[int] = ()) -> None:
+        moved.append({id(tensor) for tensor in self.tensors} - set(but))
+
+    monkeypatch.setattr(Extension, "move", move)
+    await pool.detach("m", "b", park=True)
+    own = {id(tensor) for tensor in b.tensors} - {id(tensor) for tensor in a.tensors}
+    assert moved == [own] != [set()]
 
 
 async def test_one_that_computes_something_else_when_it_is_back_is_dropped(pool: Pool, tmp_path: Path) -> None:
