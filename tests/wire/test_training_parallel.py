@@ -27,13 +27,19 @@ async def mesh(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         yield mesh
 
 
-async def test_an_idle_host_takes_the_second_training_and_neither_spins_on_the_cores_they_share(mesh: Mesh) -> None:
+async def test_an_idle_host_takes_the_second_training_and_neither_spins_on_the_cores_they_share(
+    mesh: Mesh, database: Database
+) -> None:
+    async def both_known() -> bool:
+        return bool(await database.pool.fetchval("SELECT count(*) = 2 FROM job_workers"))
+
     async def owners() -> list[str]:
         return sorted([(await mesh.context.jobs.get(job.id)).owner or "" for job in jobs])
 
     async with mesh.working("host-1"):
         source = {"cache_id": (await mesh.cache()).cache_id}
         async with mesh.working("host-2"):
+            await eventually(both_known)
             endless = {"layers": [1], "source": source, "num_tokens": 10_000 * STEPS * BATCH}
             jobs = [await mesh.create(**endless) for _ in range(2)]
             for job in jobs:
