@@ -26,7 +26,7 @@ from services.residency.texts import (
     special_ids,
     tokenize,
 )
-from services.residency.tokens import TokenStore, tokenizer_digest
+from services.residency.tokens import TokenStore
 from services.residency.usable import require_usable
 
 GROUPS_PAGE = 500
@@ -96,7 +96,7 @@ class RegisteredDatasets:
         """A local or inline dataset is opened and hashed; of a hub dataset the registry's row must do."""
         row, record = await self._record(dataset_id)
         rows = row.rows if row.HasField("rows") else None
-        tokens_by = await asyncio.to_thread(self._tokenizers.digest, model)
+        tokens_by = await asyncio.to_thread(lambda: self._tokenizers.digest(self._tokenizers.find(model)))
         if record.source == "huggingface":
             name = f"{record.identifier}/{record.split}/{record.text_field}"
             return Survey(digest=f"{record.digest or name} {tokens_by}", size_bytes=row.size_bytes, rows=rows)
@@ -159,8 +159,14 @@ class RegisteredDatasets:
             return None
         content = record.digest if record.source == "huggingface" else content_digest(record, self._roots)
         columns = (record.identifier, record.split, record.text_field, record.prompt_field, record.target_field)
-        made_by = tokenizer_digest(tokenizer) if tokenizer is not None else ""
-        told = (content, columns, made_by, options.encoding, options.sample_count, vocab_size)
+        told = (
+            content,
+            columns,
+            self._tokenizers.digest(tokenizer),
+            options.encoding,
+            options.sample_count,
+            vocab_size,
+        )
         return blake3(repr(told).encode()).hexdigest()
 
     def _tokenize(self, record: DatasetRecord, options: Options, tokenizer: Any, vocab_size: int) -> Tokenized:

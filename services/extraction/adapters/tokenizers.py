@@ -47,9 +47,8 @@ class Tokenizers:
         except (SourceNotFound, LoadFailed, OSError):  # the load of the model will say it
             return None
 
-    def digest(self, model: BaseModel) -> str:
-        """Of what decides the tokens, hexadecimal; empty where no tokenizer is here."""
-        tokenizer = self.find(model)
+    def digest(self, tokenizer: Any) -> str:
+        """Of what decides the tokens, hexadecimal; empty for none."""
         if tokenizer is None:
             return ""
         if tokenizer not in self._digests:  # nobody changes one that is in use

@@ -54,17 +54,17 @@ def test_a_loaded_models_own_is_taken(tmp_path: Path) -> None:
 def test_a_local_models_is_read_once_and_again_when_its_files_change(tmp_path: Path) -> None:
     folder = models.copied(tmp_path / "models", "gpt2")
     found = tokenizers(tmp_path)
-    first, digest = found.find(MODEL), found.digest(MODEL)
+    first, digest = found.find(MODEL), found.digest(found.find(MODEL))
     assert first(TEXT)["input_ids"] == models.tokenizer()(TEXT)["input_ids"]
     assert found.find(replace(MODEL, digest="d2")) is first
     changed = models.tokenizer()
     changed.backend_tokenizer.normalizer = normalizers.Lowercase()
     changed.save_pretrained(folder)
     assert found.find(MODEL)(TEXT)["input_ids"] == changed(TEXT)["input_ids"] != first(TEXT)["input_ids"]
-    assert found.digest(MODEL) != digest
+    assert found.digest(found.find(MODEL)) != digest
     shutil.rmtree(folder)
     assert found.find(MODEL) is None
-    assert found.digest(MODEL) == ""
+    assert found.digest(found.find(MODEL)) == ""
 
 
 def test_a_hub_models_is_read_where_it_was_downloaded_and_never_fetched(
