@@ -19,17 +19,21 @@ def check_mask(request: Message, reply: Descriptor) -> None:
     Raises:
         Invalid: the mask names a field that the resource does not have.
     """
-    mask, listed = _mask(request), _listed(reply)
+    mask = _mask(request)
+    if mask is None:
+        return
+    listed = _listed(reply)
     resource = reply if listed is None else listed.message_type
-    if mask is not None and not mask.IsValidForDescriptor(resource):
+    if not mask.IsValidForDescriptor(resource):
         raise Invalid.of("read_mask", f"names a field that {resource.name} does not have")
 
 
 def masked(request: Message, reply: M) -> M:
     """The reply as it was asked for; whole without a mask."""
-    mask, listed = _mask(request), _listed(reply.DESCRIPTOR)
+    mask = _mask(request)
     if mask is None:
         return reply
+    listed = _listed(reply.DESCRIPTOR)
     if listed is None:
         return _only(reply, mask)
     chosen = [_only(each, mask) for each in getattr(reply, listed.name)]

@@ -48,7 +48,7 @@ def relative_error(model: nn.Module, family: Family, layer: Layer, mlp_in: Tenso
     `mlp_in` and `mlp_out` are [..., d], the same rows of the two sites of these names.
     """
     with torch.no_grad():
-        return _relative(contribution(model, family, layer, mlp_in) - mlp_out, mlp_out)
+        return _relative(contribution(model, family, layer, mlp_in).float() - mlp_out.float(), mlp_out)
 
 
 def _relative(wrong: Tensor, right: Tensor) -> float:

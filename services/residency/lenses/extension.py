@@ -133,7 +133,7 @@ class SharedLayers:
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def overwrite(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, torch.Tensor]) -> None:

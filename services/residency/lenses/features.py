@@ -27,7 +27,7 @@ class FeatureLens:
     @property
     def nbytes(self) -> int:
         """Bytes of the transcoder's weights."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def tensors(self) -> Sequence[Tensor]:
