@@ -22,10 +22,10 @@ LIKELY = 0.8
 """Part of the running threshold above which the next batch's strongest are looked for first."""
 BANDWIDTH = 0.1
 """Width of the window around a threshold in which it gets a gradient; pre-activations start with variance 1."""
-STEERING = 0.1, 0.4
+STEERING = 0.4, 0.1
 """How much of the way to top_k active latents the thresholds of a jumprelu coder go per step: always, and at the full
-learning rate besides. Learning pushes thresholds up, and the first alone would leave L0 too low; where it has ended,
-the second would follow every batch's chance."""
+learning rate besides. Early they have far to fall, and the first alone would leave L0 too low in a short run; later the
+second would follow every batch's chance."""
 FACTORS = torch.logspace(-1, 1, 161, base=2)
 """By how much the thresholds may be asked to change at once."""
 

@@ -91,8 +91,8 @@ def test_the_learning_rate_falls_with_the_dictionary_and_with_long_runs() -> Non
     def rate(dict_size: int, steps: int) -> float | None:
         return TrainConfig(dict_size=dict_size, top_k=4, num_tokens=64 * steps, batch_size=64).resolved(8).learning_rate
 
-    assert rate(4096, 1) == rate(4096, 128) == pytest.approx(5e-3)
-    assert rate(16_384, 128) == rate(4096, 512) == pytest.approx(2.5e-3)
+    assert rate(4096, 1) == rate(4096, 128) == pytest.approx(5.5e-3)
+    assert rate(16_384, 128) == rate(4096, 512) == pytest.approx(2.75e-3)
     assert rate(4096, 10**6) == pytest.approx(4e-4)
     assert rate(64, 1) == 1e-2
 
@@ -101,7 +101,7 @@ def test_long_runs_call_a_latent_dead_after_a_smaller_part_of_them() -> None:
     def window(num_tokens: int) -> int | None:
         return TrainConfig(dict_size=64, top_k=4, num_tokens=num_tokens).resolved(8).dead_after_tokens
 
-    assert [window(tokens) for tokens in (4096, 100_000, 250_000, 4_000_000)] == [2048, 10_000, 25_000, 100_000]
+    assert [window(tokens) for tokens in (4096, 40_000, 250_000, 4_000_000)] == [2048, 4000, 10_000, 40_000]
 
 
 def test_defaults_are_topk_and_equal_prefixes() -> None:

@@ -313,3 +313,14 @@ def test_what_a_bfloat16_training_keeps_is_float32() -> None:
     coder = Coder.start("a", config(dtype="bfloat16", activation="jumprelu").resolved(24), x, y)
     coder.step(x[:128], y[:128])
     assert {tensor.dtype for name, tensor in coder.tensors().items() if name != "idle_rows"} == {torch.float32}
+
+
+def test_thresholds_learn_at_a_tenth_of_the_rate() -> None:
+    """Adam's first step moves everything that has a gradient by the whole rate; steering multiplies all thresholds."""
+    x, y = planted(512)
+    coder = Coder.start("a", config(activation="jumprelu", warmup_fraction=0.0).resolved(24), x, y)
+    bias, threshold = coder.parameters["b_enc"].clone(), coder.parameters["threshold"].clone()
+    coder.step(x[:128], y[:128])
+    assert float((coder.parameters["b_enc"] - bias).abs().max()) == pytest.approx(1e-2, rel=1e-3)
+    least, most = coder.parameters["threshold"].aminmax()
+    assert threshold[0] * (most - least) / (most + least) == pytest.approx(1e-3, rel=1e-3)
