@@ -49,7 +49,7 @@ class TrainConfig:
     skip: bool = False
     """Add a linear path from x to y (Paulo et al. 2025, arXiv:2501.18823)."""
     aux_k: int | None = None
-    """Dead latents per row that share the auxiliary loss; half the output's width when None, none when 0."""
+    """Dead latents that share a step's auxiliary loss, in turns; half the output's width when None, none when 0."""
     aux_weight: float = 1 / 32
     """Weight of the auxiliary loss (Gao et al. 2024, arXiv:2406.04093, appendix A.2)."""
     dead_after_tokens: int | None = None
@@ -179,8 +179,8 @@ def default_learning_rate(dict_size: int, steps: int) -> float:
 
 
 def default_dead_after(num_tokens: int) -> int:
-    """A tenth of the run, of more than 40,000 tokens less: 20 times the root of their number."""
-    return min(num_tokens // 10, 20 * math.isqrt(num_tokens))
+    """A tenth of the run, of more than 100,000 tokens less: 32 times the root of their number."""
+    return min(num_tokens // 10, 32 * math.isqrt(num_tokens))
 
 
 def prefix_widths(groups: Sequence[int]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from services.residency.lenses.selection import Encoder, select_topk
 from services.training.compute.nested import Parameters
-from services.training.compute.products import Dense, Sparse
+from services.training.compute.products import Dense
 from services.training.compute.ranks import ALONE, Ranks
 
 
@@ -48,7 +48,7 @@ def revive(
     encoder = Encoder(parameters["W_enc"][dead], parameters["b_enc"][dead])
     W_dec = parameters["W_dec"][dead]
     codes = select_topk(encoder, x, min(aux_k, len(dead)))
-    products = (Dense if len(dead) <= 2 * aux_k else Sparse)(codes, (len(dead),))  # where every second latent is active
+    products = Dense(codes, (len(dead),))  # most of them are active: no more than aux_k take turns
     error = products.parts(W_dec) - residual[:, None]
     variance = float(ranks.variance(residual).clamp_min(1e-12))
     loss = float(error.square().mean()) / variance

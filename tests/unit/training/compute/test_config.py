@@ -101,7 +101,7 @@ def test_long_runs_call_a_latent_dead_after_a_smaller_part_of_them() -> None:
     def window(num_tokens: int) -> int | None:
         return TrainConfig(dict_size=64, top_k=4, num_tokens=num_tokens).resolved(8).dead_after_tokens
 
-    assert [window(tokens) for tokens in (4096, 40_000, 250_000, 4_000_000)] == [2048, 4000, 10_000, 40_000]
+    assert [window(tokens) for tokens in (4096, 100_000, 250_000, 4_000_000)] == [2048, 10_000, 16_000, 64_000]
 
 
 def test_defaults_are_topk_and_equal_prefixes() -> None:

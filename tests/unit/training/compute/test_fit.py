@@ -25,6 +25,7 @@ from services.training.compute import (
 )
 from services.training.compute.batches import Pairs, shuffled
 from services.training.compute.coder import _BETAS, Coder
+from services.training.compute.dead import revive
 from services.training.compute.schedule import learning_rate
 
 
@@ -324,3 +325,20 @@ def test_thresholds_learn_at_a_tenth_of_the_rate() -> None:
     assert float((coder.parameters["b_enc"] - bias).abs().max()) == pytest.approx(1e-2, rel=1e-3)
     least, most = coder.parameters["threshold"].aminmax()
     assert threshold[0] * (most - least) / (most + least) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_dead_latents_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = planted(512)
+    coder = Coder.start("a", config(aux_k=4).resolved(24), x, y)
+    coder.parameters["b_enc"][50:62] = -100
+    coder._idle_rows[50:62] = 10**6
+    revived = []
+
+    def spy(parameters: Any, dead: torch.Tensor, *given: Any, **more: Any) -> Any:
+        revived.append(dead.tolist())
+        return revive(parameters, dead, *given, **more)
+
+    monkeypatch.setattr("services.training.compute.coder.revive", spy)
+    for _ in range(4):
+        coder.step(x[:128], y[:128])
+    assert revived == [[50, 51, 52, 53], [54, 55, 56, 57], [58, 59, 60, 61], [50, 51, 52, 53]]
