@@ -9,6 +9,8 @@ from contextlib import ExitStack, suppress
 from services.runtime.errors import StartError
 
 _FREE = range(20_000, 32_000)
+_CLAIMS: list[socket.socket] = []
+"""Kept until this process ends: a port is chosen well before the process listens that it is for."""
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -46,8 +48,23 @@ def _listener(host: str, port: int) -> socket.socket:
         return _bind(host, port)
     for candidate in random.sample(_FREE, 100):
         with suppress(StartError):
-            return _bind(host, candidate)
+            listener = _bind(host, candidate)
+            if _claim(candidate):
+                return listener
+            listener.close()
     return _bind(host, 0)
+
+
+def _claim(port: int) -> bool:
+    """Keep a port from other meshes: by an abstract socket that nobody listens on, and Linux drops with the process."""
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0lensmesh-port-{port}")
+    except OSError:
+        claim.close()
+        return False
+    _CLAIMS.append(claim)
+    return True
 
 
 def _bind(host: str, port: int) -> socket.socket:
